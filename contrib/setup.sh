@@ -1,0 +1,159 @@
+# shellcheck shell=bash
+# Installs what dmafs needs on Debian 12 or its like. To be sourced, by contrib/test and contrib/demo.
+#
+#   dmafs_root "$0" "$@"   go on as root (loop devices and mounts need it), through sudo if need be
+#   dmafs_setup [EXTRA]    system packages, kernel devices, virtual environment, dmafs itself; EXTRA is `test` or nothing
+#
+# dmafs_setup puts the virtual environment's programs first in PATH. It does only what is missing, so a second run takes
+# no time. Its folder is $DMAFS_VENV, by default .venv in the repository.
+
+DMAFS_REPO="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+DMAFS_VENV="$(realpath -m "${DMAFS_VENV:-$DMAFS_REPO/.venv}")"
+DMAFS_PACKAGES=(
+    fuse3 libfuse3-dev pkg-config gcc libc6-dev python3-dev python3-venv # to build pyfuse3, which has no binary packages
+    e2fsprogs mount util-linux attr # file systems on loop devices
+    sqlite3 git tar # what runs on the protected disks in tests
+)
+
+_dmafs_say() { printf 'setup: %s\n' "$*" >&2; }
+
+_dmafs_die() {
+    printf 'setup: error: %s\n' "$1" >&2
+    [ $# -lt 2 ] || printf 'hint: %s\n' "$2" >&2
+    exit 3
+}
+
+dmafs_root() {
+    [ "$(id -u)" -ne 0 ] || return 0
+    command -v sudo >/dev/null || _dmafs_die "${1##*/} needs root for loop devices and mounts, and there is no sudo" \
+        "run it as root"
+    _dmafs_say "going on through sudo: loop devices and mounts need root"
+    exec sudo -E -- "$@"
+}
+
+_dmafs_as_root() {
+    if [ "$(id -u)" -eq 0 ]; then "$@"; else sudo -- "$@"; fi
+}
+
+# Run a command with its output in a log, up to TRIES times; show the log only if it never succeeds.
+_dmafs_quietly() {
+    local tries=$1 log try
+    shift
+    log="$(mktemp)"
+    for ((try = 1; try <= tries; try++)); do
+        if "$@" >"$log" 2>&1 </dev/null; then
+            rm -f "$log"
+            return 0
+        fi
+        if ((try < tries)); then sleep $((try * 3)); fi
+    done
+    cat "$log" >&2
+    rm -f "$log"
+    return 1
+}
+
+_dmafs_installed() {
+    [ "$(dpkg-query -W -f '${db:Status-Status}' "$1" 2>/dev/null)" = installed ]
+}
+
+_dmafs_system_packages() {
+    local missing=() package apt=(env DEBIAN_FRONTEND=noninteractive apt-get -q -y)
+    if ! command -v dpkg-query >/dev/null || ! command -v apt-get >/dev/null; then
+        _dmafs_say "not a Debian system: the equivalents of ${DMAFS_PACKAGES[*]} have to be there"
+        return 0
+    fi
+    for package in "${DMAFS_PACKAGES[@]}"; do
+        _dmafs_installed "$package" || missing+=("$package")
+    done
+    [ ${#missing[@]} -gt 0 ] || return 0
+    if [ "$(id -u)" -ne 0 ] && ! command -v sudo >/dev/null; then
+        _dmafs_die "not root, and these system packages are missing: ${missing[*]}" \
+            "as root: apt-get install ${missing[*]}"
+    fi
+    _dmafs_say "installing system packages: ${missing[*]}"
+    # An update that fails in part may still have brought what is needed; the installation decides.
+    _dmafs_quietly 3 _dmafs_as_root "${apt[@]}" update || _dmafs_say "apt-get update failed; trying to install anyway"
+    _dmafs_quietly 3 _dmafs_as_root "${apt[@]}" install --no-install-recommends "${missing[@]}" \
+        || _dmafs_die "can't install system packages: ${missing[*]}" "see apt-get's messages above"
+}
+
+_dmafs_device() {
+    local device=$1 module=$2
+    [ -e "$device" ] || _dmafs_as_root modprobe "$module" >/dev/null 2>&1 || true
+    [ -e "$device" ] || _dmafs_die "$device is missing and module $module can't be loaded" \
+        "in a container, pass $device in or run it privileged; otherwise use a kernel with $module"
+}
+
+# The first Python that is new enough and can both make virtual environments and compile extensions.
+_dmafs_python() {
+    local python
+    for python in /usr/bin/python3 "$(command -v python3 || true)"; do
+        if [ -x "$python" ] && "$python" - >/dev/null 2>&1 <<'PY'; then
+import ensurepip, pathlib, sys, sysconfig, venv
+
+assert sys.version_info >= (3, 11)
+assert (pathlib.Path(sysconfig.get_path("include")) / "Python.h").is_file()
+PY
+            printf '%s\n' "$python"
+            return 0
+        fi
+    done
+    return 1
+}
+
+# An environment that works is kept, whichever Python made it.
+_dmafs_venv_works() {
+    "$DMAFS_VENV/bin/python" -c 'import pip, sys; assert sys.version_info >= (3, 11)' >/dev/null 2>&1
+}
+
+# One that doesn't is made anew; a folder that is something else is left alone.
+_dmafs_make_venv() {
+    local python=$1
+    if [ -e "$DMAFS_VENV" ] && [ ! -e "$DMAFS_VENV/pyvenv.cfg" ] && [ -n "$(ls -A "$DMAFS_VENV")" ]; then
+        echo "$DMAFS_VENV is there and is not a virtual environment"
+        return 1
+    fi
+    "$python" -m venv --clear "$DMAFS_VENV"
+}
+
+# What an installation depends on: the repository's place, the Python, and pyproject.toml.
+_dmafs_key() {
+    {
+        echo "$DMAFS_REPO"
+        "$DMAFS_VENV/bin/python" -c 'import sys; print(sys.version)'
+        cat "$DMAFS_REPO/pyproject.toml"
+    } | sha256sum | cut -d ' ' -f 1
+}
+
+# A stamp holds the key of the installation it stands for: `base` for dmafs itself, one more for an extra.
+_dmafs_virtual_environment() {
+    local extra=$1 python key stamps="$DMAFS_VENV/.dmafs-stamps"
+    local target="$DMAFS_REPO${extra:+[$extra]}"
+    if ! _dmafs_venv_works; then
+        python="$(_dmafs_python)" || _dmafs_die "no Python >= 3.11 with venv and headers" \
+            "on Debian 12 or later: apt-get install python3 python3-venv python3-dev"
+        _dmafs_say "making the virtual environment $DMAFS_VENV with $python"
+        _dmafs_quietly 1 _dmafs_make_venv "$python" \
+            || _dmafs_die "can't make the virtual environment $DMAFS_VENV" "set DMAFS_VENV to a folder of its own"
+    fi
+    key="$(_dmafs_key)"
+    if [ "$(cat "$stamps/${extra:-base}" 2>/dev/null)" != "$key" ]; then
+        _dmafs_say "installing dmafs${extra:+ for $extra} into $DMAFS_VENV"
+        rm -rf "$stamps"
+        _dmafs_quietly 2 "$DMAFS_VENV/bin/python" -m pip install -q --disable-pip-version-check -e "$target" \
+            || _dmafs_die "can't install dmafs${extra:+ for $extra} into $DMAFS_VENV" "see pip's messages above"
+        mkdir -p "$stamps"
+        printf '%s\n' "$key" >"$stamps/base"
+        [ -z "$extra" ] || printf '%s\n' "$key" >"$stamps/$extra"
+    fi
+    export PATH="$DMAFS_VENV/bin:$PATH"
+}
+
+dmafs_setup() {
+    # mkfs, losetup and mount are in sbin, which isn't in everybody's PATH.
+    export PATH="$PATH:/usr/local/sbin:/usr/sbin:/sbin"
+    _dmafs_system_packages
+    _dmafs_device /dev/fuse fuse
+    _dmafs_device /dev/loop-control loop
+    _dmafs_virtual_environment "${1:-}"
+}

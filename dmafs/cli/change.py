@@ -1,0 +1,50 @@
+"""``dmafs snapshot`` and ``sync``: what changes history."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dmafs.service.client import session
+
+if TYPE_CHECKING:
+    from argparse import _SubParsersAction
+
+
+def add_commands(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the commands."""
+    snapshot = commands.add_parser(
+        "snapshot",
+        help="keep this moment under a name",
+        description="Take a snapshot now, of all volumes: syncs will keep this moment recoverable.",
+    )
+    snapshot.add_argument("store", metavar="STORE", type=Path, help="directory of the store")
+    snapshot.add_argument("name", metavar="NAME", help="name of the snapshot")
+    snapshot.set_defaults(run=run_snapshot)
+
+    sync = commands.add_parser(
+        "sync",
+        help="move the mirror to the newest flushed moment",
+        description="Move the mirror to the newest flushed moment. The mirror's moment until now becomes a snapshot; "
+        "of the moments between only snapshots stay recoverable, and the journal's space is freed.",
+    )
+    sync.add_argument("store", metavar="STORE", type=Path, help="directory of the store")
+    sync.set_defaults(run=run_sync)
+
+
+def run_snapshot(options: argparse.Namespace) -> int:
+    """Take the snapshot."""
+    with session(options.store) as asked:
+        report = asked.take_snapshot(options.name)
+    print(f"snapshot {report['name']} taken")
+    return 0
+
+
+def run_sync(options: argparse.Namespace) -> int:
+    """Sync."""
+    with session(options.store) as asked:
+        report = asked.sync()
+    for volume in report["volumes"]:
+        print(f"volume {volume['name']}: mirror at seq {volume['mirror_seq']}")
+    return 0

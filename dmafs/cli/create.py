@@ -1,0 +1,41 @@
+"""``dmafs create``: put a source under protection."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dmafs.core.store import create_volume
+
+if TYPE_CHECKING:
+    from argparse import _SubParsersAction
+
+
+def add_commands(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command."""
+    command = commands.add_parser(
+        "create",
+        help="make a volume, and the store if it isn't there",
+        description="Make a volume for a source. The daemon then makes the initial copy while it already captures writes.",
+    )
+    command.add_argument("store", metavar="STORE", type=Path, help="directory of the store")
+    command.add_argument("volume", metavar="VOLUME", nargs="?", default="disk", help="name of the volume (%(default)s)")
+    command.add_argument(
+        "--source", metavar="PATH", type=Path, required=True, help="the primary: a block device or a disk image"
+    )
+    command.add_argument(
+        "--tap", choices=["fuse"], default="fuse", help="how writes are captured (%(default)s: tap/VOLUME.img)"
+    )
+    command.add_argument("--force", action="store_true", help="even if the source is mounted read-write")
+    command.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Create the volume."""
+    warnings = create_volume(options.store, options.volume, source=options.source, tap=options.tap, force=options.force)
+    for warning in warnings:
+        print(f"dmafs: warning: {warning}", file=sys.stderr)
+    print(f"volume {options.volume} made in {options.store}; now run: dmafs serve {options.store} MOUNTPOINT")
+    return 1 if warnings else 0

@@ -1,0 +1,91 @@
+"""The command ``dmafs``: the parser, and the only place that prints errors and exits."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Final
+
+from dmafs.cli import change, create, query, serve
+from dmafs.errors import DmafsError
+
+EXIT_OK: Final = 0
+EXIT_WARNING: Final = 1
+_SIGPIPE_EXIT: Final = 128 + 13
+_SIGINT_EXIT: Final = 128 + 2
+
+EPILOG: Final = """\
+Commands ask the daemon that serves the store, or work on the store directly when none runs.
+
+TIME is a UTC or local time ("2026-07-28T14:30:05.5Z", "2026-07-28 16:30"), "@<epoch seconds>", "seq:<n>", the name of a
+snapshot or mark, "latest", "2h ago", "yesterday 14:00", or one of these with "~<duration>" behind it: so much before.
+
+Exit status: 0 success, 1 success with warnings, 2 other errors and wrong usage, 3-7 wrong input, 10-16 trouble with the
+store, 20-23 not found, 30 mount, 31 control interface, 128+n ended by signal n. See dmafs(1).
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command line; the man page is tested against it."""
+    root = argparse.ArgumentParser(
+        prog="dmafs",
+        description="Keeps the whole recent history of a disk and shows any moment of it as a plain image file.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    root.add_argument("--version", action="version", version=f"dmafs {version('dmafs')}")
+    root.add_argument("-v", "--verbose", action="store_true", help="log what happens, not only what goes wrong")
+    commands = root.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for group in (create, serve, query, change):
+        group.add_commands(commands)
+    return root
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit status."""
+    options = parser().parse_args(arguments)
+    logging.basicConfig(
+        level=logging.INFO if options.verbose else logging.WARNING,
+        format="dmafs: %(levelname)s: %(message)s",
+        stream=sys.stderr,
+    )
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        status: int = options.run(options)
+        sys.stdout.flush()
+    except DmafsError as error:
+        return _report(error)
+    except BaseExceptionGroup as group:
+        matching = group.subgroup(DmafsError)
+        if matching is None or group.split(DmafsError)[1] is not None:
+            raise
+        return _report(_first(matching))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more to flush at exit
+        return _SIGPIPE_EXIT
+    except KeyboardInterrupt:
+        return _SIGINT_EXIT
+    return status
+
+
+def _report(error: DmafsError) -> int:
+    print(f"dmafs: error: {error.message}", file=sys.stderr)
+    if error.hint:
+        print(f"hint: {error.hint}", file=sys.stderr)
+    return error.exit_code
+
+
+def _first(error: BaseException) -> DmafsError:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    assert isinstance(error, DmafsError)
+    return error
+
+
+def entry() -> None:
+    """Run the command of this process and exit."""
+    sys.exit(main())

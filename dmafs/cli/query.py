@@ -1,0 +1,101 @@
+"""``dmafs status``, ``ls`` and ``read``: what there is."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dmafs.service.client import session
+from dmafs.units import format_bytes
+
+if TYPE_CHECKING:
+    from argparse import _SubParsersAction
+
+
+def add_commands(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the commands."""
+    status = commands.add_parser(
+        "status", help="show the state of all volumes", description="Show the state of the daemon and of all volumes."
+    )
+    status.add_argument("store", metavar="STORE", type=Path, help="directory of the store")
+    status.add_argument("--json", action="store_true", help="as JSON")
+    status.set_defaults(run=run_status)
+
+    points = commands.add_parser(
+        "ls",
+        help="list recoverable points and snapshots",
+        description="List recoverable points: snapshots, marks, a coarse grid, the ends. Every write between is one too.",
+    )
+    points.add_argument("store", metavar="STORE", type=Path, help="directory of the store")
+    points.add_argument("--json", action="store_true", help="as JSON")
+    points.set_defaults(run=run_ls)
+
+    read = commands.add_parser(
+        "read",
+        help="write bytes of a volume at a time to standard output",
+        description="Write bytes of a volume as they were at a time to standard output.",
+    )
+    read.add_argument("store", metavar="STORE", type=Path, help="directory of the store")
+    read.add_argument("volume", metavar="VOLUME", help="name of the volume")
+    read.add_argument("--at", metavar="TIME", required=True, help="the moment")
+    read.add_argument("--offset", metavar="N", type=int, required=True, help="first byte")
+    read.add_argument("--length", metavar="N", type=int, required=True, help="number of bytes")
+    read.set_defaults(run=run_read)
+
+
+def run_status(options: argparse.Namespace) -> int:
+    """Show the status."""
+    with session(options.store) as asked:
+        report = asked.status()
+    if options.json:
+        print(json.dumps(report, indent=2))
+    else:
+        daemon = report["daemon"]
+        print(f"store {options.store}: " + (f"served by process {daemon['pid']}" if daemon else "no daemon"))
+        for volume in report["volumes"]:
+            print("\n".join(_volume_lines(volume)))
+    return 1 if any(volume["state"] == "read-only" for volume in report["volumes"]) else 0
+
+
+def _volume_lines(volume: dict[str, Any]) -> list[str]:
+    lines = [
+        f"volume {volume['name']}: {volume['state']}, {format_bytes(volume['size_bytes'])} from {volume['source']}"
+    ]
+    if volume["failure"]:
+        lines.append(f"  failure   {volume['failure']}")
+    if volume["state"] == "copying":
+        rate = format_bytes(volume["copy_bytes_per_s"])
+        lines.append(f"  copying   {volume['copy_fraction']:.1%} at {rate}/s")
+    for label, key in (("oldest", "oldest"), ("newest", "newest"), ("mirror", "mirror")):
+        if volume[key] is not None and volume[key]["time"] is not None:
+            lines.append(f"  {label:<9} {volume[key]['time']}  seq {volume[key]['seq']}")
+    forward = volume["forward"]
+    lines.append(
+        f"  forward   {forward['events']} events, {format_bytes(forward['bytes'])} in {forward['segments']} segments"
+    )
+    lines.append(f"  snapshots {volume['snapshots']}")
+    return lines
+
+
+def run_ls(options: argparse.Namespace) -> int:
+    """List the points."""
+    with session(options.store) as asked:
+        report = asked.points()
+    if options.json:
+        print(json.dumps(report, indent=2))
+        return 0
+    for point in report["points"]:
+        name = f"  {point['name']}" if point["name"] else ""
+        print(f"{point['at']}  {point['volume']}  seq {point['seq']:<10} {point['kind']}{name}")
+    return 0
+
+
+def run_read(options: argparse.Namespace) -> int:
+    """Write the bytes."""
+    with session(options.store) as asked:
+        for part in asked.read(options.volume, at=options.at, offset=options.offset, length=options.length):
+            sys.stdout.buffer.write(part)
+    return 0

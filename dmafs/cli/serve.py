@@ -1,0 +1,30 @@
+"""``dmafs serve``: the daemon, in the foreground."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from argparse import _SubParsersAction
+
+
+def add_commands(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command."""
+    command = commands.add_parser(
+        "serve",
+        help="capture writes and show the past at a mount point",
+        description="Serve a store at a mount point, in the foreground, until SIGTERM, SIGINT or umount.",
+    )
+    command.add_argument("store", metavar="STORE", type=Path, help="directory of the store")
+    command.add_argument("mount_point", metavar="MOUNTPOINT", type=Path, help="an empty directory")
+    command.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Serve the store."""
+    from dmafs.service.daemon import serve
+
+    serve(options.store, options.mount_point)
+    return 0

@@ -1,0 +1,290 @@
+"""The forward journal (fig. 7): all write events since the mirror's seq, as a row of segments.
+
+The circular queue of the figure is a row of segment files: added at the head, unlinked at the tail. Head and tail are
+persisted in the pointer slots only.
+
+Invariants:
+
+1. Events have dense seqs ``tail+1 .. head``; each segment's first seq is the one before's next seq.
+2. Times of events strictly increase, so a canonical time names exactly one event; an indicator's time isn't less than
+   that of the event before it.
+3. Each record says up to which seq journal and primary were durable when it was written. So an invalid record that a
+   later one calls durable is damage and an error; anything else invalid is the torn end of an unclean stop.
+4. What ``recover`` cut off is truncated durably before anything is appended.
+
+One thread appends and reads the columns; ``datasync`` of taken segments may run in another one.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from uuid import UUID
+
+import numpy as np
+
+from dmafs.core.extent import MAX_EXTENT_SECTORS, MAX_ZERO_SECTORS, Ints
+from dmafs.core.ondisk import Flag, Header, Kind
+from dmafs.core.segment import Indicator, Segment, new_salt
+from dmafs.core.storage import Storage, close_all
+from dmafs.errors import CorruptionError
+from dmafs.units import SECTOR
+
+DIRECTORY = "forward"
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentLimits:
+    """When a new segment begins."""
+
+    data_sectors: int = (64 << 20) // SECTOR
+    records: int = 65536
+
+
+class ForwardJournal:
+    """The journal of one volume. Made by ``recover``."""
+
+    def __init__(self, storage: Storage, uuid: UUID, limits: SegmentLimits, clock: Callable[[], int]) -> None:
+        """Begin without segments, at seq 0; *clock* returns UTC nanoseconds."""
+        self._storage = storage
+        self._uuid = uuid
+        self._limits = limits
+        self._clock = clock
+        self.segments: list[Segment] = []
+        self.head = 0
+        self.head_time_ns = 0
+        self.durable = 0
+        self._dirty: list[Segment] = []
+        self._new_names = False
+        self._indicated = 0  # seq of the last indicator
+
+    # -- recovery -----------------------------------------------------------------------------------------------
+
+    def recover(self, *, tail: int, tail_time_ns: int, durable: int) -> None:
+        """Read the segments behind *tail*, cut off a torn end, and make the rest durable.
+
+        *durable* is the head of the pointers. Raises CorruptionError when something durable is missing.
+        """
+        self.head, self.head_time_ns = tail, tail_time_ns
+        stems = [name[: -len(".ext")] for name in self._storage.names(DIRECTORY) if name.endswith(".ext")]
+        firsts = [int(stem) for stem in stems]
+        live = max(bisect_right(firsts, tail + 1) - 1, 0)
+        for stem in stems[:live]:  # wholly behind the tail: a release that was cut off
+            self._remove_stem(stem)
+        claimed = durable
+        for stem in stems[live:]:
+            claimed = max(claimed, self._recover_segment(stem, claimed))
+        if self.head < claimed:
+            raise CorruptionError(
+                f"forward journal ends at seq {self.head}, but everything up to seq {claimed} had been made durable",
+                hint="a segment is missing or damaged; the newest history is lost, resync from the primary",
+            )
+        self.durable = claimed
+        self._drop_torn(claimed)
+        for segment in self.segments:
+            segment.trim()
+        self._storage.sync_directory(DIRECTORY)
+        last = self.last_indicator(self.head)
+        self._indicated = last.seq if last else 0
+
+    def _recover_segment(self, stem: str, durable: int) -> int:
+        """Read one segment; return the highest seq that its records call durable.
+
+        A segment that doesn't follow the one before is behind a torn end: it is only asked what it calls durable.
+        """
+        try:
+            segment = Segment.open(self._storage, f"{DIRECTORY}/{stem}", Kind.FORWARD, self._uuid)
+        except CorruptionError:
+            if self.head < durable or not self.segments:
+                raise
+            self._remove_stem(stem)  # created after the last durable moment, not even its header was written
+            return 0
+        claimed = max(segment.claimed_durable, segment.claims_beyond_end())
+        if segment.header.first != int(stem):
+            segment.close()
+            raise CorruptionError(
+                f"{segment.ext.name} begins at seq {segment.header.first}", hint="the file was renamed"
+            )
+        first_is_right = (
+            segment.header.first <= self.head + 1 if not self.segments else (segment.header.first == self.head + 1)
+        )
+        if not first_is_right:
+            segment.close()
+            if segment.header.first - 1 <= max(claimed, durable) or not self.segments:
+                raise CorruptionError(
+                    f"forward journal has no events {self.head + 1} to {segment.header.first - 1}",
+                    hint=f"a segment before {segment.ext.name} is missing or damaged",
+                )
+            segment.remove()
+            return claimed
+        self.segments.append(segment)
+        self.head = segment.next_seq - 1
+        times = [segment.times[-1:], segment.indicator_times[-1:]]
+        self.head_time_ns = max(self.head_time_ns, *(time[0] for time in times if time), 0)
+        return claimed
+
+    def _drop_torn(self, durable: int) -> None:
+        """Cut at the first event that isn't durable and whose data isn't what its checksum says."""
+        for number, segment in enumerate(self.segments):
+            if segment.next_seq - 1 < durable and number < len(self.segments) - 1:
+                continue
+            if segment.cut_torn(durable):
+                for later in self.segments[number + 1 :]:
+                    later.close()
+                    later.remove()
+                del self.segments[number + 1 :]
+                self.head = segment.next_seq - 1
+                return
+
+    def _remove_stem(self, stem: str) -> None:
+        for suffix in (".ext", ".dat"):
+            if self._storage.exists(f"{DIRECTORY}/{stem}{suffix}"):
+                self._storage.unlink(f"{DIRECTORY}/{stem}{suffix}")
+
+    # -- appending ----------------------------------------------------------------------------------------------
+
+    def append(self, start: int, length: int, data: memoryview | bytes | None) -> int:
+        """Append a write (or, with data None, a discard) of *length* sectors; return its seq.
+
+        After an exception nothing was appended. At most MAX_EXTENT_SECTORS with data, MAX_ZERO_SECTORS without.
+        """
+        assert 0 < length <= (MAX_ZERO_SECTORS if data is None else MAX_EXTENT_SECTORS)
+        segment = self._writable_segment(length if data is not None else 0)
+        time_ns = max(self._clock(), self.head_time_ns + 1)
+        segment.append_event(time_ns=time_ns, start=start, length=length, data=data, durable=self.durable)
+        self.head += 1
+        self.head_time_ns = time_ns
+        return self.head
+
+    def indicate(self, flag: Flag, name: str = "") -> None:
+        """Append a sync indicator; one without a name is left out where no event follows the one before."""
+        if self._indicated == self.head and flag in (Flag.FLUSH, Flag.TICK) and self.segments:
+            return
+        segment = self._writable_segment(0)
+        self.head_time_ns = max(self._clock(), self.head_time_ns)
+        segment.append_indicator(flag, time_ns=self.head_time_ns, durable=self.durable, name=name)
+        self._indicated = self.head
+
+    def _writable_segment(self, sectors: int) -> Segment:
+        """Return the last segment, marked dirty; begin a new one if it is full."""
+        last = self.segments[-1] if self.segments else None
+        limits = self._limits
+        full = (
+            last is not None
+            and len(last) > 0
+            and (last.data_sectors + sectors > limits.data_sectors or last.records >= limits.records)
+        )
+        if last is None or full:
+            header = Header(Kind.FORWARD, self._uuid, new_salt(), self.head + 1)
+            last = Segment.create(self._storage, f"{DIRECTORY}/{self.head + 1:020d}", header)
+            self.segments.append(last)
+            self._new_names = True
+        if not self._dirty or self._dirty[-1] is not last:
+            self._dirty.append(last)
+        return last
+
+    # -- making durable -----------------------------------------------------------------------------------------
+
+    def take_dirty(self) -> Callable[[], None]:
+        """Return a call, for any thread, that makes durable all that was appended until now."""
+        segments, new_names = self._dirty, self._new_names
+        self._dirty, self._new_names = [], False
+
+        def datasync() -> None:
+            for segment in segments:
+                segment.datasync()
+            if new_names:
+                self._storage.sync_directory(DIRECTORY)
+
+        return datasync
+
+    # -- looking up ---------------------------------------------------------------------------------------------
+
+    def segment_of(self, seq: int) -> Segment:
+        """Return the segment that holds event *seq*. O(log segments)."""
+        number = bisect_right(self.segments, seq, key=lambda segment: segment.header.first) - 1
+        segment = self.segments[number]
+        assert segment.header.first <= seq < segment.next_seq, f"seq {seq} isn't in the forward journal"
+        return segment
+
+    def time_of(self, seq: int) -> int:
+        """Return the time_ns of event *seq*."""
+        segment = self.segment_of(seq)
+        return segment.times[seq - segment.header.first]
+
+    def seq_at(self, time_ns: int, *, default: int) -> int:
+        """Return the seq of the last event with a time not after *time_ns*, or *default*. O(log events)."""
+        for segment in reversed(self.segments):
+            if len(segment) and segment.times[0] <= time_ns:
+                return segment.header.first + bisect_right(segment.times, time_ns) - 1
+        return default
+
+    def last_indicator(self, seq: int) -> Indicator | None:
+        """Return the last sync indicator at or before *seq*."""
+        for segment in reversed(self.segments):
+            index = bisect_right(segment.indicator_seqs, seq) - 1
+            if index >= 0:
+                return segment.indicator(index)
+        return None
+
+    def is_indicated(self, seq: int) -> bool:
+        """Say whether a sync indicator stands right after event *seq*."""
+        found = self.last_indicator(seq)
+        return found is not None and found.seq == seq
+
+    def marks(self) -> Iterator[Indicator]:
+        """Yield the named marks in order."""
+        for segment in self.segments:
+            yield from segment.marks()
+
+    def extents(self, after: int, upto: int) -> tuple[Ints, Ints]:
+        """Return copies of starts and stops of the events *after*+1 .. *upto*; index 0 is event *after*+1."""
+        parts = []
+        for segment in self.segments:
+            begin = max(after + 1 - segment.header.first, 0)
+            end = min(upto + 1 - segment.header.first, len(segment))
+            if begin < end:
+                parts.append(segment.extents(begin, end))
+        if not parts:
+            return np.empty(0, np.int64), np.empty(0, np.int64)
+        return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
+
+    def data_bytes(self) -> int:
+        """Return the bytes of data in all segments."""
+        return sum(segment.data_sectors for segment in self.segments) * SECTOR
+
+    # -- housekeeping -------------------------------------------------------------------------------------------
+
+    def release(self, tail: int) -> list[Segment]:
+        """Take out the segments whose events all are at or before *tail*; the caller removes and closes them.
+
+        The last segment stays, since the head is in it.
+        """
+        count = 0
+        while count + 1 < len(self.segments) and self.segments[count].next_seq - 1 <= tail:
+            count += 1
+        released = self.segments[:count]
+        self.segments = self.segments[count:]
+        self._dirty = [segment for segment in self._dirty if segment not in released]
+        return released
+
+    def close(self) -> None:
+        """Close all segments."""
+        close_all(file for segment in self.segments for file in (segment.ext, segment.dat))
+
+    def check(self) -> None:
+        """Assert the invariants."""
+        expected = self.segments[0].header.first if self.segments else self.head + 1
+        last_time = 0
+        for segment in self.segments:
+            segment.check()
+            assert segment.header.first == expected, "segments follow each other"
+            assert len(set(segment.times)) == len(segment), "times of events are distinct"
+            if len(segment):
+                assert segment.times[0] > last_time, "times increase from segment to segment"
+                last_time = segment.times[-1]
+            expected = segment.next_seq
+        assert expected == self.head + 1, "the last segment ends at the head"
+        assert self.durable <= self.head
+        assert last_time <= self.head_time_ns

@@ -1,0 +1,134 @@
+"""Moments: one instant across all volumes of a store, and what a spelling of it means.
+
+The canonical time of a moment is the greatest of its volumes' canonical times. Nothing happened on any volume between a
+volume's own time and that, so the canonical time resolves to the same seqs, and equal states have equal names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from dmafs.core.points import landmarks, seq_at, seq_named
+from dmafs.core.snapshots import Snapshot
+from dmafs.core.volume import Volume
+from dmafs.errors import InputError, NoSuchPointError, NoSuchSnapshotError
+from dmafs.units import AtSeq, AtTime, TimeNs, format_time, parse_canonical, parse_spelling
+
+LATEST: Final = "latest"
+
+Volumes = Mapping[str, Volume]
+
+
+def seqs_at(volumes: Volumes, time_ns: int) -> dict[str, int]:
+    """Return the seq of each volume at *time_ns*; volumes without a point there are left out.
+
+    NoSuchPointError if that leaves none.
+    """
+    seqs, problem = {}, None
+    for name, volume in volumes.items():
+        try:
+            seqs[name] = seq_at(volume, time_ns)
+        except NoSuchPointError as error:
+            problem = error
+    if not seqs:
+        assert problem is not None
+        raise problem
+    return seqs
+
+
+def canonical(volumes: Volumes, time_ns: int) -> TimeNs:
+    """Return the canonical time of the moment that *time_ns* means."""
+    return TimeNs(max(volumes[name].time_of(seq) for name, seq in seqs_at(volumes, time_ns).items()))
+
+
+def resolve(volumes: Volumes, text: str) -> TimeNs:
+    """Return the canonical time of the moment that a spelling means; NoSuchPointError if there is none."""
+    if text == LATEST:
+        return canonical(volumes, max(snapshot.time_ns for snapshot in latest(volumes).values()))
+    clock = next(iter(volumes.values())).clock
+    try:
+        spelling = parse_spelling(text, now=TimeNs(clock()))
+    except InputError as error:
+        raise NoSuchPointError(error.message, hint=error.hint) from error
+    if isinstance(spelling, AtTime):
+        return canonical(volumes, spelling.time)
+    if isinstance(spelling, AtSeq):
+        return canonical(volumes, _time_of_seq(volumes, spelling.seq, text) - spelling.offset_ns)
+    return canonical(volumes, _time_of_name(volumes, spelling.name) - spelling.offset_ns)
+
+
+def _time_of_seq(volumes: Volumes, seq: int, text: str) -> int:
+    if len(volumes) > 1:
+        raise NoSuchPointError(
+            f"{text} means another moment in each of {len(volumes)} volumes", hint="give a time or a snapshot's name"
+        )
+    (volume,) = volumes.values()
+    if not volume.recoverable(seq):
+        raise NoSuchPointError(
+            f"volume {volume.info.name} has no recoverable point at seq {seq}", hint="list them: dmafs ls STORE"
+        )
+    return volume.time_of(seq)
+
+
+def _time_of_name(volumes: Volumes, name: str) -> int:
+    times = []
+    for volume in volumes.values():
+        seq = seq_named(volume, name)
+        if seq is not None:
+            times.append(volume.time_of(seq))
+    if not times:
+        raise NoSuchPointError(f"no snapshot or mark named {name}", hint="list them with: dmafs ls STORE")
+    return max(times)
+
+
+def snapshot_groups(volumes: Volumes) -> dict[str, dict[str, Snapshot]]:
+    """Return all snapshots by id (name or canonical time), then by volume; oldest first."""
+    found: list[tuple[int, str, str, Snapshot]] = []
+    for name, volume in volumes.items():
+        found += [(snap.time_ns, snapshot_id(snap), name, snap) for snap in volume.snapshots]
+    groups: dict[str, dict[str, Snapshot]] = {}
+    for _, identifier, name, snapshot in sorted(found, key=lambda entry: entry[:3]):
+        groups.setdefault(identifier, {})[name] = snapshot
+    return groups
+
+
+def snapshot_id(snapshot: Snapshot) -> str:
+    """Return what a snapshot is called: its name or its canonical time."""
+    return snapshot.name or format_time(snapshot.time_ns)
+
+
+def snapshot_group(volumes: Volumes, identifier: str) -> dict[str, Snapshot]:
+    """Return the snapshots called *identifier* by volume; NoSuchSnapshotError if there is none."""
+    group = {}
+    time_ns = parse_canonical(identifier)
+    for name, volume in volumes.items():
+        if time_ns is None:
+            snapshot = volume.snapshots.find(identifier)
+        else:
+            snapshot = volume.snapshots.newest_before(time_ns, volume.journal.head + 1)
+        if snapshot is not None and snapshot_id(snapshot) == identifier:
+            group[name] = snapshot
+    if not group:
+        raise NoSuchSnapshotError(f"no snapshot named {identifier}", hint="list them with: dmafs ls STORE")
+    return group
+
+
+def latest(volumes: Volumes) -> dict[str, Snapshot]:
+    """Return the newest snapshot by volume; NoSuchSnapshotError if there is none."""
+    groups = snapshot_groups(volumes)
+    if not groups:
+        raise NoSuchSnapshotError("there is no snapshot yet", hint="take one: dmafs snapshot STORE NAME")
+    return groups[list(groups)[-1]]
+
+
+def landmark_times(volumes: Volumes) -> tuple[list[TimeNs], dict[str, TimeNs]]:
+    """Return the canonical times worth listing, ascending, and the canonical times of named marks and snapshots."""
+    times, names = set(), {}
+    for volume in volumes.values():
+        for point in landmarks(volume):
+            time_ns = canonical(volumes, point.time_ns)
+            times.add(time_ns)
+            if point.name:
+                names[point.name] = time_ns
+    return sorted(times), names

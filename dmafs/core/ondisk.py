@@ -1,0 +1,325 @@
+"""The on-disk formats: segment headers, descriptor records, pointer slots, volume.json.
+
+All integers are little-endian. A checksum is xxh3-64 seeded with the *salt* of the file it stands in, so bytes left over
+from an earlier life of a file can never look valid.
+
+Segment header, the first 512 bytes of each ``.ext`` file::
+
+    offset  bytes  field
+         0      8  magic "DMAFSEXT"
+         8      4  format version
+        12      4  kind: 1 forward, 2 backward
+        16     16  volume UUID
+        32      8  salt
+        40      8  first: seq of the first event (forward), 1 (backward)
+        48      8  seq of the snapshot (backward), 0 (forward)
+        56      8  time_ns of the snapshot (backward), 0 (forward)
+        64      4  flags: 1 temporary (a snapshot kept only while somebody holds its image open)
+        68      4  length of the name in bytes
+        72    256  name, UTF-8, padded with zeros
+       328    176  zeros
+       504      8  checksum of bytes 0-503, seed 0
+
+Descriptor record, 64 bytes each from offset 512 on (fig. 7, queue 701; fig. 13, queue 1300)::
+
+    offset  bytes  field
+         0      8  seq: dense from ``first`` for events; of the last event before it for sync indicators
+         8      8  time_ns at capture
+        16      8  start, sector in the logical address space
+        24      4  length in sectors
+        28      4  flags: 1 data, 2 zeros (discard, hole), 4 flush, 8 tick, 16 mark, 32 dropped, 64 copy complete
+        32      8  physical, sector in the .dat file
+        40      8  checksum of the data (0 without data)
+        48      8  durable: journal and primary were durable up to this seq when the record was written
+        56      8  checksum of bytes 0-55, seed: the file's salt
+
+A record is valid iff (1) its checksum matches; (2) flags hold exactly one kind; (3) an event's seq is that of the event
+before it plus one, an indicator's is that of the event before it; (4) an event's length isn't 0, and of data at most
+``MAX_EXTENT_SECTORS``. The queue ends before its first invalid record. A mark's name is one sector of data.
+
+Pointer slot, 512 bytes, at offset 0 and at offset 4096 of ``pointers``; the valid one of the higher generation counts::
+
+    offset  bytes  field
+         0      8  magic "DMAFSPTR"
+         8      4  format version
+        12      4  flags: 1 clean (closed in order), 2 copied (the initial copy is complete)
+        16     16  volume UUID
+        32      8  generation
+        40      8  durable: the head; journal and primary are durable up to this seq
+        48      8  mirror: the tail; seq of the mirror's content
+        56      8  time_ns of the mirror's content
+        64      8  target of the sync in progress, 0 if none
+        72      8  time_ns of that target
+        80      8  seq of the open snapshot, 0 if none
+        88      8  copied: sectors done by the initial copy
+        96      8  origin: seq of the first recoverable point
+       104      8  time_ns of the origin
+       112     16  boot id of the kernel under which the volume was opened last
+       128    376  zeros
+       504      8  checksum of bytes 0-503, seed 0
+
+``volume.json`` has the keys format, uuid, name, size_sectors, source, tap, created_ns.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import struct
+from dataclasses import dataclass
+from enum import IntEnum, IntFlag
+from typing import Final
+from uuid import UUID
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from dmafs.core.extent import MAX_EXTENT_SECTORS
+from dmafs.errors import CorruptionError, VersionError
+
+FORMAT_VERSION: Final = 1
+HEADER_SIZE: Final = 512
+RECORD_SIZE: Final = 64
+SLOT_SIZE: Final = 512
+SLOT_OFFSETS: Final = (0, 4096)
+POINTERS_SIZE: Final = 8192
+VOLUME_JSON_LIMIT: Final = 65536
+NAME_LIMIT: Final = 256
+
+_HEADER = struct.Struct("<8sII16sQQQQII256s176x")
+_RECORD = struct.Struct("<QQQIIQQQ")
+_CHECKSUM = struct.Struct("<Q")
+_SLOT = struct.Struct("<8sII16sQQQQQQQQQQ16s376x")
+_HEADER_MAGIC: Final = b"DMAFSEXT"
+_SLOT_MAGIC: Final = b"DMAFSPTR"
+
+RECORD_DTYPE: Final = np.dtype(
+    [
+        ("seq", "<u8"),
+        ("time_ns", "<u8"),
+        ("start", "<u8"),
+        ("length", "<u4"),
+        ("flags", "<u4"),
+        ("physical", "<u8"),
+        ("data_checksum", "<u8"),
+        ("durable", "<u8"),
+        ("checksum", "<u8"),
+    ]
+)
+Records = npt.NDArray[np.void]
+
+
+class Kind(IntEnum):
+    """Which journal a segment belongs to."""
+
+    FORWARD = 1
+    BACKWARD = 2
+
+
+class Flag(IntFlag):
+    """What a record is: one of these."""
+
+    DATA = 1
+    ZERO = 2
+    FLUSH = 4
+    TICK = 8
+    MARK = 16
+    DROPPED = 32
+    COPIED = 64
+
+
+EVENT_FLAGS: Final = (int(Flag.DATA), int(Flag.ZERO))
+_KINDS: Final = frozenset(int(flag) for flag in Flag)
+
+
+def checksum(data: bytes | bytearray | memoryview) -> int:
+    """Return the checksum of an extent's data."""
+    return xxhash.xxh3_64_intdigest(data)
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """The header of a segment; see the table above."""
+
+    kind: Kind
+    uuid: UUID
+    salt: int
+    first: int
+    snapshot_seq: int = 0
+    snapshot_time_ns: int = 0
+    temporary: bool = False
+    name: str = ""
+
+    def encode(self) -> bytes:
+        """Return the 512 bytes of the header."""
+        name = self.name.encode()
+        assert len(name) <= NAME_LIMIT
+        body = _HEADER.pack(
+            _HEADER_MAGIC,
+            FORMAT_VERSION,
+            self.kind,
+            self.uuid.bytes,
+            self.salt,
+            self.first,
+            self.snapshot_seq,
+            self.snapshot_time_ns,
+            int(self.temporary),
+            len(name),
+            name,
+        )
+        return body + _CHECKSUM.pack(checksum(body))
+
+    @classmethod
+    def decode(cls, data: bytes | bytearray, where: str) -> Header:
+        """Return the header in *data*; CorruptionError or VersionError naming *where* if it is none of ours."""
+        _check_block(data, HEADER_SIZE, _HEADER_MAGIC, where)
+        (_, _, kind, uuid, salt, first, seq, time_ns, flags, length, name) = _HEADER.unpack_from(data)
+        try:
+            if flags > 1 or length > NAME_LIMIT:
+                raise ValueError
+            return cls(Kind(kind), UUID(bytes=uuid), salt, first, seq, time_ns, bool(flags), name[:length].decode())
+        except ValueError as error:
+            raise CorruptionError(f"header of {where} has a field out of range", hint="the file is foreign") from error
+
+
+def _check_block(data: bytes | bytearray, size: int, magic: bytes, where: str) -> None:
+    """Check length, magic, version and checksum of a header or slot of 512 bytes."""
+    if len(data) != size or data[:8] != magic:
+        raise CorruptionError(f"{where} doesn't begin with {magic.decode()}", hint="the file is foreign or damaged")
+    version = int.from_bytes(data[8:12], "little")
+    if version != FORMAT_VERSION:
+        raise VersionError(
+            f"{where} has format version {version}, this program knows {FORMAT_VERSION}",
+            hint="use the version of dmafs that wrote it",
+        )
+    if _CHECKSUM.unpack_from(data, size - 8)[0] != checksum(memoryview(data)[: size - 8]):
+        raise CorruptionError(f"checksum of {where} doesn't match", hint="the file is damaged")
+
+
+def encode_record(
+    salt: int,
+    *,
+    seq: int,
+    time_ns: int,
+    start: int,
+    length: int,
+    flags: int,
+    physical: int,
+    data_checksum: int,
+    durable: int,
+) -> bytes:
+    """Return the 64 bytes of a descriptor record."""
+    body = _RECORD.pack(seq, time_ns, start, length, flags, physical, data_checksum, durable)
+    return body + _CHECKSUM.pack(xxhash.xxh3_64_intdigest(body, seed=salt))
+
+
+def decode_records(data: bytes | bytearray | memoryview, salt: int, *, next_seq: int) -> Records:
+    """Return the longest valid run of records at the beginning of *data*, as an array of ``RECORD_DTYPE``.
+
+    *next_seq* is the seq that the first event must have. Damaged bytes end the run and raise nothing. O(n).
+    """
+    view = memoryview(data)[: len(data) // RECORD_SIZE * RECORD_SIZE]
+    records = np.frombuffer(view, RECORD_DTYPE)
+    digest = xxhash.xxh3_64_intdigest
+    count = 0
+    for stored, offset in zip(records["checksum"].tolist(), range(0, len(view), RECORD_SIZE), strict=True):
+        if digest(view[offset : offset + RECORD_SIZE - 8], seed=salt) != stored:
+            break
+        count += 1
+    records = records[:count]
+    flags = records["flags"]
+    event = np.isin(flags, EVENT_FLAGS)
+    expected = np.uint64(next_seq - 1) + np.cumsum(event, dtype=np.uint64)
+    valid = np.isin(flags, list(_KINDS)) & (records["seq"] == expected)
+    valid &= ~event | (records["length"] > 0)
+    valid &= (flags != int(Flag.DATA)) | (records["length"] <= MAX_EXTENT_SECTORS)
+    bad = np.flatnonzero(~valid)
+    return records[: bad[0]] if len(bad) else records
+
+
+@dataclass(frozen=True, slots=True)
+class Pointers:
+    """The contents of a pointer slot; see the table above."""
+
+    uuid: UUID
+    generation: int = 0
+    clean: bool = False
+    copied: bool = False
+    durable: int = 0
+    mirror_seq: int = 0
+    mirror_time_ns: int = 0
+    sync_target: int = 0
+    sync_time_ns: int = 0
+    open_snapshot: int = 0
+    copied_sectors: int = 0
+    origin_seq: int = 0
+    origin_time_ns: int = 0
+    boot_id: UUID = UUID(int=0)
+
+    def encode(self) -> bytes:
+        """Return the 512 bytes of the slot."""
+        body = _SLOT.pack(
+            _SLOT_MAGIC,
+            FORMAT_VERSION,
+            int(self.clean) | int(self.copied) << 1,
+            self.uuid.bytes,
+            self.generation,
+            self.durable,
+            self.mirror_seq,
+            self.mirror_time_ns,
+            self.sync_target,
+            self.sync_time_ns,
+            self.open_snapshot,
+            self.copied_sectors,
+            self.origin_seq,
+            self.origin_time_ns,
+            self.boot_id.bytes,
+        )
+        return body + _CHECKSUM.pack(checksum(body))
+
+    @classmethod
+    def decode(cls, data: bytes | bytearray, where: str) -> Pointers:
+        """Return the slot in *data*; CorruptionError or VersionError naming *where* if it is none of ours."""
+        _check_block(data, SLOT_SIZE, _SLOT_MAGIC, where)
+        (_, _, flags, uuid, generation, d, m, mt, s, st, o, c, q, qt, boot_id) = _SLOT.unpack_from(data)
+        clean, copied = bool(flags & 1), bool(flags & 2)
+        return cls(UUID(bytes=uuid), generation, clean, copied, d, m, mt, s, st, o, c, q, qt, UUID(bytes=boot_id))
+
+
+@dataclass(frozen=True, slots=True)
+class VolumeInfo:
+    """The contents of volume.json, written once when the volume is created."""
+
+    uuid: UUID
+    name: str
+    size_sectors: int
+    source: str
+    tap: str
+    created_ns: int
+
+    def encode(self) -> bytes:
+        """Return the JSON text."""
+        fields = {"format": FORMAT_VERSION, **dataclasses.asdict(self), "uuid": str(self.uuid)}
+        return json.dumps(fields, indent=2).encode() + b"\n"
+
+    @classmethod
+    def decode(cls, data: bytes, where: str) -> VolumeInfo:
+        """Return what the JSON text holds; CorruptionError or VersionError naming *where* otherwise."""
+        try:
+            fields = json.loads(data)
+            version = fields.pop("format")
+            if version != FORMAT_VERSION:
+                raise VersionError(
+                    f"{where} has format version {version}, this program knows {FORMAT_VERSION}",
+                    hint="use the version of dmafs that wrote it",
+                )
+            info = cls(**{**fields, "uuid": UUID(fields["uuid"])})
+            types = (info.name, str), (info.source, str), (info.tap, str), (info.created_ns, int)
+            if not all(isinstance(value, kind) for value, kind in types) or not info.size_sectors > 0:
+                raise ValueError
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise CorruptionError(
+                f"{where} doesn't describe a volume", hint="the file is foreign or damaged"
+            ) from error
+        return info

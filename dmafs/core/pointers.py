@@ -1,0 +1,76 @@
+"""The pointer slots: the only place where head, tail and a sync in progress are persisted.
+
+Two slots of one file are written in turn, each with a checksum and a generation, so a torn write leaves the other one.
+An update is durable when ``update`` returns. Any thread may update; updates exclude each other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from typing import Any
+from uuid import UUID
+
+from dmafs.core.ondisk import POINTERS_SIZE, SLOT_OFFSETS, SLOT_SIZE, Pointers
+from dmafs.core.storage import Storage
+from dmafs.errors import CorruptionError
+
+NAME = "pointers"
+
+
+class PointerFile:
+    """The pointers of one volume; ``now`` is what is durable."""
+
+    def __init__(self, storage: Storage, uuid: UUID) -> None:
+        """Open the file and take the newer valid slot; CorruptionError if there is none of this volume's."""
+        self._file = storage.open(NAME)
+        self._lock = threading.Lock()
+        try:
+            self.now = self._newest(uuid)
+        except BaseException:
+            self._file.close()
+            raise
+
+    @staticmethod
+    def create(storage: Storage, pointers: Pointers) -> None:
+        """Create the file with *pointers* in both slots."""
+        file = storage.create(NAME)
+        try:
+            file.truncate(POINTERS_SIZE)
+            for offset in SLOT_OFFSETS:
+                file.write([pointers.encode()], offset)
+            file.datasync()
+        finally:
+            file.close()
+
+    def _newest(self, uuid: UUID) -> Pointers:
+        found, problems = [], []
+        for offset in SLOT_OFFSETS:
+            data = bytearray(SLOT_SIZE)
+            self._file.read_into(data, offset)
+            try:
+                found.append(Pointers.decode(data, f"{self._file.name} at byte {offset}"))
+            except CorruptionError as error:
+                problems.append(error)
+        if not found:
+            raise problems[0]
+        newest = max(found, key=lambda pointers: pointers.generation)
+        if newest.uuid != uuid:
+            raise CorruptionError(
+                f"{self._file.name} belongs to volume {newest.uuid}, not to {uuid}",
+                hint="the file comes from another store",
+            )
+        return newest
+
+    def update(self, **changes: Any) -> None:
+        """Change fields, durably."""
+        with self._lock:
+            generation = self.now.generation + 1
+            changed = dataclasses.replace(self.now, **changes, generation=generation)
+            self._file.write([changed.encode()], SLOT_OFFSETS[generation % 2])
+            self._file.datasync()
+            self.now = changed
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()

@@ -1,0 +1,116 @@
+"""Points: which moments of a volume can be had, and what a time or a name means.
+
+A time T means: after every event with a time not after T. From the mirror on every write is a point; before it T resolves
+down to the newest snapshot at or before it. Before the first recoverable point and in the future there is nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from dmafs.core.volume import Volume
+from dmafs.errors import NoSuchPointError
+from dmafs.units import format_rfc3339
+
+GRID_POINTS: Final = 60
+"""At most so many points of the coarse grid are listed."""
+_GRID_STEPS_S: Final = (1, 5, 15, 60, 300, 900, 3600, 4 * 3600, 86400, 7 * 86400, 28 * 86400, 364 * 86400)
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One recoverable moment; *kind* is origin, snapshot, mark, grid or newest."""
+
+    seq: int
+    time_ns: int
+    kind: str
+    name: str = ""
+
+
+def seq_at(volume: Volume, time_ns: int) -> int:
+    """Return the seq that *time_ns* means; NoSuchPointError before the beginning and in the future. O(log n)."""
+    now = volume.pointers.now
+    name, text = volume.info.name, _shown(time_ns)
+    if not now.copied:
+        raise NoSuchPointError(
+            f"volume {name} has no recoverable point yet: the initial copy isn't complete",
+            hint="wait until dmafs status says protected",
+        )
+    if time_ns > max(volume.clock(), volume.journal.head_time_ns):
+        raise NoSuchPointError(f"time {text} is in the future", hint="the newest state is in live/")
+    first = max(volume.floor, now.origin_seq)
+    if time_ns >= volume.time_of(first):
+        return max(volume.journal.seq_at(time_ns, default=first), first)
+    snapshot = volume.snapshots.newest_before(time_ns, volume.floor)
+    if snapshot is None:
+        oldest = oldest_point(volume)
+        raise NoSuchPointError(
+            f"time {text} is before the first recoverable point of volume {name}",
+            hint=f"history begins at {_shown(oldest.time_ns)}",
+        )
+    return snapshot.seq
+
+
+def oldest_point(volume: Volume) -> Point:
+    """Return the first recoverable point."""
+    for snapshot in volume.snapshots:
+        if volume.recoverable(snapshot.seq):
+            return Point(snapshot.seq, snapshot.time_ns, "snapshot", snapshot.name)
+    seq = max(volume.floor, volume.pointers.now.origin_seq)
+    return Point(seq, volume.time_of(seq), "origin")
+
+
+def seq_named(volume: Volume, name: str) -> int | None:
+    """Return the seq of the snapshot or the newest recoverable mark called *name*, or None."""
+    snapshot = volume.snapshots.find(name)
+    if snapshot is not None:
+        return snapshot.seq
+    for mark in reversed(list(volume.journal.marks())):
+        if mark.name == name and volume.recoverable(mark.seq):
+            return mark.seq
+    return None
+
+
+def landmarks(volume: Volume) -> list[Point]:
+    """Return the points worth listing, oldest first: snapshots, marks, a coarse grid, the newest point."""
+    if not volume.pointers.now.copied:
+        return []
+    found = [Point(snap.seq, snap.time_ns, "snapshot", snap.name) for snap in volume.snapshots]
+    found += [
+        Point(mark.seq, volume.time_of(mark.seq), "mark", mark.name)
+        for mark in volume.journal.marks()
+        if volume.recoverable(mark.seq)
+    ]
+    taken = {point.seq for point in found}
+    first = max(volume.floor, volume.pointers.now.origin_seq)
+    ends = [(first, "origin" if first == volume.pointers.now.origin_seq else "mirror"), (volume.journal.head, "newest")]
+    for seq, kind in [*ends, *((seq, "grid") for seq in _grid(volume, first))]:
+        if seq not in taken:
+            taken.add(seq)
+            found.append(Point(seq, volume.time_of(seq), kind))
+    return sorted(found, key=lambda point: (point.seq, point.name))
+
+
+def _grid(volume: Volume, first: int) -> Iterator[int]:
+    """Yield the last flushed seqs before round times since the mirror, at most GRID_POINTS of them."""
+    begin, end = volume.time_of(first), volume.journal.head_time_ns
+    step = next((s for s in _GRID_STEPS_S if (end - begin) // (s * 10**9) < GRID_POINTS), _GRID_STEPS_S[-1]) * 10**9
+    for time_ns in range((begin // step + 1) * step, end, step):
+        indicator = volume.journal.last_indicator(volume.journal.seq_at(time_ns, default=first))
+        if indicator is not None and volume.recoverable(indicator.seq):
+            yield indicator.seq
+
+
+def consistency(volume: Volume, seq: int) -> str:
+    """Return ``exact`` if the image ends at a sync indicator (a flush, tick or mark of the primary), else ``crash``."""
+    at_indicator = seq < volume.floor or seq == volume.pointers.now.origin_seq or volume.journal.is_indicated(seq)
+    return "exact" if at_indicator else "crash"
+
+
+def _shown(time_ns: int) -> str:
+    try:
+        return format_rfc3339(time_ns)
+    except (AssertionError, ValueError, OverflowError):
+        return f"{time_ns} ns"

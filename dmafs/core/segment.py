@@ -1,0 +1,496 @@
+"""A segment: one pair of queues, extent descriptors (``.ext``) and the data they point to (``.dat``); fig. 7 and 13.
+
+The forward journal is a row of segments, each snapshot's part of the backward journal is one segment.
+
+Invariants:
+
+1. Records and data are only ever appended. What ``append`` has returned from is in the files, though not durable.
+2. A descriptor is never made durable before its data in the backward journal; in the forward journal both may become
+   durable in any order, so the data of records after the last durable one is verified on opening.
+3. The columns in memory equal the valid records of the file. They are packed arrays: about 50 bytes an extent.
+4. Data is served only after the checksum of the whole extent was verified once since the segment was opened.
+
+One thread appends. Any thread may read extents that were in the columns before it began.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+from uuid import UUID
+
+import numpy as np
+
+from dmafs.core.extent import Ints
+from dmafs.core.ondisk import (
+    EVENT_FLAGS,
+    HEADER_SIZE,
+    RECORD_SIZE,
+    Flag,
+    Header,
+    Kind,
+    Records,
+    checksum,
+    decode_records,
+    encode_record,
+)
+from dmafs.core.storage import Buffer, File, Storage
+from dmafs.errors import CorruptionError
+from dmafs.units import SECTOR
+
+SCAN_BYTES: Final = 4 << 20
+"""How much of a descriptor queue is decoded at once: bounds the memory of opening."""
+
+
+@dataclass(frozen=True, slots=True)
+class Indicator:
+    """A sync indicator: a point of the primary that was flushed, ticked or named (fig. 7, 710)."""
+
+    seq: int
+    time_ns: int
+    flag: Flag
+    name: str = ""
+
+
+class Segment:
+    """One ``.ext``/``.dat`` pair, with its descriptors in memory. Made by ``create`` or ``open``."""
+
+    def __init__(self, storage: Storage, stem: str, header: Header, ext: File, dat: File) -> None:
+        """Take ownership of two open files."""
+        self._storage = storage
+        self.stem = stem
+        self.header = header
+        self.ext = ext
+        self.dat = dat
+        self.starts = array("q")
+        self.lengths = array("q")
+        self.physicals = array("q")
+        self.times = array("q")
+        self._checksums = array("Q")
+        self._flags = bytearray()  # of each event
+        self._verified = bytearray()  # 1 once the checksum of the event's data was right
+        self.indicator_seqs = array("q")
+        self.indicator_times = array("q")
+        self.indicator_flags = bytearray()
+        self._mark_places: dict[int, tuple[int, int, int]] = {}  # indicator index -> physical, length, checksum
+        self.records = 0
+        self.data_sectors = 0
+        self.claimed_durable = 0
+
+    @classmethod
+    def create(cls, storage: Storage, stem: str, header: Header, *, suffix: str = ".ext") -> Segment:
+        """Create the pair of files; leftovers of a creation that was cut off are replaced."""
+        for leftover in (suffix, ".dat"):
+            with contextlib.suppress(FileNotFoundError):
+                storage.unlink(stem + leftover)
+        dat = storage.create(stem + ".dat")
+        ext = storage.create(stem + suffix)
+        ext.write([header.encode()], 0)
+        return cls(storage, stem, header, ext, dat)
+
+    @classmethod
+    def open(cls, storage: Storage, stem: str, kind: Kind, uuid: UUID, *, suffix: str = ".ext") -> Segment:
+        """Open the pair and read its descriptors up to the first invalid record. O(records)."""
+        try:
+            ext = storage.open(stem + suffix)
+        except FileNotFoundError:
+            raise _missing(stem + suffix) from None
+        try:
+            dat = storage.open(stem + ".dat")
+        except FileNotFoundError:
+            ext.close()
+            raise _missing(stem + ".dat") from None
+        try:
+            header = read_header(ext, kind, uuid)
+            segment = cls(storage, stem, header, ext, dat)
+            segment._scan()
+        except BaseException:
+            ext.close()
+            dat.close()
+            raise
+        return segment
+
+    def __len__(self) -> int:
+        """Return the number of events."""
+        return len(self.starts)
+
+    @property
+    def next_seq(self) -> int:
+        """Return the seq that the next event will have."""
+        return self.header.first + len(self.starts)
+
+    @property
+    def ext_size(self) -> int:
+        """Return the number of bytes of the descriptor queue that count."""
+        return HEADER_SIZE + self.records * RECORD_SIZE
+
+    # -- reading the descriptor queue ---------------------------------------------------------------------------
+
+    def _scan(self) -> None:
+        size = self.ext.size()
+        while self.ext_size + RECORD_SIZE <= size:
+            begin = self.ext_size
+            data = bytearray(min(SCAN_BYTES, (size - begin) // RECORD_SIZE * RECORD_SIZE))
+            self.ext.read_into(data, begin)
+            records = decode_records(data, self.header.salt, next_seq=self.next_seq)
+            self._absorb(records)
+            if len(records) * RECORD_SIZE < len(data):
+                break
+        if self.data_sectors * SECTOR > self.dat.size():
+            self._cut_to_data()
+
+    def _absorb(self, records: Records) -> None:
+        """Add decoded records to the columns."""
+        if not len(records):
+            return
+        event = np.isin(records["flags"], EVENT_FLAGS)
+        events = records[event]
+        for column, field in (
+            (self.starts, "start"),
+            (self.lengths, "length"),
+            (self.physicals, "physical"),
+            (self.times, "time_ns"),
+        ):
+            column.frombytes(events[field].astype(np.int64).tobytes())
+        self._checksums.frombytes(events["data_checksum"].tobytes())
+        self._flags += events["flags"].astype(np.uint8).tobytes()
+        self._verified += bytes(len(events))
+        indicators = records[~event]
+        names = np.flatnonzero(indicators["flags"] == int(Flag.MARK)).tolist()
+        for index in names:
+            place = indicators[index]
+            where = len(self.indicator_seqs) + index
+            self._mark_places[where] = int(place["physical"]), int(place["length"]), int(place["data_checksum"])
+        self.indicator_seqs.frombytes(indicators["seq"].astype(np.int64).tobytes())
+        self.indicator_times.frombytes(indicators["time_ns"].astype(np.int64).tobytes())
+        self.indicator_flags += indicators["flags"].astype(np.uint8).tobytes()
+        with_data = np.isin(records["flags"], (int(Flag.DATA), int(Flag.MARK)))
+        ends = np.where(with_data, records["physical"] + records["length"], 0)
+        self.data_sectors = max(self.data_sectors, int(ends.max()))
+        self.claimed_durable = max(self.claimed_durable, int(records["durable"].max()))
+        self.records += len(records)
+
+    def _cut_to_data(self) -> None:
+        """Forget what lies past the end of the data file: the pair was cut between its two files."""
+        available = self.dat.size() // SECTOR
+        for index in range(len(self)):
+            if self._flags[index] == Flag.DATA and self.physicals[index] + self.lengths[index] > available:
+                self.cut(self.header.first + index)
+                break
+        for index, (physical, length, _) in self._mark_places.items():
+            if physical + length > available:
+                self.cut(self.indicator_seqs[index] + 1, indicators=index)
+                break
+
+    def claims_beyond_end(self) -> int:
+        """Return the highest seq that a record after the first invalid one calls durable, or 0.
+
+        If that is not less than ``next_seq``, the invalid record had been durable, and it isn't the torn end of
+        the queue but damage.
+        """
+        size, highest = self.ext.size(), 0
+        for begin in range(self.ext_size + RECORD_SIZE, size - RECORD_SIZE + 1, SCAN_BYTES):
+            data = bytearray(min(SCAN_BYTES, (size - begin) // RECORD_SIZE * RECORD_SIZE))
+            self.ext.read_into(data, begin)
+            for offset in range(0, len(data), RECORD_SIZE):
+                record = memoryview(data)[offset : offset + RECORD_SIZE]
+                seq = int.from_bytes(record[:8], "little")
+                kind = int.from_bytes(record[28:32], "little") in EVENT_FLAGS
+                found = decode_records(record, self.header.salt, next_seq=seq if kind else seq + 1)
+                if len(found):
+                    highest = max(highest, int(found[0]["durable"]))
+        return highest
+
+    def cut_torn(self, after_seq: int) -> bool:
+        """Forget the first event or mark after *after_seq* whose data doesn't match its checksum, and all behind it.
+
+        Returns whether something was cut. Reads all data after *after_seq*.
+        """
+        torn = self.next_seq
+        for index in range(max(0, after_seq + 1 - self.header.first), len(self)):
+            try:
+                self.verify(index)
+            except CorruptionError:
+                torn = self.header.first + index
+                break
+        for index in list(self._mark_places):
+            seq = self.indicator_seqs[index]
+            if after_seq <= seq < torn:
+                try:
+                    self.indicator(index)
+                except CorruptionError:
+                    self.cut(seq + 1, indicators=index)
+                    return True
+        if torn < self.next_seq:
+            self.cut(torn)
+            return True
+        return False
+
+    def cut(self, seq: int, *, indicators: int | None = None) -> None:
+        """Forget event *seq* and all after it, and the indicators after the event before it (or from a number on).
+
+        The files are truncated and synced: leftovers must not look valid once new records have been appended.
+        """
+        keep = seq - self.header.first
+        assert 0 <= keep <= len(self)
+        marks = int(np.searchsorted(np.array(self.indicator_seqs, np.int64), seq, "left"))
+        if indicators is not None:
+            marks = min(marks, indicators)
+        for column in (self.starts, self.lengths, self.physicals, self.times, self._checksums):
+            del column[keep:]
+        del self._flags[keep:]
+        del self._verified[keep:]
+        del self.indicator_seqs[marks:]
+        del self.indicator_times[marks:]
+        del self.indicator_flags[marks:]
+        self._mark_places = {index: place for index, place in self._mark_places.items() if index < marks}
+        self.records = keep + marks
+        ends = [place[0] + place[1] for place in self._mark_places.values()]
+        data = [index for index in range(keep - 1, -1, -1) if self._flags[index] == Flag.DATA][:1]
+        self.data_sectors = max([self.physicals[index] + self.lengths[index] for index in data] + ends, default=0)
+        self.trim()
+
+    def trim(self) -> None:
+        """Truncate both files to what counts, durably."""
+        if self.ext.size() != self.ext_size:
+            self.ext.truncate(self.ext_size)
+        if self.dat.size() != self.data_sectors * SECTOR:
+            self.dat.truncate(self.data_sectors * SECTOR)
+        self.datasync()
+
+    # -- appending ----------------------------------------------------------------------------------------------
+
+    def append_event(self, *, time_ns: int, start: int, length: int, data: Buffer | None, durable: int) -> None:
+        """Append one event; *data* is ``length * 512`` bytes or None for zeros. Two system calls (one for zeros).
+
+        After an exception nothing counts as appended, and the next append takes the same place.
+        """
+        flag, digest = Flag.ZERO, 0
+        if data is not None:
+            assert len(data) == length * SECTOR
+            flag, digest = Flag.DATA, checksum(data)
+            self.dat.write([data], self.data_sectors * SECTOR)
+        record = encode_record(
+            self.header.salt,
+            seq=self.next_seq,
+            time_ns=time_ns,
+            start=start,
+            length=length,
+            flags=flag,
+            physical=self.data_sectors,
+            data_checksum=digest,
+            durable=durable,
+        )
+        self.ext.write([record], self.ext_size)
+        self._add(time_ns, start, length, flag, digest)
+
+    def _add(self, time_ns: int, start: int, length: int, flag: Flag, digest: int) -> None:
+        self.starts.append(start)
+        self.lengths.append(length)
+        self.physicals.append(self.data_sectors)
+        self.times.append(time_ns)
+        self._checksums.append(digest)
+        self._flags.append(flag)
+        self._verified.append(0)
+        self.records += 1
+        if flag == Flag.DATA:
+            self.data_sectors += length
+
+    def append_indicator(self, flag: Flag, *, time_ns: int, durable: int, name: str = "") -> None:
+        """Append a sync indicator; a name is kept as one sector of data."""
+        digest, length = 0, 0
+        if name:
+            text = name.encode().ljust(SECTOR, b"\0")
+            assert len(text) == SECTOR
+            digest, length = checksum(text), 1
+            self.dat.write([text], self.data_sectors * SECTOR)
+        record = encode_record(
+            self.header.salt,
+            seq=self.next_seq - 1,
+            time_ns=time_ns,
+            start=0,
+            length=length,
+            flags=flag,
+            physical=self.data_sectors,
+            data_checksum=digest,
+            durable=durable,
+        )
+        self.ext.write([record], self.ext_size)
+        if flag == Flag.MARK:
+            self._mark_places[len(self.indicator_seqs)] = self.data_sectors, length, digest
+        self.indicator_seqs.append(self.next_seq - 1)
+        self.indicator_times.append(time_ns)
+        self.indicator_flags.append(flag)
+        self.records += 1
+        self.data_sectors += length
+
+    def write_batch(self, extents: Sequence[tuple[int, int, Buffer | None]], time_ns: int) -> Batch:
+        """Write (start, length, data or None) extents durably, data before descriptors, without publishing them.
+
+        May run in a thread. ``publish`` adds the batch to the columns.
+        """
+        batch, physical, out = Batch(time_ns), self.data_sectors, bytearray()
+        for seq, (start, length, data) in enumerate(extents, self.next_seq):
+            flag, digest = (Flag.ZERO, 0) if data is None else (Flag.DATA, checksum(data))
+            batch.entries.append((start, length, flag, digest))
+            out += encode_record(
+                self.header.salt,
+                seq=seq,
+                time_ns=time_ns,
+                start=start,
+                length=length,
+                flags=flag,
+                physical=physical,
+                data_checksum=digest,
+                durable=0,
+            )
+            physical += length if data is not None else 0
+        self.dat.write([data for _, _, data in extents if data is not None], self.data_sectors * SECTOR)
+        self.dat.datasync()
+        self.ext.write([out], self.ext_size)
+        self.ext.datasync()
+        return batch
+
+    def publish(self, batch: Batch) -> None:
+        """Add what ``write_batch`` wrote to the columns."""
+        for start, length, flag, digest in batch.entries:
+            self._add(batch.time_ns, start, length, flag, digest)
+
+    def datasync(self) -> None:
+        """Make everything appended durable, data first. May run in a thread."""
+        self.dat.datasync()
+        self.ext.datasync()
+
+    # -- reading ------------------------------------------------------------------------------------------------
+
+    def is_zero(self, index: int) -> bool:
+        """Say whether event number *index* has no data and reads as zeros."""
+        return self._flags[index] == Flag.ZERO
+
+    def read_into(self, index: int, skip: int, buffer: memoryview, *, nowait: bool = False) -> None:
+        """Fill *buffer* from event number *index*, beginning *skip* sectors into it.
+
+        Raises CorruptionError when the event's data doesn't match its checksum; with *nowait* BlockingIOError when
+        the data isn't in the page cache.
+        """
+        if self.is_zero(index):
+            buffer[:] = bytes(len(buffer))
+        elif self._verified[index]:
+            offset = (self.physicals[index] + skip) * SECTOR
+            if nowait:
+                self.dat.read_into_nowait(buffer, offset)
+            else:
+                self.dat.read_into(buffer, offset)
+        else:
+            whole = self.verify(index, nowait=nowait)
+            buffer[:] = memoryview(whole)[skip * SECTOR : skip * SECTOR + len(buffer)]
+
+    def verify(self, index: int, *, nowait: bool = False) -> bytearray:
+        """Read all data of event number *index*, check it (invariant 5 of the design) and return it."""
+        whole = bytearray(self.lengths[index] * SECTOR)
+        if self.is_zero(index):
+            return whole
+        offset = self.physicals[index] * SECTOR
+        if nowait:
+            self.dat.read_into_nowait(whole, offset)
+        else:
+            self.dat.read_into(whole, offset)
+        if checksum(whole) != self._checksums[index]:
+            start = self.starts[index]
+            raise CorruptionError(
+                f"checksum of {self.dat.name} at byte {offset} doesn't match "
+                f"(extent {start}+{self.lengths[index]} sectors, seq {self.header.first + index})",
+                hint="the storage below the store is damaged; moments that need this extent can't be read",
+            )
+        self._verified[index] = 1
+        return whole
+
+    def indicators(self) -> Iterator[Indicator]:
+        """Yield all indicators in order; the name of a mark is read from the data."""
+        for index in range(len(self.indicator_seqs)):
+            yield self.indicator(index)
+
+    def indicator(self, index: int) -> Indicator:
+        """Return one indicator."""
+        name = ""
+        if index in self._mark_places:
+            physical, length, digest = self._mark_places[index]
+            text = bytearray(length * SECTOR)
+            self.dat.read_into(text, physical * SECTOR)
+            if checksum(text) != digest:
+                raise CorruptionError(
+                    f"checksum of a mark in {self.dat.name} at byte {physical * SECTOR} doesn't match",
+                    hint="the storage below the store is damaged",
+                )
+            name = text.rstrip(b"\0").decode()
+        flag = Flag(self.indicator_flags[index])
+        return Indicator(self.indicator_seqs[index], self.indicator_times[index], flag, name)
+
+    def marks(self) -> Iterator[Indicator]:
+        """Yield the named marks."""
+        for index in list(self._mark_places):
+            yield self.indicator(index)
+
+    def extents(self, begin: int = 0, end: int | None = None) -> tuple[Ints, Ints]:
+        """Return copies of starts and stops of the events ``[begin, end)``."""
+        starts = np.array(self.starts[begin:end], np.int64)
+        return starts, starts + np.array(self.lengths[begin:end], np.int64)
+
+    # -- housekeeping -------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Close both files."""
+        self.ext.close()
+        self.dat.close()
+
+    def remove(self) -> None:
+        """Unlink both files, the descriptors first: data without descriptors is a leftover, not damage."""
+        self._storage.unlink(self.stem + ".ext")
+        self._storage.unlink(self.stem + ".dat")
+
+    def check(self) -> None:
+        """Assert the invariants of the columns."""
+        count = len(self.starts)
+        columns = self.lengths, self.physicals, self.times, self._checksums, self._flags, self._verified
+        assert all(len(column) == count for column in columns)
+        assert self.records == count + len(self.indicator_seqs)
+        assert self.ext.size() >= self.ext_size
+        assert self.dat.size() >= self.data_sectors * SECTOR
+        physical = np.array(self.physicals, np.int64)
+        assert np.all(np.diff(physical) >= 0), "physical addresses never decrease"
+        assert np.all(np.diff(np.array(self.times, np.int64)) >= 0), "times never decrease"
+
+
+class Batch:
+    """Extents that ``Segment.write_batch`` wrote and ``Segment.publish`` will add."""
+
+    def __init__(self, time_ns: int) -> None:
+        """Begin empty."""
+        self.time_ns = time_ns
+        self.entries: list[tuple[int, int, Flag, int]] = []
+
+
+def read_header(ext: File, kind: Kind, uuid: UUID) -> Header:
+    """Read and check the header of a descriptor file: ours, of this volume and kind."""
+    data = bytearray(HEADER_SIZE)
+    ext.read_into(data, 0)
+    header = Header.decode(data, ext.name)
+    if header.uuid != uuid or header.kind != kind:
+        raise CorruptionError(
+            f"{ext.name} belongs to volume {header.uuid} ({header.kind.name.lower()}), not to {uuid}",
+            hint="move the foreign file out of the store",
+        )
+    return header
+
+
+def new_salt() -> int:
+    """Return a fresh random salt."""
+    return int.from_bytes(os.urandom(8), "little")
+
+
+def _missing(name: str) -> CorruptionError:
+    return CorruptionError(f"file {name} is missing", hint="restore it; the history that needs it can't be read")

@@ -1,0 +1,327 @@
+"""The backward journal: snapshots, each with what syncs overwrote in the mirror while it was the open one (fig. 13-16).
+
+A snapshot is a pair of files ``backward/<seq>.ext .dat``; a second one at the same seq is ``<seq>-1`` and so on. It may be
+taken ahead of the mirror and is then empty until a sync passes it. The *open* snapshot is the last one that the
+mirror has reached. The image of snapshot s is: the first among s and all later ones that holds an address, else the
+mirror (fig. 16: an older snapshot relies on younger ones' copies of what the mirror lost).
+
+Dropping one merges into the next older one what that doesn't hold itself; with none older its entries are just freed:
+
+1. ``.ext`` is renamed to ``.gone``: from here on the drop will be finished, whatever happens;
+2. its entries that the next older snapshot lacks are appended to that one, durably;
+3. its files are unlinked.
+
+Doing step 2 twice adds nothing, since the first time's entries are held then. An image that is held open keeps its
+snapshot in state ``.gone`` until the last close. Snapshots marked temporary exist only for a held image, and are dropped
+at the last close or when the store is opened next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from uuid import UUID
+
+import numpy as np
+from sortedcontainers import SortedDict
+
+from dmafs.core.extent import Ints, net_change
+from dmafs.core.ondisk import Header, Kind
+from dmafs.core.segment import Segment, new_salt, read_header
+from dmafs.core.storage import Buffer, Storage
+from dmafs.core.vrmo import Vrmo, backward_reference
+from dmafs.core.work import Work
+from dmafs.errors import CorruptionError, ExistsError
+from dmafs.units import SECTOR
+
+DIRECTORY = "backward"
+BATCH_BYTES = 8 << 20
+"""Data appended to a backward journal between two fsyncs: bounds the memory of a sync and of a drop."""
+
+Key = tuple[int, int]
+
+
+@dataclass(slots=True)
+class Snapshot:
+    """One snapshot; *segment* is its part of the backward journal, None until it is needed."""
+
+    seq: int
+    twin: int  # 0 for the first snapshot at a seq, then 1, 2 ...
+    time_ns: int
+    name: str
+    temporary: bool
+    serial: int
+    gone: bool = False
+    segment: Segment | None = field(default=None, repr=False)
+
+    @property
+    def key(self) -> Key:
+        """Return what snapshots are ordered by."""
+        return self.seq, self.twin
+
+    @property
+    def stem(self) -> str:
+        """Return the path of the pair of files without the suffix."""
+        return f"{DIRECTORY}/{self.seq:020d}" + (f"-{self.twin}" if self.twin else "")
+
+    @property
+    def hidden(self) -> bool:
+        """Say whether it is kept only for somebody who holds its image."""
+        return self.gone or self.temporary
+
+
+class Snapshots:
+    """All snapshots of a volume, in the order of their seqs."""
+
+    def __init__(self, storage: Storage, uuid: UUID) -> None:
+        """Read the header of every snapshot. O(snapshots)."""
+        self._storage = storage
+        self._uuid = uuid
+        self._by_key: SortedDict = SortedDict()
+        self._by_serial: dict[int, Snapshot] = {}
+        self._names: dict[str, Snapshot] = {}
+        self._serials = 0
+        names = storage.names(DIRECTORY)
+        stems = {name.rpartition(".")[0] for name in names if name.endswith((".ext", ".gone"))}
+        for name in names:
+            stem, _, suffix = name.rpartition(".")
+            if suffix in {"ext", "gone"}:
+                self._enter(stem, suffix)
+            elif suffix == "new" or (suffix == "dat" and stem not in stems):
+                storage.unlink(f"{DIRECTORY}/{name}")  # of a creation or a drop that was cut off
+            elif suffix != "dat":
+                raise CorruptionError(f"{DIRECTORY}/{name} is no file of ours", hint="move it out of the store")
+
+    def _enter(self, stem: str, suffix: str) -> None:
+        """Add the snapshot whose descriptors are in ``stem.suffix``."""
+        path = f"{DIRECTORY}/{stem}.{suffix}"
+        file = self._storage.open(path)
+        try:
+            header = read_header(file, Kind.BACKWARD, self._uuid)
+        finally:
+            file.close()
+        number = stem.partition("-")[2]
+        snapshot = self._add(header, int(number) if number.isdigit() else 0)
+        if f"{DIRECTORY}/{stem}" != snapshot.stem:
+            raise CorruptionError(f"{path} holds the snapshot {snapshot.stem}", hint="the file was renamed")
+        if suffix == "gone":
+            snapshot.gone = True
+            self._names.pop(snapshot.name, None)
+
+    def _add(self, header: Header, twin: int) -> Snapshot:
+        self._serials += 1
+        snapshot = Snapshot(
+            header.snapshot_seq, twin, header.snapshot_time_ns, header.name, header.temporary, self._serials
+        )
+        self._by_key[snapshot.key] = snapshot
+        self._by_serial[snapshot.serial] = snapshot
+        if header.name:
+            self._names[header.name] = snapshot
+        return snapshot
+
+    # -- looking up ---------------------------------------------------------------------------------------------
+
+    def __iter__(self) -> Iterator[Snapshot]:
+        """Yield the snapshots that users see, oldest first."""
+        return (snapshot for snapshot in self._by_key.values() if not snapshot.hidden)
+
+    def __len__(self) -> int:
+        """Return the number of snapshots that users see."""
+        return sum(1 for _ in self)
+
+    def all(self) -> list[Snapshot]:
+        """Return all snapshots, hidden ones too, oldest first."""
+        return list(self._by_key.values())
+
+    def find(self, name: str) -> Snapshot | None:
+        """Return the snapshot of that name, or None."""
+        return self._names.get(name)
+
+    def at(self, seq: int) -> Snapshot | None:
+        """Return the first snapshot at exactly *seq*. O(log snapshots)."""
+        for key in self._by_key.irange((seq, 0), (seq + 1, 0), inclusive=(True, False)):
+            found: Snapshot = self._by_key[key]
+            return found
+        return None
+
+    def visible_at(self, seq: int) -> Snapshot | None:
+        """Return a snapshot at exactly *seq* that users see."""
+        for key in self._by_key.irange((seq, 0), (seq + 1, 0), inclusive=(True, False)):
+            if not self._by_key[key].hidden:
+                found: Snapshot = self._by_key[key]
+                return found
+        return None
+
+    def open_at(self, mirror_seq: int) -> Snapshot | None:
+        """Return the open snapshot: the last one that the mirror has reached. O(log snapshots)."""
+        for key in self._by_key.irange(maximum=(mirror_seq + 1, 0), inclusive=(True, False), reverse=True):
+            found: Snapshot = self._by_key[key]
+            return found
+        return None
+
+    def seqs_between(self, after: int, before: int) -> list[int]:
+        """Return the seqs of snapshots with *after* < seq < *before*, ascending."""
+        keys = self._by_key.irange((after + 1, 0), (before, 0), inclusive=(True, False))
+        return sorted({seq for seq, _ in keys})
+
+    def newest_before(self, time_ns: int, seq: int) -> Snapshot | None:
+        """Return the visible snapshot with a seq below *seq* that is the last not after *time_ns*."""
+        for key in self._by_key.irange(maximum=(seq, 0), inclusive=(True, False), reverse=True):
+            snapshot: Snapshot = self._by_key[key]
+            if snapshot.time_ns <= time_ns and not snapshot.hidden:
+                return snapshot
+        return None
+
+    def of_serial(self, serial: int) -> Snapshot:
+        """Return the snapshot that a backward reference means."""
+        return self._by_serial[serial]
+
+    def segment(self, snapshot: Snapshot) -> Segment:
+        """Return the snapshot's journal, opened if need be."""
+        if snapshot.segment is None:
+            suffix = ".gone" if snapshot.gone else ".ext"
+            snapshot.segment = Segment.open(self._storage, snapshot.stem, Kind.BACKWARD, self._uuid, suffix=suffix)
+            snapshot.segment.trim()
+        return snapshot.segment
+
+    def unload(self, keep: Snapshot | None) -> list[Segment]:
+        """Forget the open journals of all snapshots but *keep*, for the caller to close: nobody needs them."""
+        released = []
+        for snapshot in self._by_key.values():
+            if snapshot.segment is not None and snapshot is not keep:
+                released.append(snapshot.segment)
+                snapshot.segment = None
+        return released
+
+    def build(self, seq: int, mirror_seq: int) -> Vrmo:
+        """Return the map of the image at *seq* from the descriptors of all snapshots from there to the mirror."""
+        starts, stops, references = [], [], []
+        for key in self._by_key.irange((seq, 0), (mirror_seq + 1, 0), inclusive=(True, False), reverse=True):
+            snapshot = self._by_key[key]
+            begin, end = self.segment(snapshot).extents()
+            starts.append(begin)
+            stops.append(end)
+            references.append(np.arange(len(begin), dtype=np.int64) + backward_reference(snapshot.serial, 0))
+        if not starts:
+            return Vrmo()
+        return Vrmo.build(np.concatenate(starts), np.concatenate(stops), np.concatenate(references))
+
+    # -- changing -----------------------------------------------------------------------------------------------
+
+    def create(self, seq: int, time_ns: int, name: str = "", *, temporary: bool = False) -> Work[Snapshot]:
+        """Make a snapshot at *seq*; it is durable when this returns. ExistsError if the name is taken."""
+        self.require_free(name)
+        keys = list(self._by_key.irange((seq, 0), (seq + 1, 0), inclusive=(True, False)))
+        twin = keys[-1][1] + 1 if keys else 0
+        header = Header(Kind.BACKWARD, self._uuid, new_salt(), 1, seq, time_ns, temporary, name)
+        snapshot = self._add(header, twin)
+
+        def create() -> Segment:
+            segment = Segment.create(self._storage, snapshot.stem, header, suffix=".new")
+            segment.datasync()
+            self._storage.rename(snapshot.stem + ".new", snapshot.stem + ".ext")
+            self._storage.sync_directory(DIRECTORY)
+            return segment
+
+        try:
+            snapshot.segment = yield create
+        except BaseException:
+            self._remove(snapshot)
+            raise
+        return snapshot
+
+    def require_free(self, name: str) -> None:
+        """Raise ExistsError if a snapshot has that name."""
+        if name and name in self._names:
+            raise ExistsError(f"snapshot {name} already exists", hint="take another name, or drop that one first")
+
+    def _remove(self, snapshot: Snapshot) -> None:
+        del self._by_key[snapshot.key]
+        del self._by_serial[snapshot.serial]
+        if self._names.get(snapshot.name) is snapshot:
+            del self._names[snapshot.name]
+
+    def doom(self, snapshot: Snapshot) -> Work[None]:
+        """Begin to drop a snapshot: hide it and free its name, durably (step 1)."""
+        if snapshot.gone:
+            return
+        snapshot.gone = True
+        if self._names.get(snapshot.name) is snapshot:
+            del self._names[snapshot.name]
+
+        def rename() -> None:
+            self._storage.rename(snapshot.stem + ".ext", snapshot.stem + ".gone")
+            self._storage.sync_directory(DIRECTORY)
+
+        yield rename
+
+    def merge(self, snapshot: Snapshot) -> Work[Segment]:
+        """Finish dropping a doomed snapshot (steps 2 and 3); return its journal, for the caller to close.
+
+        References to it mean nothing any more: the caller builds the maps anew before it yields.
+        """
+        assert snapshot.gone
+        index = self._by_key.index(snapshot.key)
+        segment = self.segment(snapshot)
+        if index:
+            older = self._by_key.peekitem(index - 1)[1]
+            yield from self._move_entries(segment, self.segment(older))
+
+        def unlink() -> None:
+            self._storage.unlink(snapshot.stem + ".gone")
+            self._storage.unlink(snapshot.stem + ".dat")
+            self._storage.sync_directory(DIRECTORY)
+
+        yield unlink
+        self._remove(snapshot)
+        return segment
+
+    def _move_entries(self, source: Segment, target: Segment) -> Work[None]:
+        """Append the entries of *source* that *target* doesn't hold to *target*."""
+        starts, stops = source.extents()
+        held = target.extents()
+        change = net_change(np.concatenate([starts, held[0]]), np.concatenate([stops, held[1]]))
+        pieces = [piece for piece in zip(*(c.tolist() for c in change), strict=True) if piece[2] < len(starts)]
+        time_ns = source.header.snapshot_time_ns if not target.times else target.times[-1]
+        begin = 0
+        while begin < len(pieces):
+            end, size = begin, 0
+            while end < len(pieces) and size < BATCH_BYTES:
+                size += (pieces[end][1] - pieces[end][0]) * SECTOR
+                end += 1
+
+            def move(part: list[tuple[int, int, int]] = pieces[begin:end]) -> object:
+                return target.write_batch([_entry(source, *piece) for piece in part], time_ns)
+
+            target.publish((yield move))
+            begin = end
+
+    def close(self) -> None:
+        """Close all open journals."""
+        for segment in self.unload(None):
+            segment.close()
+
+    def check(self) -> None:
+        """Assert that names, serials and keys agree, and the invariants of each open journal."""
+        assert len(self._by_key) == len(self._by_serial)
+        assert all(self._by_key[snapshot.key] is snapshot for snapshot in self._by_serial.values())
+        for snapshot in self._by_key.values():
+            assert not snapshot.name or snapshot.gone or self._names[snapshot.name] is snapshot
+            if snapshot.segment is not None:
+                snapshot.segment.check()
+                starts, stops = _sorted(*snapshot.segment.extents())
+                assert np.all(starts[1:] >= stops[:-1]), "a snapshot holds each address once"
+
+
+def _entry(source: Segment, start: int, stop: int, index: int) -> tuple[int, int, Buffer | None]:
+    """Read one piece of an entry of a backward journal, verified."""
+    if source.is_zero(index):
+        return start, stop - start, None
+    data = bytearray((stop - start) * SECTOR)
+    source.read_into(index, start - source.starts[index], memoryview(data))
+    return start, stop - start, data
+
+
+def _sorted(starts: Ints, stops: Ints) -> tuple[Ints, Ints]:
+    order = np.argsort(starts, kind="stable")
+    return starts[order], stops[order]

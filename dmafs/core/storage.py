@@ -1,0 +1,350 @@
+"""The storage interface: every byte the core reads or writes passes through here.
+
+``Storage`` is a directory tree of a volume, named by relative paths; ``File`` is one open file or block device. The real
+ones below are thin: one method, one system call, repeated until all bytes are done. A simulated disk can stand in for
+them, which is why nothing else in the core touches the operating system.
+
+Rules:
+
+1. Reads and writes are positional and complete: all bytes or an exception. Reading past the end of a file is an error
+   (``CorruptionError``), since the core never asks for what it hasn't written.
+2. Nothing is durable before ``datasync`` of the file and, for a new, renamed or removed name, ``sync_directory``.
+3. Files are created with mode 0600, directories with 0700. Symbolic links are not followed.
+4. No method keeps a buffer it was given.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import os
+import stat
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Final, Protocol
+
+from dmafs.errors import CorruptionError, ExistsError, NoStoreError, SourceError, StoreBusyError
+from dmafs.units import SECTOR
+
+Buffer = bytes | bytearray | memoryview
+
+_IOV_MAX: Final = 1024  # limits.h; writev refuses more
+_FALLOC_FL_KEEP_SIZE: Final = 1
+_FALLOC_FL_PUNCH_HOLE: Final = 2
+_BLKGETSIZE64: Final = 0x80081272
+_ZEROS: Final = bytes(1 << 20)
+_NO_NOWAIT: Final = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
+
+
+class File(Protocol):
+    """One open file or block device; offsets and lengths in bytes."""
+
+    name: str
+
+    def read_into(self, buffer: bytearray | memoryview, offset: int) -> None:
+        """Fill *buffer* from *offset*; CorruptionError when the file ends before."""
+
+    def read_into_nowait(self, buffer: bytearray | memoryview, offset: int) -> None:
+        """Fill *buffer* from the page cache; BlockingIOError when that would have to wait for the disk."""
+
+    def write(self, buffers: Sequence[Buffer], offset: int) -> None:
+        """Write all *buffers* one after the other from *offset* on."""
+
+    def size(self) -> int:
+        """Return the size in bytes."""
+
+    def allocated(self) -> int:
+        """Return how many bytes the file occupies."""
+
+    def data_ranges(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Yield the ranges within ``[start, stop)`` that are not holes, ascending, widened to whole sectors."""
+
+    def truncate(self, size: int) -> None:
+        """Set the size; new bytes are a hole."""
+
+    def zero(self, offset: int, length: int) -> None:
+        """Make a range read as zeros, freeing its space where that is possible."""
+
+    def datasync(self) -> None:
+        """Make all completed writes durable."""
+
+    def close(self) -> None:
+        """Close; a second call does nothing."""
+
+
+class Storage(Protocol):
+    """A directory tree, named by relative paths with ``/``."""
+
+    def create(self, name: str) -> File:
+        """Create a file that isn't there yet and open it for reading and writing."""
+
+    def open(self, name: str) -> File:
+        """Open an existing file for reading and writing; FileNotFoundError if it isn't there."""
+
+    def read_bytes(self, name: str, limit: int) -> bytes:
+        """Return a small file's content; CorruptionError if it is longer than *limit* bytes."""
+
+    def names(self, directory: str) -> list[str]:
+        """Return the names in a directory, sorted."""
+
+    def exists(self, name: str) -> bool:
+        """Say whether a file or directory of that name is there."""
+
+    def make_directory(self, name: str) -> None:
+        """Make a directory."""
+
+    def rename(self, old: str, new: str) -> None:
+        """Rename a file, replacing *new*."""
+
+    def unlink(self, name: str) -> None:
+        """Remove a file."""
+
+    def sync_directory(self, name: str) -> None:
+        """Make names created, renamed and removed in a directory durable."""
+
+    def free_bytes(self) -> int:
+        """Return the space left for this user."""
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class RealFile:
+    """A file descriptor. Thread-safe, since it has no position of its own."""
+
+    def __init__(self, fd: int, name: str) -> None:
+        """Take ownership of *fd*."""
+        self._fd = fd
+        self.name = name
+        self._nowait = True
+
+    def fileno(self) -> int:
+        """Return the descriptor."""
+        return self._fd
+
+    def read_into(self, buffer: bytearray | memoryview, offset: int) -> None:
+        """See ``File``."""
+        view = memoryview(buffer)
+        while view:
+            count = os.preadv(self._fd, [view], offset)
+            if count == 0:
+                raise CorruptionError(
+                    f"file {self.name} ends at byte {offset}, {len(view)} bytes before the expected end",
+                    hint="the file was truncated from outside; restore it, or drop the history that needs it",
+                )
+            view, offset = view[count:], offset + count
+
+    def read_into_nowait(self, buffer: bytearray | memoryview, offset: int) -> None:
+        """See ``File``. Where the filesystem doesn't know RWF_NOWAIT (tmpfs, old kernels) a plain read."""
+        if self._nowait:
+            try:
+                if os.preadv(self._fd, [buffer], offset, os.RWF_NOWAIT) == len(buffer):
+                    return
+            except OSError as error:
+                if error.errno not in _NO_NOWAIT:
+                    raise
+                self._nowait = False
+            else:
+                raise BlockingIOError
+        self.read_into(buffer, offset)
+
+    def write(self, buffers: Sequence[Buffer], offset: int) -> None:
+        """See ``File``."""
+        rest = [memoryview(buffer) for buffer in buffers if len(buffer)]
+        while rest:
+            count = os.pwritev(self._fd, rest[:_IOV_MAX], offset)
+            offset += count
+            while rest and count >= len(rest[0]):
+                count -= len(rest.pop(0))
+            if count:
+                rest[0] = rest[0][count:]
+
+    def size(self) -> int:
+        """See ``File``."""
+        info = os.fstat(self._fd)
+        if stat.S_ISBLK(info.st_mode):
+            answer = fcntl.ioctl(self._fd, _BLKGETSIZE64, bytes(8))
+            return int.from_bytes(answer, "little")
+        return info.st_size
+
+    def allocated(self) -> int:
+        """See ``File``."""
+        info = os.fstat(self._fd)
+        return self.size() if stat.S_ISBLK(info.st_mode) else info.st_blocks * 512
+
+    def data_ranges(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """See ``File``. A block device is all data."""
+        if stat.S_ISBLK(os.fstat(self._fd).st_mode):
+            yield start, stop
+            return
+        while start < stop:
+            try:
+                begin = os.lseek(self._fd, start, os.SEEK_DATA)
+                end = os.lseek(self._fd, begin, os.SEEK_HOLE)
+            except OSError as error:
+                if error.errno == errno.ENXIO:  # nothing but a hole up to the end
+                    return
+                raise
+            begin, start = max(begin // SECTOR * SECTOR, start), min(-(-end // SECTOR) * SECTOR, stop)
+            if begin < stop:
+                yield begin, start
+
+    def truncate(self, size: int) -> None:
+        """See ``File``."""
+        os.ftruncate(self._fd, size)
+
+    def zero(self, offset: int, length: int) -> None:
+        """See ``File``. Writes zeros where holes can't be punched."""
+        if length and _libc.fallocate(
+            self._fd,
+            _FALLOC_FL_KEEP_SIZE | _FALLOC_FL_PUNCH_HOLE,
+            ctypes.c_longlong(offset),
+            ctypes.c_longlong(length),
+        ):
+            number = ctypes.get_errno()
+            if number != errno.EOPNOTSUPP:
+                raise OSError(number, os.strerror(number), self.name)
+            for begin in range(offset, offset + length, len(_ZEROS)):
+                self.write([memoryview(_ZEROS)[: offset + length - begin]], begin)
+
+    def datasync(self) -> None:
+        """See ``File``."""
+        os.fdatasync(self._fd)
+
+    def close(self) -> None:
+        """See ``File``."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+class RealStorage:
+    """A directory of the operating system's."""
+
+    def __init__(self, root: Path) -> None:
+        """Work below *root*, which exists."""
+        self._root = root
+
+    def _open(self, name: str, flags: int) -> RealFile:
+        path = self._root / name
+        return RealFile(os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | flags, 0o600), str(path))
+
+    def create(self, name: str) -> RealFile:
+        """See ``Storage``."""
+        return self._open(name, os.O_CREAT | os.O_EXCL)
+
+    def open(self, name: str) -> RealFile:
+        """See ``Storage``."""
+        return self._open(name, 0)
+
+    def read_bytes(self, name: str, limit: int) -> bytes:
+        """See ``Storage``."""
+        with (self._root / name).open("rb") as file:
+            content = file.read(limit + 1)
+        if len(content) > limit:
+            raise CorruptionError(f"file {self._root / name} is longer than {limit} bytes", hint="it isn't ours")
+        return content
+
+    def names(self, directory: str) -> list[str]:
+        """See ``Storage``."""
+        return sorted(os.listdir(self._root / directory))
+
+    def exists(self, name: str) -> bool:
+        """See ``Storage``."""
+        return os.path.lexists(self._root / name)
+
+    def make_directory(self, name: str) -> None:
+        """See ``Storage``."""
+        (self._root / name).mkdir(mode=0o700)
+
+    def rename(self, old: str, new: str) -> None:
+        """See ``Storage``."""
+        (self._root / old).rename(self._root / new)
+
+    def unlink(self, name: str) -> None:
+        """See ``Storage``."""
+        (self._root / name).unlink()
+
+    def sync_directory(self, name: str) -> None:
+        """See ``Storage``."""
+        fd = os.open(self._root / name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def free_bytes(self) -> int:
+        """See ``Storage``."""
+        info = os.statvfs(self._root)
+        return info.f_bavail * info.f_frsize
+
+
+def open_source(path: Path, *, writable: bool) -> RealFile:
+    """Open a primary: a block device (exclusively when *writable*, so that nobody can mount it) or a regular file.
+
+    Raises SourceError when it is neither, missing or not accessible.
+    """
+    try:
+        kind = path.stat().st_mode
+        if not (stat.S_ISBLK(kind) or stat.S_ISREG(kind)):
+            raise SourceError(
+                f"source {path} is neither a block device nor a regular file", hint="give a disk or a disk image"
+            )
+        exclusive = os.O_EXCL if writable and stat.S_ISBLK(kind) else 0
+        flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | exclusive
+        return RealFile(os.open(path, flags), str(path))
+    except OSError as error:
+        hint = "unmount it first: it is to be used through the tap only" if error.errno == errno.EBUSY else ""
+        raise SourceError(
+            f"source {path} can't be opened: {os.strerror(error.errno or 0).lower()}",
+            hint=hint or "check the path and the permissions",
+        ) from error
+
+
+def lock_directory(path: Path) -> int:
+    """Lock a store for this process and return the descriptor that holds the lock; closing it unlocks.
+
+    Raises StoreBusyError when another process has it, NoStoreError when the directory isn't there.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise NoStoreError(
+            f"store {path} can't be opened: {os.strerror(error.errno or 0).lower()}",
+            hint="make one with: dmafs create STORE --source PATH",
+        ) from error
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(fd)
+        raise StoreBusyError(
+            f"store {path} is in use by another process",
+            hint="a daemon serves it, or a command is just working on it",
+        ) from error
+    return fd
+
+
+def write_whole(storage: Storage, name: str, content: bytes) -> None:
+    """Create a small file durably and at once: a temporary name, datasync, rename, directory sync."""
+    if storage.exists(name):
+        raise ExistsError(f"file {name} already exists", hint="remove it if it isn't needed")
+    directory = name.rpartition("/")[0]
+    temporary = f"{name}.new"
+    with contextlib.suppress(FileNotFoundError):
+        storage.unlink(temporary)
+    file = storage.create(temporary)
+    try:
+        file.write([content], 0)
+        file.datasync()
+    finally:
+        file.close()
+    storage.rename(temporary, name)
+    storage.sync_directory(directory)
+
+
+def close_all(files: Iterable[File]) -> None:
+    """Close several files."""
+    for file in files:
+        file.close()

@@ -1,0 +1,263 @@
+"""The store: the directory that holds the volumes, locked by the one process that works on it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Final
+
+from dmafs.core.storage import RealStorage, lock_directory, open_source
+from dmafs.core.sync import finish
+from dmafs.core.volume import INFO_NAME, Volume, VolumeLimits
+from dmafs.core.work import run
+from dmafs.errors import (
+    ExistsError,
+    InputError,
+    NoStoreError,
+    NoSuchVolumeError,
+    PlacementError,
+    SourceBusyError,
+    SourceError,
+)
+from dmafs.units import SECTOR, check_name
+
+SOCKET_NAME: Final = "control.sock"
+CONFIGURATION_NAME: Final = "dmafs.conf"
+VOLUMES_MAX: Final = 64
+_MOUNTINFO: Final = Path("/proc/self/mountinfo")
+_SYSFS_DEVICES: Final = Path("/sys/dev/block")
+
+
+class Store:
+    """An open, locked store with all its volumes open."""
+
+    def __init__(
+        self, path: Path, *, limits: VolumeLimits | None = None, clock: Callable[[], int] = time.time_ns
+    ) -> None:
+        """Lock *path*, open every volume in it, and finish what an unclean stop left unfinished."""
+        self.path = path.absolute()
+        self._lock = lock_directory(self.path)
+        self.volumes: dict[str, Volume] = {}
+        try:
+            for name in volume_names(self.path):
+                self.volumes[name] = open_volume(self.path / name, limits=limits, clock=clock)
+            if not self.volumes:
+                raise NoStoreError(
+                    f"directory {path} is no store: it has no volume", hint="dmafs create STORE --source PATH makes one"
+                )
+        except BaseException:
+            self.close()
+            raise
+
+    def volume(self, name: str) -> Volume:
+        """Return the volume called *name*."""
+        try:
+            return self.volumes[name]
+        except KeyError:
+            known = ", ".join(self.volumes)
+            raise NoSuchVolumeError(f"store {self.path} has no volume {name}", hint=f"it has: {known}") from None
+
+    def close(self) -> None:
+        """Close all volumes and unlock."""
+        for volume in self.volumes.values():
+            volume.close()
+        self.volumes = {}
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+
+def open_volume(path: Path, *, limits: VolumeLimits | None = None, clock: Callable[[], int] = time.time_ns) -> Volume:
+    """Open one volume: recover the journal, finish a committed sync, drop what only a held image had kept."""
+    volume = Volume(RealStorage(path), limits=limits, clock=clock)
+    try:
+        if volume.pointers.now.sync_target:
+            run(finish(volume))
+        run(volume.drop_unheld())
+    except BaseException:
+        volume.close()
+        raise
+    return volume
+
+
+def volume_names(path: Path) -> list[str]:
+    """Return the names of the volumes in a store's directory, sorted."""
+    try:
+        return sorted(entry.parent.name for entry in path.glob(f"*/{INFO_NAME}"))[:VOLUMES_MAX]
+    except OSError as error:
+        raise NoStoreError(f"store {path} can't be read: {error.strerror}", hint="check the path") from error
+
+
+def create_volume(
+    store: Path, name: str, *, source: Path, tap: str, force: bool = False, clock: Callable[[], int] = time.time_ns
+) -> list[str]:
+    """Make a volume in *store*, and the store if it isn't there; return warnings. On any error nothing is changed."""
+    check_name(name, "volume")
+    store, source = store.absolute(), source.absolute()
+    size = _check_source(source)
+    _check_placement(store, source)
+    warnings = []
+    for place in mounted_writable(source):
+        message = f"source {source} is mounted read-write at {place}"
+        if not force:
+            raise SourceBusyError(
+                message, hint="unmount it: writes that don't go through the tap are missed (--force if you know better)"
+            )
+        warnings.append(message + ": writes that don't go through the tap are missed")
+    _check_store(store, name)
+    made = not store.exists()
+    try:
+        store.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"store {store} can't be made: {(error.strerror or '').lower()}", hint="check path") from error
+    lock = lock_directory(store)
+    try:
+        store.chmod(0o700)
+        _create_files(store, name, size, source, tap, clock())
+    except BaseException:
+        if made:
+            store.rmdir()
+        raise
+    finally:
+        os.close(lock)
+    return warnings
+
+
+def _create_files(store: Path, name: str, size: int, source: Path, tap: str, created_ns: int) -> None:
+    """Make the files under a temporary name first: a volume is there wholly or not at all."""
+    temporary = store / f".{name}.new"
+    _remove_tree(temporary)
+    try:
+        temporary.mkdir(mode=0o700)
+        Volume.create(
+            RealStorage(temporary),
+            name=name,
+            size_sectors=size // SECTOR,
+            source=source,
+            tap=tap,
+            created_ns=created_ns,
+        )
+        temporary.rename(store / name)
+        RealStorage(store).sync_directory("")
+    except OSError as error:
+        raise InputError(f"volume {name} can't be made in {store}: {(error.strerror or '').lower()}") from error
+    finally:
+        _remove_tree(temporary)
+
+
+def _remove_tree(path: Path) -> None:
+    """Remove what an interrupted creation left; only ever called on a temporary name."""
+    for entry in sorted(path.rglob("*"), reverse=True) if path.is_dir() else []:
+        entry.rmdir() if entry.is_dir() else entry.unlink()
+    if path.is_dir():
+        path.rmdir()
+
+
+def _check_source(source: Path) -> int:
+    """Return the size of a source in bytes; SourceError if it can't be protected."""
+    file = open_source(source, writable=False)
+    try:
+        size = file.size()
+    finally:
+        file.close()
+    if size == 0 or size % SECTOR:
+        raise SourceError(
+            f"source {source} has {size} bytes, which is not a positive multiple of {SECTOR}",
+            hint="pad it with: truncate --size=%512 SOURCE",
+        )
+    return size
+
+
+def _check_store(store: Path, name: str) -> None:
+    """Refuse directories that hold something else, and volumes that are there already."""
+    if not store.exists():
+        return
+    if not store.is_dir():
+        raise InputError(f"store {store} is not a directory", hint="give the path of a directory")
+    if (store / name).exists():
+        raise ExistsError(f"volume {name} already exists in {store}", hint="choose another volume name")
+    names = volume_names(store)
+    ours = {*names, *(f".{known}.new" for known in [*names, name]), SOCKET_NAME, CONFIGURATION_NAME, "lost+found"}
+    foreign = sorted({entry.name for entry in store.iterdir()} - ours)
+    if foreign:
+        raise ExistsError(
+            f"store {store} is not empty: it has {foreign[0]}", hint="give an empty or a new directory, or a store"
+        )
+    if len(names) >= VOLUMES_MAX:
+        raise InputError(f"store {store} has {VOLUMES_MAX} volumes, which is the limit", hint="make another store")
+
+
+def is_inside(inner: Path, outer: Path) -> bool:
+    """Say whether *inner* is *outer* or below it, symbolic links resolved."""
+    return inner.resolve().is_relative_to(outer.resolve())
+
+
+def _check_placement(store: Path, source: Path) -> None:
+    """Refuse a source inside the store and a store on its own source."""
+    if is_inside(source, store):
+        raise PlacementError(f"source {source} is inside the store {store}", hint="keep them on different disks")
+    parent = next(path for path in [store, *store.parents] if path.exists())
+    if lies_on(parent.stat().st_dev, source):
+        raise PlacementError(
+            f"store {store} is on its own source {source}", hint="put the store on another disk than the one protected"
+        )
+
+
+def lies_on(device: int, source: Path, *, through_files: bool = True) -> bool:
+    """Say whether block device *device* is *source*, a partition of it, or a mapped or loop device over it.
+
+    With *through_files* also whether a loop device's backing file is on a filesystem that lies on *source*.
+    """
+    kind = source.stat()
+    seen, queue = set(), [device]
+    while queue:
+        number = queue.pop()
+        if stat.S_ISBLK(kind.st_mode) and number == kind.st_rdev:
+            return True
+        directory = (_SYSFS_DEVICES / f"{os.major(number)}:{os.minor(number)}").resolve()
+        if number in seen or not directory.exists():
+            continue
+        seen.add(number)
+        if (directory / "partition").exists():
+            queue.append(_device_number(directory.parent))
+        queue += [_device_number(slave) for slave in _entries(directory / "slaves")]
+        backing = directory / "loop" / "backing_file"
+        if backing.exists():
+            file = Path(backing.read_text().rstrip("\n"))
+            if _same_file(file, source):
+                return True
+            if through_files and file.exists():
+                queue.append(file.stat().st_dev)
+    return False
+
+
+def _device_number(directory: Path) -> int:
+    major, _, minor = (directory / "dev").read_text().strip().partition(":")
+    return os.makedev(int(major), int(minor))
+
+
+def _entries(directory: Path) -> list[Path]:
+    return sorted(directory.iterdir()) if directory.is_dir() else []
+
+
+def _same_file(one: Path, other: Path) -> bool:
+    try:
+        return one.samefile(other)
+    except OSError as error:
+        if error.errno in {errno.ENOENT, errno.ENOTDIR, errno.EACCES}:
+            return False
+        raise
+
+
+def mounted_writable(source: Path) -> Iterator[str]:
+    """Yield the mount points where *source* or something on top of it is mounted read-write."""
+    for line in _MOUNTINFO.read_text().splitlines():
+        fields = line.split(" ")
+        major, _, minor = fields[2].partition(":")
+        options = fields[-1].split(",")
+        if int(major) and "rw" in options and lies_on(os.makedev(int(major), int(minor)), source, through_files=False):
+            yield fields[4]

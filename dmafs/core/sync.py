@@ -1,0 +1,252 @@
+"""Sync: the mirror moves forward to a sync indicator, and what it loses is kept in the open snapshot (fig. 9, 10, 15).
+
+A sync goes in *legs*: it stops at each snapshot and each held image on its way, so that these become the open snapshot
+there. A leg is one transaction (invariant 3 of the design):
+
+====  ======================================================================  ===========================================
+step  what                                                                    after a cut here
+====  ======================================================================  ===========================================
+save  the sectors that the leg will overwrite and the open snapshot lacks     forgotten; entries already saved stay, and
+      are copied from the mirror to its backward journal, data, then          are true, since the mirror is unchanged
+      descriptors, both durable
+----  ----------------------------------------------------------------------  -------------------------------------------
+com-  the pointers say durably: a sync to this seq is in progress             done again from ``overwrite`` on
+mit
+----  ----------------------------------------------------------------------  -------------------------------------------
+swit  the mirror's own moment is shown through the open snapshot; readers     (memory only)
+ch    that resolved before are waited for
+----  ----------------------------------------------------------------------  -------------------------------------------
+over  the net change is copied from the forward journal to the mirror,        done again: the same bytes to the same
+wri-  durably                                                                 places
+te
+----  ----------------------------------------------------------------------  -------------------------------------------
+ad-   the pointers say durably: mirror and tail are at this seq               segments behind the tail are unlinked when
+vance                                                                         the store is opened
+====  ======================================================================  ===========================================
+
+Each overwritten sector that a snapshot needs is copied once, each changed sector is copied once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from dmafs.core.extent import Ints, chop, join, net_change, subtract
+from dmafs.core.ondisk import RECORD_SIZE
+from dmafs.core.segment import Batch, Segment
+from dmafs.core.snapshots import BATCH_BYTES, Snapshot
+from dmafs.core.storage import Buffer
+from dmafs.core.volume import Volume
+from dmafs.core.vrmo import backward_reference
+from dmafs.core.work import Work
+from dmafs.errors import NoSuchPointError
+from dmafs.units import SECTOR
+
+
+@dataclass(frozen=True, slots=True)
+class SyncPlan:
+    """One leg: from the mirror's seq to *target*. *moves* are (starts, stops, seqs of the winning events)."""
+
+    base: int
+    target: int
+    target_time_ns: int
+    snapshot: Snapshot | None
+    save_starts: Ints
+    save_stops: Ints
+    moves: tuple[Ints, Ints, Ints]
+
+
+def sync_target(volume: Volume) -> int | None:
+    """Return the newest sync indicator that a sync may go to: durable in the journal and on the primary, or None."""
+    now = volume.pointers.now
+    found = volume.journal.last_indicator(volume.journal.durable)
+    if not now.copied or found is None or found.seq < max(now.origin_seq, now.mirror_seq):
+        return None
+    return found.seq
+
+
+def sync(volume: Volume, *, open_snapshot: bool = True) -> Work[int]:
+    """Move the mirror to the newest durable sync indicator; return the mirror's new seq.
+
+    With *open_snapshot* the mirror's present moment becomes a snapshot first; otherwise the open snapshot goes on being
+    fed and the moments since then are given up. NoSuchPointError while the initial copy isn't complete. When an earlier
+    sync was cut off in this process (the store was full), it is finished first.
+    """
+    now = volume.pointers.now
+    if not now.copied:
+        raise NoSuchPointError(
+            f"volume {volume.info.name} can't be synced: the initial copy isn't complete",
+            hint="wait until dmafs status says protected",
+        )
+    if now.sync_target:
+        yield from finish(volume)
+    target = sync_target(volume)
+    opens = open_snapshot
+    while target is not None and volume.pointers.now.mirror_seq < target:
+        seq = volume.pointers.now.mirror_seq
+        if seq >= volume.pointers.now.origin_seq:
+            yield from _open_snapshot(volume, seq, automatic=opens)
+        yield from _leg(volume, plan_leg(volume, next_stop(volume, target)))
+        opens = open_snapshot and volume.pointers.now.mirror_seq == volume.pointers.now.origin_seq
+    yield from volume.drop_unheld()
+    return volume.pointers.now.mirror_seq
+
+
+def _open_snapshot(volume: Volume, seq: int, *, automatic: bool) -> Work[None]:
+    """Make the mirror's moment a snapshot if the policy or a held image asks for it and it isn't one yet."""
+    held = bool(volume.pinned_between(seq - 1, seq + 1))
+    found = volume.snapshots.at(seq)
+    if found is None and (automatic or held):
+        with volume.gate():
+            yield from volume.snapshots.create(seq, volume.time_of(seq), temporary=not automatic)
+
+
+def next_stop(volume: Volume, target: int) -> int:
+    """Return where the next leg to *target* ends: the first origin, snapshot or held image on the way, or *target*."""
+    now = volume.pointers.now
+    stops = volume.snapshots.seqs_between(now.mirror_seq, target)[:1]
+    stops += volume.pinned_between(max(now.mirror_seq, now.origin_seq - 1), target)[:1]
+    if now.mirror_seq < now.origin_seq:
+        stops.append(now.origin_seq)
+    return min([*stops, target])
+
+
+def plan_leg(volume: Volume, target: int) -> SyncPlan:
+    """Return what a leg to *target* has to do; pure. O(n log n) of its events and the open snapshot's entries."""
+    base = volume.pointers.now.mirror_seq
+    starts, stops = volume.journal.extents(base, target)
+    change = net_change(starts, stops)
+    snapshot = volume.snapshots.open_at(base) if base >= volume.pointers.now.origin_seq else None
+    nothing = np.empty(0, np.int64)
+    save = nothing, nothing
+    if snapshot is not None:
+        held = volume.snapshots.segment(snapshot).extents()
+        save = chop(*subtract(*join(change.starts, change.stops), *held))
+    moves = change.starts, change.stops, change.winner + base + 1
+    return SyncPlan(base, target, volume.time_of(target), snapshot, *save, moves)
+
+
+def _leg(volume: Volume, plan: SyncPlan) -> Work[None]:
+    """Carry out a plan, or give it up before the commit if an image on the way was opened meanwhile."""
+    if plan.snapshot is not None:
+        yield from _save(volume, plan, plan.snapshot)
+    if volume.pinned_between(plan.base, plan.target) or volume.snapshots.seqs_between(plan.base, plan.target):
+        return  # the next leg will stop there
+    held = volume.pinned_between(plan.base - 1, plan.base + 1)
+    if held and (plan.snapshot is None or plan.snapshot.seq != plan.base):
+        return  # opened at the mirror's own moment meanwhile; the next leg makes that a snapshot
+    volume.floor = plan.target  # from here on nobody can open what is on the way
+    opened = plan.snapshot.seq if plan.snapshot else 0
+    with volume.gate(fatal=True):
+        yield lambda: volume.pointers.update(
+            durable=volume.journal.durable,
+            sync_target=plan.target,
+            sync_time_ns=plan.target_time_ns,
+            open_snapshot=opened,
+        )
+    volume.rebuild_images(range(plan.base, plan.target))  # switch: the mirror's moment is a snapshot's from now on
+    yield from _apply(volume, plan)
+
+
+def _save(volume: Volume, plan: SyncPlan, snapshot: Snapshot) -> Work[None]:
+    """Copy what the leg will overwrite to the open snapshot, and have the images in memory use the copies at once.
+
+    The copies are true as long as the mirror is unchanged, so giving up afterwards does no harm.
+    """
+    segment = volume.snapshots.segment(snapshot)
+    for part in _batches(plan):
+
+        def write(part: list[tuple[int, int]] = part) -> Batch:
+            return segment.write_batch([_saved(volume, start, stop) for start, stop in part], plan.target_time_ns)
+
+        with volume.gate():
+            batch: Batch = yield write
+        first = len(segment)
+        segment.publish(batch)
+        starts, stops = segment.extents(first)
+        references = np.arange(first, len(segment), dtype=np.int64) + backward_reference(snapshot.serial, 0)
+        for image in volume.images():
+            if image.seq < volume.floor:
+                image.vrmo.fill(starts, stops, references)
+
+
+def finish(volume: Volume) -> Work[None]:
+    """Do a committed sync again from its overwriting on: after a cut, or when the store was full."""
+    now = volume.pointers.now
+    starts, stops = volume.journal.extents(now.mirror_seq, now.sync_target)
+    change = net_change(starts, stops)
+    nothing = np.empty(0, np.int64)
+    moves = change.starts, change.stops, change.winner + now.mirror_seq + 1
+    plan = SyncPlan(now.mirror_seq, now.sync_target, now.sync_time_ns, None, nothing, nothing, moves)
+    yield from _apply(volume, plan)
+
+
+def _apply(volume: Volume, plan: SyncPlan) -> Work[None]:
+    """Overwrite the mirror, advance the pointers, and let go of what is behind the tail."""
+    with volume.gate():
+        yield lambda: _overwrite(volume, plan)
+    with volume.gate(fatal=True):
+        yield lambda: volume.pointers.update(
+            mirror_seq=plan.target, mirror_time_ns=plan.target_time_ns, sync_target=0, sync_time_ns=0
+        )
+    volume.live.vrmo.forget(plan.target)
+    for image in volume.images():
+        if image.seq >= plan.target:
+            image.vrmo.forget(plan.target)
+    released = volume.journal.release(plan.target)
+    volume.discard_segments(released)
+    volume.statistics.syncs += 1
+    volume.statistics.saved_sectors += int((plan.save_stops - plan.save_starts).sum())
+    volume.statistics.applied_sectors += int((plan.moves[1] - plan.moves[0]).sum())
+    with volume.gate():
+        yield lambda: _remove(released)
+
+
+def _remove(segments: list[Segment]) -> None:
+    for segment in segments:
+        segment.remove()
+
+
+def _batches(plan: SyncPlan) -> Iterator[list[tuple[int, int]]]:
+    """Yield the extents to save in parts of bounded size."""
+    part: list[tuple[int, int]] = []
+    size = 0
+    for start, stop in zip(plan.save_starts.tolist(), plan.save_stops.tolist(), strict=True):
+        part.append((start, stop))
+        size += (stop - start) * SECTOR + RECORD_SIZE
+        if size >= BATCH_BYTES:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part
+
+
+def _saved(volume: Volume, start: int, stop: int) -> tuple[int, int, Buffer | None]:
+    """Read one extent of the mirror; zeros are kept as an extent without data."""
+    data = bytearray((stop - start) * SECTOR)
+    volume.mirror.read_into(data, start)
+    return start, stop - start, data if any_set(data) else None
+
+
+def any_set(data: bytearray | memoryview) -> bool:
+    """Say whether a byte of whole sectors isn't zero, at the speed of memory."""
+    return bool(np.frombuffer(data, np.uint64).any())
+
+
+def _overwrite(volume: Volume, plan: SyncPlan) -> None:
+    """Copy the net change to the mirror, each event's data checked once, and make it durable."""
+    for start, stop, seq in zip(*(column.tolist() for column in plan.moves), strict=True):
+        segment = volume.journal.segment_of(seq)
+        index = seq - segment.header.first
+        if segment.is_zero(index):
+            volume.mirror.zero(start, stop)
+        elif stop - start == segment.lengths[index]:
+            volume.mirror.write(segment.verify(index), start)
+        else:
+            part = bytearray((stop - start) * SECTOR)
+            segment.read_into(index, start - segment.starts[index], memoryview(part))
+            volume.mirror.write(part, start)
+    volume.mirror.datasync()

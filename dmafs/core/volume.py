@@ -1,0 +1,363 @@
+"""A volume: one primary's whole recent history, put together from journals, mirror, snapshots and pointers.
+
+Where things go:
+
+- a write: ``write`` or ``discard`` -> ``ForwardJournal.append`` -> the live image's map;
+- a flush: ``flush`` (an indicator, then journal and primary durable);
+- a read: ``image`` (a map built from descriptors) -> ``Image.resolve`` -> ``Image.read_pieces``;
+- a sync: ``sync.py``; the initial copy: ``copy.py``; which moments there are: ``points.py``.
+
+Invariants:
+
+1. The image at seq s is the initial copy plus events 1..s, bit for bit, as long as s is *recoverable*: at or past both
+   the origin and the floor, or a snapshot's.
+2. The *floor* is the mirror's seq, and from the moment a sync begins to commit the seq that it leads to.
+3. Nothing is written after a failed write or fsync (the *gate*): the volume is read-only until it is opened anew. Only
+   "no space" leaves it writable, since then nothing was appended.
+4. All methods are called on one thread; only what work yields runs on others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from uuid import UUID, uuid4
+
+import numpy as np
+
+from dmafs.core import journal as forward
+from dmafs.core import snapshots as backward
+from dmafs.core.image import Image, locate
+from dmafs.core.journal import ForwardJournal, SegmentLimits
+from dmafs.core.mirror import Mirror
+from dmafs.core.ondisk import RECORD_SIZE, VOLUME_JSON_LIMIT, Flag, Pointers, VolumeInfo
+from dmafs.core.pointers import PointerFile
+from dmafs.core.segment import Indicator, Segment
+from dmafs.core.snapshots import Snapshot, Snapshots
+from dmafs.core.storage import File, Storage, write_whole
+from dmafs.core.vrmo import Vrmo
+from dmafs.core.work import Work
+from dmafs.errors import CorruptionError, NoSuchPointError, ReadOnlyError, StoreError, StoreFullError
+
+INFO_NAME = "volume.json"
+
+
+@dataclass(frozen=True, slots=True)
+class VolumeLimits:
+    """The bounds of a volume's memory and files (invariant 7 of the design)."""
+
+    segments: SegmentLimits = field(default_factory=SegmentLimits)
+    images: int = 8
+    """Maps kept for images that nobody holds."""
+    reserve_bytes: int = 64 << 20
+    """Space of the store's filesystem that capture leaves for syncs."""
+
+
+class Volume:
+    """One volume of a store. Made by ``create`` once, then opened; the caller has locked the store."""
+
+    def __init__(
+        self, storage: Storage, *, limits: VolumeLimits | None = None, clock: Callable[[], int] = time.time_ns
+    ) -> None:
+        """Open the volume in *storage* and recover what an unclean stop left. *clock* returns UTC nanoseconds."""
+        self.limits = limits or VolumeLimits()
+        self.clock = clock
+        self.storage = storage
+        self.failure = ""
+        self.info = VolumeInfo.decode(storage.read_bytes(INFO_NAME, VOLUME_JSON_LIMIT), INFO_NAME)
+        with contextlib.ExitStack() as undo:
+            self.pointers = PointerFile(storage, self.info.uuid)
+            undo.callback(self.pointers.close)
+            self.mirror = Mirror(storage, self.info.size_sectors)
+            undo.callback(self.mirror.close)
+            self.snapshots = Snapshots(storage, self.info.uuid)
+            undo.callback(self.snapshots.close)
+            self.journal = ForwardJournal(storage, self.info.uuid, self.limits.segments, clock)
+            undo.callback(self.journal.close)
+            now = self.pointers.now
+            self.mirror.check()
+            self.journal.recover(
+                tail=now.mirror_seq,
+                tail_time_ns=max(now.mirror_time_ns, now.origin_time_ns),
+                durable=max(now.durable, now.mirror_seq),
+            )
+            if now.open_snapshot and not self.snapshots.at(now.open_snapshot):
+                raise CorruptionError(
+                    f"volume {self.info.name}: the files of the open snapshot {now.open_snapshot} are missing",
+                    hint="restore them; the history before the mirror needs them",
+                )
+            undo.pop_all()
+        self.floor = max(now.mirror_seq, now.sync_target)
+        self.was_clean = now.clean
+        self.statistics = Statistics()
+        self._images: dict[int, Image] = {}  # least recently used first
+        self._garbage: list[Segment] = []
+        self._allowance = 0
+        self.live = Image(self, self.journal.head, self.journal.head_time_ns, self.build_vrmo(self.journal.head))
+
+    @staticmethod
+    def create(
+        storage: Storage, *, name: str, size_sectors: int, source: Path, tap: str, created_ns: int
+    ) -> VolumeInfo:
+        """Make the files of a new volume in an empty directory; volume.json, written last, makes it one."""
+        info = VolumeInfo(uuid4(), name, size_sectors, str(source), tap, created_ns)
+        for directory in (forward.DIRECTORY, backward.DIRECTORY):
+            storage.make_directory(directory)
+        Mirror.create(storage, size_sectors)
+        PointerFile.create(storage, Pointers(info.uuid, clean=True))
+        storage.sync_directory("")
+        write_whole(storage, INFO_NAME, info.encode())
+        return info
+
+    # -- capture ------------------------------------------------------------------------------------------------
+
+    def write(self, start: int, data: memoryview | bytes) -> int:
+        """Journal a write of whole sectors at sector *start*; return its seq. Not durable before ``flush``."""
+        length, rest = divmod(len(data), 512)
+        assert rest == 0
+        return self._capture(start, length, data)
+
+    def discard(self, start: int, length: int) -> int:
+        """Journal a discard: *length* sectors that read as zeros from now on."""
+        return self._capture(start, length, None)
+
+    def _capture(self, start: int, length: int, data: memoryview | bytes | None) -> int:
+        assert start >= 0
+        assert 0 < length <= self.info.size_sectors - start, "a write within the volume"
+        self._require_space(0 if data is None else len(data))
+        with self.gate():
+            seq = self.journal.append(start, length, data)
+        self.live.vrmo.absorb(start, start + length, seq)
+        self.live.seq, self.live.time_ns = seq, self.journal.head_time_ns
+        return seq
+
+    def _require_space(self, needed: int) -> None:
+        """Refuse a write that would take the space reserved for syncs; asks the filesystem once per some MiB."""
+        self._allowance -= needed + RECORD_SIZE
+        if self._allowance >= 0:
+            return
+        free = self.storage.free_bytes() - self.limits.reserve_bytes - needed
+        if free < 0:
+            raise StoreFullError(
+                f"store of volume {self.info.name} is full: less than {self.limits.reserve_bytes} bytes would be left",
+                hint="make space, sync, or drop old snapshots",
+            )
+        self._allowance = min(free, self.limits.reserve_bytes) // 4
+
+    def flush(self, primary: File | None = None, *, flag: Flag = Flag.FLUSH, name: str = "") -> Work[Indicator]:
+        """Make all events until now durable, in the journal and on *primary*; return the sync indicator for them.
+
+        One flush at a time: a second one would find nothing left to sync and return before the first.
+        """
+        with self.gate():
+            self.journal.indicate(flag, name)
+            indicator = self.journal.last_indicator(self.journal.head)
+            assert indicator is not None
+        datasync = self.journal.take_dirty()
+
+        def durable() -> None:
+            datasync()
+            if primary is not None:
+                primary.datasync()
+
+        with self.gate(fatal=True):
+            yield durable
+        self.journal.durable = max(self.journal.durable, indicator.seq)
+        return indicator
+
+    @contextlib.contextmanager
+    def gate(self, *, fatal: bool = False) -> Iterator[None]:
+        """Let a change through, or refuse it since an earlier one failed; translate the errors of this one.
+
+        With *fatal* even "no space" ends all writing: after a failed fsync nobody knows what is on the disk.
+        """
+        if self.failure:
+            raise ReadOnlyError(
+                f"volume {self.info.name} is read-only: {self.failure}",
+                hint="look at the store's disk, then start the daemon again",
+            )
+        try:
+            yield
+        except OSError as error:
+            text = f"{error.strerror or error} ({error.filename or self.info.name})".lower()
+            if error.errno in {errno.ENOSPC, errno.EDQUOT} and not fatal:
+                raise StoreFullError(
+                    f"store of volume {self.info.name} is full", hint="make space, sync, or drop old snapshots"
+                ) from error
+            self.failure = text
+            raise StoreError(f"volume {self.info.name}: {text}", hint="look at the store's disk") from error
+
+    # -- images -------------------------------------------------------------------------------------------------
+
+    def recoverable(self, seq: int) -> bool:
+        """Say whether the image at *seq* can be had (invariant 1)."""
+        now = self.pointers.now
+        if not now.copied or seq < now.origin_seq:
+            return False
+        if seq >= self.floor:
+            return seq <= self.journal.head
+        held = seq in self._images and self._images[seq].pins > 0
+        return held or self.snapshots.visible_at(seq) is not None
+
+    def time_of(self, seq: int) -> int:
+        """Return the canonical time of the image at *seq*: of its last event, or of the origin."""
+        now = self.pointers.now
+        if seq == now.origin_seq:
+            return now.origin_time_ns
+        if seq == now.mirror_seq:
+            return now.mirror_time_ns
+        snapshot = self.snapshots.at(seq) if seq < now.mirror_seq else None
+        return snapshot.time_ns if snapshot else self.journal.time_of(seq)
+
+    def image(self, seq: int) -> Image:
+        """Return the image at *seq*; NoSuchPointError if it isn't recoverable.
+
+        The same object for the same seq as long as somebody holds it. Building a map takes O(n log n) of the extents
+        that it has to hold.
+        """
+        if not self.recoverable(seq):
+            raise NoSuchPointError(
+                f"volume {self.info.name} has no recoverable point at seq {seq}",
+                hint="list the points with: dmafs ls STORE",
+            )
+        image = self._images.pop(seq, None) or Image(self, seq, self.time_of(seq), self.build_vrmo(seq))
+        self._images[seq] = image
+        self._evict()
+        return image
+
+    def _evict(self) -> None:
+        """Forget the images that nobody holds, least recently used first, down to the limit."""
+        idle = [seq for seq, image in self._images.items() if not image.pins]
+        for seq in idle[: max(0, len(idle) - self.limits.images)]:
+            del self._images[seq]
+        if idle and min(self._images, default=self.floor) >= self.floor:
+            self._garbage += self.snapshots.unload(self.snapshots.open_at(self.pointers.now.mirror_seq))
+
+    def build_vrmo(self, seq: int) -> Vrmo:
+        """Build the map of the image at *seq* from descriptors alone (invariant 9 of the design)."""
+        mirror_seq = self.pointers.now.mirror_seq
+        if seq < self.floor:
+            return self.snapshots.build(seq, mirror_seq)
+        starts, stops = self.journal.extents(mirror_seq, seq)
+        return Vrmo.build(starts, stops, np.arange(mirror_seq + 1, seq + 1, dtype=np.int64))
+
+    def descriptor(self, reference: int) -> tuple[Segment, int]:
+        """Return the journal and the entry number that a reference means."""
+        return locate(self, reference)
+
+    def images(self) -> list[Image]:
+        """Return all images in memory but the live one."""
+        return list(self._images.values())
+
+    def pinned_between(self, after: int, before: int) -> list[int]:
+        """Return the seqs of held images with *after* < seq < *before*, ascending."""
+        return sorted(seq for seq, image in self._images.items() if image.pins and after < seq < before)
+
+    def rebuild_images(self, seqs: range) -> None:
+        """Let go of the images in *seqs* that nobody holds; those held get maps built anew from the descriptors."""
+        for seq, image in list(self._images.items()):
+            if seq in seqs and image.pins:
+                image.vrmo = self.build_vrmo(seq)
+            elif seq in seqs:
+                del self._images[seq]
+
+    # -- snapshots ----------------------------------------------------------------------------------------------
+
+    def take_snapshot(self, primary: File | None = None, name: str = "") -> Work[Snapshot]:
+        """Flush, and make the newest durable moment a snapshot."""
+        self.require_snapshot(name)
+        indicator = yield from self.flush(primary)
+        return (yield from self.snapshot_at(indicator, name))
+
+    def require_snapshot(self, name: str) -> None:
+        """Raise what taking a snapshot of that name would raise, before anything is done for it."""
+        self.snapshots.require_free(name)
+        if not self.pointers.now.copied:
+            raise NoSuchPointError(
+                f"volume {self.info.name} has no recoverable point yet: the initial copy isn't complete",
+                hint="wait until dmafs status says protected",
+            )
+
+    def snapshot_at(self, indicator: Indicator, name: str) -> Work[Snapshot]:
+        """Make the moment of a durable sync indicator a snapshot."""
+        if not self.recoverable(indicator.seq):
+            raise NoSuchPointError(
+                f"volume {self.info.name}: a sync has passed seq {indicator.seq} meanwhile", hint="try again"
+            )
+        with self.gate():
+            return (yield from self.snapshots.create(indicator.seq, self.time_of(indicator.seq), name))
+
+    def drop_snapshot(self, snapshot: Snapshot) -> Work[None]:
+        """Hide a snapshot and, unless its image is held, merge its entries into the next older one."""
+        with self.gate():
+            yield from self.snapshots.doom(snapshot)
+        yield from self.drop_unheld()
+
+    def drop_unheld(self) -> Work[None]:
+        """Finish dropping the hidden snapshots whose images nobody holds any more."""
+        for snapshot in self.snapshots.all():
+            held = snapshot.seq in self._images and self._images[snapshot.seq].pins
+            if not snapshot.hidden or held:
+                continue
+            with self.gate():
+                yield from self.snapshots.doom(snapshot)
+                if self.pointers.now.open_snapshot == snapshot.seq:
+                    yield lambda: self.pointers.update(open_snapshot=0)
+                garbage = yield from self.snapshots.merge(snapshot)
+            self.rebuild_images(range(self.floor))
+            self._garbage.append(garbage)
+
+    # -- housekeeping -------------------------------------------------------------------------------------------
+
+    def take_garbage(self) -> list[Segment]:
+        """Return the journals nobody will resolve to any more, for the caller to close when all readers are done."""
+        garbage, self._garbage = self._garbage, []
+        return garbage
+
+    def discard_segments(self, segments: list[Segment]) -> None:
+        """Have segments closed that were taken out of a journal."""
+        self._garbage += segments
+
+    def mark_open(self, boot_id: UUID) -> None:
+        """Record durably that the volume is in use under this boot of the kernel."""
+        self.pointers.update(clean=False, boot_id=boot_id)
+
+    def mark_clean(self) -> None:
+        """Record durably that journal and primary agree up to the head: an orderly stop."""
+        assert self.journal.durable == self.journal.head
+        self.pointers.update(clean=True, durable=self.journal.durable)
+
+    def close(self) -> None:
+        """Close all files."""
+        for segment in self.take_garbage():
+            segment.close()
+        self.journal.close()
+        self.snapshots.close()
+        self.mirror.close()
+        self.pointers.close()
+
+    def check(self) -> None:
+        """Assert the invariants of every structure (each is described where it is defined)."""
+        self.journal.check()
+        self.snapshots.check()
+        self.mirror.check()
+        now = self.pointers.now
+        assert now.mirror_seq <= self.floor <= self.journal.head
+        assert self.live.seq == self.journal.head
+        self.live.check()
+        for image in self._images.values():
+            if image.pins or self.recoverable(image.seq):
+                image.check()
+
+
+@dataclass(slots=True)
+class Statistics:
+    """What syncs have copied since the volume was opened, in sectors."""
+
+    syncs: int = 0
+    saved_sectors: int = 0
+    applied_sectors: int = 0

@@ -1,0 +1,1 @@
+"""The daemon: engines, control interface and configuration."""

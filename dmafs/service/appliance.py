@@ -1,0 +1,196 @@
+"""The appliance: all volumes of a store in one daemon; what the tree and the control interface work on."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Mapping
+
+from dmafs.core.image import Image
+from dmafs.core.moments import (
+    canonical,
+    landmark_times,
+    resolve,
+    seqs_at,
+    snapshot_group,
+    snapshot_groups,
+)
+from dmafs.core.points import consistency
+from dmafs.core.store import Store
+from dmafs.core.volume import Volume
+from dmafs.errors import NoSuchPointError, NoSuchVolumeError
+from dmafs.service.engine import Engine
+from dmafs.service.report import Report, image_at, points_of, status_of
+from dmafs.tree.backend import Space
+from dmafs.units import SECTOR, TimeNs, check_name
+
+
+class Appliance:
+    """Engines by volume; implements ``tree.backend.Backend``."""
+
+    def __init__(self, store: Store, engines: Mapping[str, Engine]) -> None:
+        """Serve *store* through *engines*, one for each of its volumes."""
+        self._store = store
+        self._engines = engines
+        self._volumes: dict[str, Volume] = store.volumes
+        self.started_ns = next(iter(self._volumes.values())).clock()
+
+    def _engine(self, volume: str) -> Engine:
+        try:
+            return self._engines[volume]
+        except KeyError:
+            known = ", ".join(self._engines)
+            raise NoSuchVolumeError(f"there is no volume {volume}", hint=f"there are: {known}") from None
+
+    # -- the tree ------------------------------------------------------------------------------------------------
+
+    def volume_names(self) -> list[str]:
+        """See ``Backend``."""
+        return list(self._engines)
+
+    def size(self, volume: str) -> int:
+        """See ``Backend``."""
+        return self._engine(volume).volume.info.size_sectors * SECTOR
+
+    def resolve(self, text: str) -> TimeNs:
+        """See ``Backend``."""
+        return resolve(self._volumes, text)
+
+    def seqs_at(self, time_ns: int) -> dict[str, int]:
+        """See ``Backend``."""
+        return seqs_at(self._volumes, time_ns)
+
+    def landmarks(self) -> tuple[list[TimeNs], dict[str, TimeNs]]:
+        """See ``Backend``."""
+        return landmark_times(self._volumes)
+
+    def snapshot_ids(self) -> list[str]:
+        """See ``Backend``."""
+        return list(snapshot_groups(self._volumes))
+
+    def snapshot_seqs(self, identifier: str) -> dict[str, int]:
+        """See ``Backend``."""
+        return {name: snapshot.seq for name, snapshot in snapshot_group(self._volumes, identifier).items()}
+
+    def snapshot_time(self, identifier: str) -> TimeNs:
+        """See ``Backend``."""
+        group = snapshot_group(self._volumes, identifier)
+        return canonical(self._volumes, max(snapshot.time_ns for snapshot in group.values()))
+
+    async def take_snapshot(self, name: str) -> None:
+        """See ``Backend``. Nothing is taken if any volume can't take it."""
+        check_name(name, "snapshot")
+        for engine in self._engines.values():
+            engine.volume.require_snapshot(name)
+        for engine in self._engines.values():
+            await engine.take_snapshot(name)
+
+    async def drop_snapshot(self, identifier: str) -> None:
+        """See ``Backend``."""
+        for name, snapshot in snapshot_group(self._volumes, identifier).items():
+            await self._engine(name).drop_snapshot(snapshot)
+
+    def image(self, volume: str, seq: int) -> Image:
+        """See ``Backend``."""
+        return self._engine(volume).volume.image(seq)
+
+    def live(self, volume: str) -> Image:
+        """See ``Backend``."""
+        found = self._engine(volume).volume
+        if not found.pointers.now.copied:
+            raise NoSuchPointError(
+                f"volume {volume} has no recoverable point yet", hint="wait until dmafs status says protected"
+            )
+        return found.live
+
+    def consistency(self, image: Image) -> str:
+        """See ``Backend``."""
+        return consistency(image.volume, image.seq)
+
+    def allocated(self, image: Image) -> int:
+        """See ``Backend``. The live image's is the primary's: it changes all the time, and that is cheap to ask."""
+        if image is image.volume.live:
+            return self.tap_allocated(image.volume.info.name)
+        return image.allocated_sectors() * SECTOR
+
+    def hold(self, image: Image) -> None:
+        """See ``Backend``."""
+        self._engine(image.volume.info.name).hold(image)
+
+    def release(self, image: Image) -> None:
+        """See ``Backend``."""
+        self._engine(image.volume.info.name).release(image)
+
+    async def read(self, image: Image, offset: int, length: int) -> memoryview:
+        """See ``Backend``."""
+        return await self._engine(image.volume.info.name).read(image, offset, length)
+
+    async def digest(self, image: Image) -> str:
+        """See ``Backend``."""
+        return await self._engine(image.volume.info.name).digest(image)
+
+    def has_tap(self, volume: str) -> bool:
+        """See ``Backend``."""
+        return self._engine(volume).volume.info.tap == "fuse"
+
+    def tap_allocated(self, volume: str) -> int:
+        """See ``Backend``."""
+        return self._engine(volume).tap.primary.allocated()
+
+    def tap_time(self, volume: str) -> TimeNs:
+        """See ``Backend``."""
+        return TimeNs(self._engine(volume).volume.journal.head_time_ns)
+
+    async def read_tap(self, volume: str, offset: int, length: int) -> bytearray:
+        """See ``Backend``."""
+        return await self._engine(volume).read_tap(offset, length)
+
+    def write_tap(self, volume: str, offset: int, data: bytes) -> None:
+        """See ``Backend``."""
+        tap = self._engine(volume).tap
+        if offset + len(data) > tap.size:
+            raise OSError(errno.ENOSPC, f"write past the end of volume {volume}")
+        tap.write(offset, data)
+
+    async def flush_tap(self, volume: str) -> None:
+        """See ``Backend``."""
+        await self._engine(volume).flush()
+
+    def space(self) -> Space:
+        """See ``Backend``."""
+        info = os.statvfs(self._store.path)
+        return Space(info.f_blocks * info.f_frsize, info.f_bfree * info.f_frsize, info.f_bavail * info.f_frsize)
+
+    # -- the control interface ------------------------------------------------------------------------------------
+
+    def status(self) -> Report:
+        """Return the state of the daemon and of all volumes."""
+        volumes = []
+        for engine in self._engines.values():
+            report = status_of(engine.volume)
+            if report["state"] == "copying":
+                report["copy_fraction"] = engine.progress.done / engine.progress.total
+                report["copy_bytes_per_s"] = int(engine.progress.bytes_per_s)
+            report["syncing"] = engine.syncing
+            report["commits"] = engine.commits
+            volumes.append(report)
+        return {"daemon": {"pid": os.getpid()}, "volumes": volumes}
+
+    def points(self) -> Report:
+        """Return the recoverable points."""
+        return points_of(self._volumes)
+
+    async def sync(self) -> Report:
+        """Sync all volumes, one after the other."""
+        return {
+            "volumes": [{"name": name, "mirror_seq": await engine.sync()} for name, engine in self._engines.items()]
+        }
+
+    async def read_at(self, volume: str, at: str, offset: int, length: int) -> memoryview:
+        """Return bytes of a volume at a moment."""
+        image = image_at(self._volumes, volume, at)
+        self.hold(image)
+        try:
+            return await self.read(image, offset, length)
+        finally:
+            self.release(image)

@@ -1,0 +1,145 @@
+"""The control interface: HTTP over the unix socket ``control.sock`` in the store, for the commands of the same machine.
+
+=======  ================  ==================================================  =============================
+method   path              parameters                                          answer
+=======  ================  ==================================================  =============================
+GET      /status                                                               JSON
+GET      /points                                                               JSON
+POST     /snapshots        name                                                JSON
+POST     /sync                                                                 JSON
+GET      /read             volume, at, offset, length (at most READ_MAX)       bytes
+=======  ================  ==================================================  =============================
+
+An error is a JSON object {error, message, hint}: the class's name in the error tree and its texts; status 400 for
+what the caller got wrong, 404 for what isn't there, 500 for the rest. The socket has mode 0600 in a directory of mode 0700.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Awaitable, Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import trio
+from hypercorn.config import Config
+from hypercorn.trio import serve
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from dmafs.errors import DmafsError, InputError, NotFoundError
+from dmafs.service.appliance import Appliance
+from dmafs.units import check_name
+
+log = logging.getLogger(__name__)
+
+READ_MAX: Final = 16 << 20
+"""Most bytes that one read returns; the client asks again for more."""
+
+
+def application(appliance: Appliance) -> Starlette:
+    """Return the application that serves *appliance*."""
+
+    async def status(_request: Request) -> Response:
+        return JSONResponse(appliance.status())
+
+    async def points(_request: Request) -> Response:
+        return JSONResponse(appliance.points())
+
+    async def take_snapshot(request: Request) -> Response:
+        name = check_name(request.query_params.get("name", ""), "snapshot")
+        await appliance.take_snapshot(name)
+        return JSONResponse({"name": name})
+
+    async def sync(_request: Request) -> Response:
+        return JSONResponse(await appliance.sync())
+
+    async def read(request: Request) -> Response:
+        query = request.query_params
+        offset, length = _number(query.get("offset")), _number(query.get("length"))
+        if length > READ_MAX:
+            raise InputError(f"length {length} is more than {READ_MAX}", hint="read in parts")
+        data = await appliance.read_at(query.get("volume", ""), query.get("at", ""), offset, length)
+        return Response(bytes(data), media_type="application/octet-stream")
+
+    return Starlette(
+        routes=[
+            Route("/status", _answering(status), methods=["GET"]),
+            Route("/points", _answering(points), methods=["GET"]),
+            Route("/snapshots", _answering(take_snapshot), methods=["POST"]),
+            Route("/sync", _answering(sync), methods=["POST"]),
+            Route("/read", _answering(read), methods=["GET"]),
+        ]
+    )
+
+
+def _number(text: str | None) -> int:
+    if text is None or not (text.isascii() and text.isdigit()) or len(text) > 18:
+        raise InputError(f"{text!r} is not a number of bytes", hint="give a decimal number")
+    return int(text)
+
+
+def _answering(handler: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
+    """Turn errors of the tree into answers."""
+
+    async def wrapper(request: Request) -> Response:
+        try:
+            return await handler(request)
+        except DmafsError as error:
+            status = 404 if isinstance(error, NotFoundError) else 400 if isinstance(error, InputError) else 500
+            body: dict[str, Any] = {"error": type(error).__name__, "message": error.message, "hint": error.hint}
+            return JSONResponse(body, status_code=status)
+
+    return wrapper
+
+
+async def serve_control(
+    appliance: Appliance, path: Path, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+) -> None:
+    """Serve on a unix socket until cancelled. A socket left by an earlier daemon is replaced: the store's lock is ours."""
+    path.unlink(missing_ok=True)
+    config = Config()
+    config.bind = [f"fd://{socket_of(path).detach()}"]  # hypercorn owns and closes it
+    config.loglevel = "WARNING"
+    config.accesslog = None
+    config.graceful_timeout = 1.0
+    try:
+        await serve(
+            application(appliance),  # type: ignore[arg-type]  # an ASGI application by another library's types
+            config,
+            shutdown_trigger=trio.sleep_forever,
+            task_status=_Ready(task_status),
+        )
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def socket_of(path: Path) -> socket.socket:
+    """Return a socket bound to *path*, mode 0600. Unix socket names are short, so it is bound by its directory."""
+    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        before = os.umask(0o177)
+        try:
+            listener.bind(f"/proc/self/fd/{directory}/{path.name}")
+        finally:
+            os.umask(before)
+    finally:
+        os.close(directory)
+    return listener
+
+
+class _Ready:
+    """Report readiness without the addresses that hypercorn passes."""
+
+    def __init__(self, task_status: trio.TaskStatus[None]) -> None:
+        self._started = partial(task_status.started, None)
+
+    def started(self, _binds: object = None) -> None:
+        """Pass on that the socket is bound."""
+        self._started()

@@ -1,0 +1,120 @@
+"""The daemon: the composition root. Opens the store, mounts the tree, runs engines and control interface, ends in order.
+
+Order of starting: lock and recovery, checks, redo onto the primaries, engines, control socket, mount. Order of ending, on
+SIGTERM, SIGINT or an unmount from outside: unmount, control socket, engines' tasks, last flush, clean mark, unlock.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Final
+from uuid import UUID
+
+import pyfuse3
+import trio
+
+from dmafs.core.storage import open_source
+from dmafs.core.store import SOCKET_NAME, Store, is_inside, lies_on
+from dmafs.errors import MountError, PlacementError
+from dmafs.service.appliance import Appliance
+from dmafs.service.configuration import Configuration, load_configuration
+from dmafs.service.control import serve_control
+from dmafs.service.engine import Engine
+from dmafs.service.mounting import mount_source, prepare_mount_point, tune
+from dmafs.service.progress import show_progress
+from dmafs.taps.passthrough import PassThroughTap
+from dmafs.tree.operations import Tree
+
+log = logging.getLogger(__name__)
+
+BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
+FUSE_TASKS: Final = 32
+"""Requests of the tree handled at once; more wait in the kernel."""
+
+
+def serve(store_path: Path, mount_point: Path) -> None:
+    """Serve a store at a mount point until SIGTERM, SIGINT or unmounting."""
+    configuration = load_configuration(store_path)
+    store = Store(store_path, limits=configuration.volume_limits())
+    try:
+        prepare_mount_point(store.path, mount_point)
+        _check_sources(store, mount_point)
+        trio.run(_run, store, Path(os.path.abspath(mount_point)), configuration)
+    finally:
+        store.close()
+
+
+def _check_sources(store: Store, mount_point: Path) -> None:
+    """Refuse sources that are on the store or below the mount point."""
+    for volume in store.volumes.values():
+        source = Path(volume.info.source)
+        if is_inside(source, mount_point):
+            raise PlacementError(
+                f"source {source} is below the mount point {mount_point}", hint="give another mount point"
+            )
+        if source.exists() and lies_on(store.path.stat().st_dev, source):
+            raise PlacementError(f"store {store.path} is on its own source {source}", hint="move the store")
+
+
+async def _run(store: Store, mount_point: Path, configuration: Configuration) -> None:
+    limiter = trio.CapacityLimiter(configuration.threads)
+    engines = {}
+    for name, volume in store.volumes.items():
+        tap = PassThroughTap(volume, open_source(Path(volume.info.source), writable=True))
+        engines[name] = Engine(volume, tap, tick_s=configuration.tick_s, limiter=limiter)
+    appliance = Appliance(store, engines)
+    for name, engine in engines.items():
+        redone = await engine.recover()
+        if redone:
+            log.warning("volume %s: not closed in order; %d events written to its source again", name, redone)
+        await trio.to_thread.run_sync(engine.volume.mark_open, UUID(BOOT_ID.read_text().strip()))
+    try:
+        await _serve_until_asked(store, appliance, engines, mount_point, configuration)
+    finally:
+        for engine in engines.values():
+            await engine.close()
+
+
+async def _serve_until_asked(
+    store: Store,
+    appliance: Appliance,
+    engines: dict[str, Engine],
+    mount_point: Path,
+    configuration: Configuration,
+) -> None:
+    options = {"default_permissions", f"fsname={mount_source(store.path)}", "subtype=dmafs", "auto_unmount"}
+    if configuration.allow_other:
+        options.add("allow_other")
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async with trio.open_nursery() as nursery:
+            for engine in engines.values():
+                await nursery.start(engine.run)
+            await nursery.start(serve_control, appliance, store.path / SOCKET_NAME)
+            try:
+                pyfuse3.init(Tree(appliance, appliance.started_ns), str(mount_point), options)
+            except RuntimeError as error:
+                raise MountError(
+                    f"mount point {mount_point} can't be mounted on: {error}", hint="is fuse3 installed, and /dev/fuse?"
+                ) from error
+            try:
+                nursery.start_soon(_terminate_on, signals)
+                nursery.start_soon(trio.to_thread.run_sync, tune, mount_point)
+                nursery.start_soon(show_progress, engines)
+                print(f"dmafs: serving {store.path} at {mount_point}", file=sys.stderr, flush=True)
+                await pyfuse3.main(min_tasks=1, max_tasks=FUSE_TASKS)
+            finally:
+                pyfuse3.close(unmount=True)
+            nursery.cancel_scope.cancel()
+
+
+async def _terminate_on(signals: AsyncIterator[int]) -> None:
+    """End the mount at the first signal."""
+    async for number in signals:
+        log.info("ending on %s", signal.Signals(number).name)
+        pyfuse3.terminate()
+        return

@@ -1,0 +1,308 @@
+"""The engine of one volume: the synchronous core under trio.
+
+What runs where: capture, resolving and all in-memory changes on trio's thread, without an ``await`` in between; bulk
+copies, fsyncs and reads that have to wait in threads. Work of the core is driven by ``_drive``.
+
+Rules:
+
+1. Flushes are group commits: one at a time, and each covers everybody who asked before it began.
+2. Syncs, snapshots and drops exclude each other (``_maintenance``), not capture and not reads.
+3. Before each step of a sync or a drop, readers that resolved before are waited for: nothing is overwritten or closed
+   under a reader.
+4. Commits are never abandoned half-way: threads can't be cancelled, and a cancelled sync stops between two steps, which
+   is as safe as a power cut there.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final, TypeVar
+
+import trio
+import xxhash
+
+from dmafs.core.copy import initial_copy
+from dmafs.core.image import Image
+from dmafs.core.ondisk import Flag
+from dmafs.core.segment import Indicator
+from dmafs.core.snapshots import Snapshot
+from dmafs.core.sync import sync
+from dmafs.core.volume import Volume
+from dmafs.core.work import Work
+from dmafs.errors import DmafsError
+from dmafs.taps.passthrough import PassThroughTap
+from dmafs.units import SECTOR, format_bytes
+
+log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+DIGEST_CHUNK: Final = 1 << 20
+RETRY_S: Final = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Await:
+    """A step of work that is asynchronous itself."""
+
+    function: Callable[[], Any]
+
+    def __call__(self) -> None:
+        raise AssertionError("only an engine can drive this step")
+
+
+class CopyProgress:
+    """How far the initial copy is."""
+
+    def __init__(self, total_sectors: int) -> None:
+        """Begin now."""
+        self.total = total_sectors
+        self.first = self.done = 0
+        self._began = self._latest = trio.current_time()
+
+    def begin(self, sectors: int) -> None:
+        """Go on from a saved position."""
+        self.first = self.done = sectors
+
+    def update(self, sectors: int) -> None:
+        """Take in that so many sectors are done."""
+        self.done = sectors
+        self._latest = trio.current_time()
+
+    @property
+    def bytes_per_s(self) -> float:
+        """Return the mean rate since the copy began or resumed."""
+        elapsed = self._latest - self._began
+        return (self.done - self.first) * SECTOR / elapsed if elapsed > 0 else 0.0
+
+
+class Engine:
+    """One volume in a daemon."""
+
+    def __init__(self, volume: Volume, tap: PassThroughTap, *, tick_s: float, limiter: trio.CapacityLimiter) -> None:
+        """Drive *volume*; threads are taken from *limiter*."""
+        self.volume = volume
+        self.tap = tap
+        self._tick_s = tick_s
+        self._limiter = limiter
+        self._commit = trio.Lock()
+        self._requested = self._committed = 0
+        self.commits = 0
+        self._maintenance = trio.Lock()
+        self._epoch = 0
+        self._readers: Counter[int] = Counter()
+        self._reader_left = trio.lowlevel.ParkingLot()
+        self._drop_wanted = trio.Event()
+        self.progress = CopyProgress(volume.info.size_sectors)
+        self.syncing = False
+
+    # -- tasks --------------------------------------------------------------------------------------------------
+
+    async def recover(self) -> int:
+        """Bring the primary up to the journal after an unclean stop; return how many events were written again."""
+        redone: int = await self._drive(self.tap.redo())
+        return redone
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Run the volume's tasks until cancelled."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._tick)
+            nursery.start_soon(self._drop_unheld)
+            nursery.start_soon(self._copy)
+            task_status.started()
+
+    async def _tick(self) -> None:
+        """Set a sync indicator when there were writes and nobody flushed."""
+        while True:
+            await trio.sleep(self._tick_s)
+            if self.volume.journal.durable < self.volume.journal.head and not self.volume.failure:
+                try:
+                    await self.flush(Flag.TICK)
+                except DmafsError as error:
+                    log.error("volume %s: tick failed: %s", self.volume.info.name, error.message)
+
+    async def _drop_unheld(self) -> None:
+        """Finish drops when the last holder of an image is gone."""
+        while True:
+            await self._drop_wanted.wait()
+            self._drop_wanted = trio.Event()
+            async with self._maintenance:
+                try:
+                    await self._drive(self.volume.drop_unheld(), drain=True)
+                    await self._sweep()
+                except DmafsError as error:
+                    log.error("volume %s: drop failed: %s", self.volume.info.name, error.message)
+
+    async def _copy(self) -> None:
+        """Make the initial copy, or go on with it."""
+        self.progress.begin(self.volume.pointers.now.copied_sectors)
+        while not self.volume.pointers.now.copied:
+            work = initial_copy(self.volume, self.tap.primary, self._flush_step, self.progress.update)
+            try:
+                await self._drive(work)
+            except DmafsError as error:
+                log.error(
+                    "volume %s: initial copy failed: %s; trying again", self.volume.info.name, error.message
+                )
+                await trio.sleep(RETRY_S)
+                continue
+            log.info(
+                "volume %s: initial copy complete, %s at %s/s",
+                self.volume.info.name,
+                format_bytes(self.progress.total * SECTOR),
+                format_bytes(int(self.progress.bytes_per_s)),
+            )
+        self.progress.update(self.progress.total)
+
+    def _flush_step(self, flag: Flag) -> Work[object]:
+        return (yield _Await(partial(self.flush, flag)))
+
+    async def _drive(self, work: Work[Result], *, drain: bool = False) -> Result:
+        """Drive work of the core: each call it yields in a thread, this thread free for everything else meanwhile."""
+        try:
+            call = next(work)
+            while True:
+                if drain:
+                    await self._drain()
+                try:
+                    if isinstance(call, _Await):
+                        answer = await call.function()
+                    else:
+                        answer = await trio.to_thread.run_sync(call, limiter=self._limiter)
+                except Exception as error:
+                    call = work.throw(error)
+                else:
+                    call = work.send(answer)
+        except StopIteration as stop:
+            result: Result = stop.value
+            return result
+        finally:
+            work.close()
+
+    # -- capture ------------------------------------------------------------------------------------------------
+
+    async def flush(self, flag: Flag = Flag.FLUSH) -> Indicator | None:
+        """Make all writes until now durable in journal and primary (group commit).
+
+        Return the indicator, or None if somebody else's commit covered this one.
+        """
+        self._requested += 1
+        mine = self._requested
+        async with self._commit:
+            if self._committed >= mine and flag != Flag.COPIED:
+                return None
+            upto = self._requested
+            indicator = await self._drive(self.volume.flush(self.tap.primary, flag=flag))
+            self.commits += 1
+            self._committed = upto
+            return indicator
+
+    # -- reading ------------------------------------------------------------------------------------------------
+
+    async def read(self, image: Image, offset: int, length: int) -> memoryview:
+        """Return bytes of an image, fewer at its end: at once from the page cache, else from a thread."""
+        length = max(0, min(length, image.size - offset))
+        if not length:
+            return memoryview(b"")
+        pieces = image.resolve(offset, length)
+        try:
+            return image.read_pieces(pieces, offset, length, nowait=True)
+        except BlockingIOError:
+            with self._reading():
+                return await trio.to_thread.run_sync(image.read_pieces, pieces, offset, length, limiter=self._limiter)
+
+    async def read_tap(self, offset: int, length: int) -> bytearray:
+        """Return bytes of the primary, fewer at its end."""
+        try:
+            return self.tap.read(offset, length, nowait=True)
+        except BlockingIOError:
+            return await trio.to_thread.run_sync(self.tap.read, offset, length, limiter=self._limiter)
+
+    async def digest(self, image: Image) -> str:
+        """Return the xxh3-128 digest of a whole image."""
+        digest = xxhash.xxh3_128()
+        for offset in range(0, image.size, DIGEST_CHUNK):
+            digest.update(await self.read(image, offset, DIGEST_CHUNK))
+            await trio.lowlevel.checkpoint()
+        return digest.hexdigest()
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Be a reader of the present epoch."""
+        epoch = self._epoch
+        self._readers[epoch] += 1
+        try:
+            yield
+        finally:
+            self._readers[epoch] -= 1
+            if not self._readers[epoch]:
+                del self._readers[epoch]
+            self._reader_left.unpark_all()
+
+    async def _drain(self) -> None:
+        """Wait for all readers that began before this call."""
+        epoch = self._epoch
+        self._epoch += 1
+        while any(number <= epoch for number in self._readers):
+            await self._reader_left.park()
+
+    def hold(self, image: Image) -> None:
+        """Keep an image readable and unchanged (invariant 4 of the design)."""
+        image.pins += 1
+
+    def release(self, image: Image) -> None:
+        """Undo one hold; what was kept only for it is dropped in the background."""
+        image.pins -= 1
+        assert image.pins >= 0
+        if not image.pins:
+            self._drop_wanted.set()
+
+    # -- maintenance --------------------------------------------------------------------------------------------
+
+    async def sync(self) -> int:
+        """Flush, then move the mirror to that moment; return the mirror's new seq."""
+        async with self._maintenance:
+            await self.flush()
+            self.syncing = True
+            try:
+                seq: int = await self._drive(sync(self.volume), drain=True)
+            finally:
+                self.syncing = False
+            await self._sweep()
+            return seq
+
+    async def take_snapshot(self, name: str) -> Snapshot:
+        """Flush, and make that moment a snapshot. Doesn't wait for a sync that is under way."""
+        self.volume.require_snapshot(name)
+        indicator = None
+        while indicator is None:  # somebody else's commit may have covered an earlier moment only
+            indicator = await self.flush(Flag.FLUSH)
+        return await self._drive(self.volume.snapshot_at(indicator, name))
+
+    async def drop_snapshot(self, snapshot: Snapshot) -> None:
+        """Drop a snapshot, or hide it until its image is closed."""
+        async with self._maintenance:
+            await self._drive(self.volume.drop_snapshot(snapshot), drain=True)
+            await self._sweep()
+
+    async def _sweep(self) -> None:
+        """Close the journals that nobody can be reading or syncing any more."""
+        garbage = self.volume.take_garbage()
+        await self._drain()
+        async with self._commit:
+            for segment in garbage:
+                segment.close()
+
+    async def close(self) -> None:
+        """Make everything durable and mark the volume clean; the tasks have ended, and nobody writes any more."""
+        with trio.CancelScope(shield=True):
+            if not self.volume.failure:
+                await self.flush()
+                await trio.to_thread.run_sync(self.volume.mark_clean)
+            self.volume.close()
+            self.tap.primary.close()

@@ -1,0 +1,98 @@
+"""Mounting: checks of the mount point, clearing what an earlier life left there, and the kernel's settings of a mount."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from dmafs.core.store import is_inside
+from dmafs.errors import MountError, PlacementError
+
+FILESYSTEM_TYPE: Final = "fuse.dmafs"
+READ_AHEAD_KB: Final = 1024
+"""Measured before the project began: raising the default of 128 doubles sequential speed."""
+MAX_BACKGROUND: Final = 64
+
+_MOUNTINFO: Final = Path("/proc/self/mountinfo")
+_BDI: Final = Path("/sys/class/bdi")
+_CONNECTIONS: Final = Path("/sys/fs/fuse/connections")
+
+
+class Mount(NamedTuple):
+    """A line of mountinfo."""
+
+    device: str
+    point: str
+    kind: str
+    source: str
+
+
+def mounts() -> list[Mount]:
+    """Return all mounts, the topmost of a place last."""
+    found = []
+    for line in _MOUNTINFO.read_text().splitlines():
+        left, _, right = line.partition(" - ")
+        fields, more = left.split(" "), right.split(" ")
+        found.append(Mount(fields[2], _unescaped(fields[4]), more[0], _unescaped(more[1])))
+    return found
+
+
+def _unescaped(text: str) -> str:
+    for code, character in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
+        text = text.replace(code, character)
+    return text
+
+
+def mount_source(store: Path) -> str:
+    """Return what mountinfo shows as the source: the store, so that a mount tells whose it is."""
+    return str(store).replace(",", "_")
+
+
+def prepare_mount_point(store: Path, point: Path) -> None:
+    """Check the mount point; clear a mount that an earlier daemon of this store left there (the store is locked by us)."""
+    point = Path(os.path.abspath(point))
+    for mount in reversed(mounts()):
+        if mount.point == str(point) and mount.kind == FILESYSTEM_TYPE and mount.source == mount_source(store):
+            clear_mount(point)
+        elif mount.point == str(point) and mount.kind == FILESYSTEM_TYPE:
+            raise MountError(f"mount point {point} is taken by store {mount.source}", hint="choose another mount point")
+    try:
+        if not point.is_dir():
+            raise MountError(f"mount point {point} is not a directory", hint=f"make it: mkdir {point}")
+        names = os.listdir(point)
+    except OSError as error:
+        raise MountError(
+            f"mount point {point} can't be read: {(error.strerror or '').lower()}", hint="check the path"
+        ) from error
+    if names:
+        raise MountError(f"mount point {point} is not empty: it has {names[0]}", hint="give an empty directory")
+    if is_inside(point, store) or is_inside(store, point):
+        raise PlacementError(
+            f"store {store} and mount point {point} lie in each other", hint="give a mount point outside of the store"
+        )
+
+
+def clear_mount(point: Path) -> None:
+    """Unmount a mount point now, whoever still uses it."""
+    result = subprocess.run(
+        ["fusermount3", "-u", "-z", "-q", str(point)], capture_output=True, text=True, check=False, timeout=30
+    )
+    if any(mount.point == str(point) for mount in mounts()):
+        raise MountError(
+            f"mount point {point} of an earlier daemon can't be cleared: {result.stderr.strip()}",
+            hint=f"umount -l {point}",
+        )
+
+
+def tune(point: Path) -> None:
+    """Raise the readahead and the number of background requests of our mount, where we may. Doesn't touch the mount."""
+    for mount in mounts():
+        if mount.point == str(point.resolve().parent / point.name) and mount.kind == FILESYSTEM_TYPE:
+            minor = mount.device.partition(":")[2]
+            with contextlib.suppress(OSError):
+                (_BDI / mount.device / "read_ahead_kb").write_text(str(READ_AHEAD_KB))
+            with contextlib.suppress(OSError):
+                (_CONNECTIONS / minor / "max_background").write_text(str(MAX_BACKGROUND))

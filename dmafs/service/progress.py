@@ -1,0 +1,58 @@
+"""Progress of initial copies on the daemon's terminal: a bar with a rate; in a log a line for each tenth."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Mapping
+from typing import Final
+
+import trio
+
+from dmafs.service.engine import Engine
+from dmafs.units import SECTOR, format_bytes
+
+log = logging.getLogger(__name__)
+
+REFRESH_S: Final = 0.2
+
+
+async def show_progress(engines: Mapping[str, Engine]) -> None:
+    """Show the initial copies that are under way until they are complete."""
+    copying = {name: engine for name, engine in engines.items() if not engine.volume.pointers.now.copied}
+    if not copying:
+        return
+    if sys.stderr.isatty():
+        await _show_bars(copying)
+    else:
+        await _log_tenths(copying)
+
+
+async def _show_bars(copying: dict[str, Engine]) -> None:
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    columns = TextColumn("copying {task.description}"), BarColumn(), DownloadColumn(True), TransferSpeedColumn()
+    with Progress(*columns, console=Console(stderr=True), auto_refresh=False) as progress:
+        tasks = {
+            name: progress.add_task(name, total=engine.progress.total * SECTOR) for name, engine in copying.items()
+        }
+        done = False
+        while not done:
+            await trio.sleep(REFRESH_S)
+            done = all(engine.volume.pointers.now.copied for engine in copying.values())
+            for name, engine in copying.items():
+                progress.update(tasks[name], completed=engine.progress.done * SECTOR)
+            progress.refresh()
+
+
+async def _log_tenths(copying: dict[str, Engine]) -> None:
+    shown = dict.fromkeys(copying, 0)
+    while any(not engine.volume.pointers.now.copied for engine in copying.values()):
+        await trio.sleep(REFRESH_S)
+        for name, engine in copying.items():
+            tenths = engine.progress.done * 10 // engine.progress.total
+            if tenths > shown[name]:
+                shown[name] = tenths
+                rate = format_bytes(int(engine.progress.bytes_per_s))
+                log.info("volume %s: initial copy %d %%, %s/s", name, tenths * 10, rate)

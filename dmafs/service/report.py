@@ -1,0 +1,95 @@
+"""Reports: what ``status`` and ``ls`` say, as JSON-able dictionaries made from volumes alone.
+
+The daemon and the commands that work without one make the same reports; the daemon adds what only it knows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from dmafs.core.image import Image
+from dmafs.core.moments import resolve, seqs_at, snapshot_groups
+from dmafs.core.points import landmarks, oldest_point
+from dmafs.core.volume import Volume
+from dmafs.errors import NoSuchPointError, NoSuchVolumeError
+from dmafs.units import SECTOR, format_rfc3339, format_time
+
+Report = dict[str, Any]
+
+
+def point(seq: int, time_ns: int) -> Report:
+    """Return a point of history; its time is None before the first recoverable point."""
+    return {"seq": seq, "time": format_rfc3339(time_ns) if time_ns else None}
+
+
+def status_of(volume: Volume) -> Report:
+    """Return the state of one volume."""
+    now = volume.pointers.now
+    journal = volume.journal
+    size = volume.info.size_sectors
+    oldest = oldest_point(volume) if now.copied else None
+    return {
+        "name": volume.info.name,
+        "uuid": str(volume.info.uuid),
+        "source": volume.info.source,
+        "tap": volume.info.tap,
+        "size_bytes": size * SECTOR,
+        "state": "read-only" if volume.failure else "protected" if now.copied else "copying",
+        "failure": volume.failure,
+        "copy_fraction": 1.0 if now.copied else now.copied_sectors / size,
+        "copy_bytes_per_s": 0,
+        "origin": point(now.origin_seq, now.origin_time_ns) if now.copied else None,
+        "oldest": point(oldest.seq, oldest.time_ns) if oldest else None,
+        "newest": point(journal.head, journal.head_time_ns),
+        "durable_seq": journal.durable,
+        "mirror": point(now.mirror_seq, now.mirror_time_ns),
+        "mirror_bytes": volume.mirror.file.allocated(),
+        "forward": {
+            "events": journal.head - now.mirror_seq,
+            "segments": len(journal.segments),
+            "bytes": journal.data_bytes(),
+        },
+        "snapshots": len(volume.snapshots),
+        "syncs": volume.statistics.syncs,
+        "sync_saved_bytes": volume.statistics.saved_sectors * SECTOR,
+        "sync_applied_bytes": volume.statistics.applied_sectors * SECTOR,
+    }
+
+
+def points_of(volumes: Mapping[str, Volume]) -> Report:
+    """Return the recoverable points worth listing, by volume, and all snapshots."""
+    return {
+        "points": [
+            {
+                "volume": name,
+                "kind": found.kind,
+                "name": found.name,
+                "at": format_time(found.time_ns),
+                **point(found.seq, found.time_ns),
+            }
+            for name, volume in volumes.items()
+            for found in landmarks(volume)
+        ],
+        "snapshots": [
+            {
+                "id": identifier,
+                "time": format_rfc3339(max(snapshot.time_ns for snapshot in group.values())),
+                "volumes": {name: snapshot.seq for name, snapshot in group.items()},
+            }
+            for identifier, group in snapshot_groups(volumes).items()
+        ],
+    }
+
+
+def image_at(volumes: Mapping[str, Volume], volume: str, text: str) -> Image:
+    """Return a volume's image at the moment that a spelling means."""
+    if volume not in volumes:
+        raise NoSuchVolumeError(f"there is no volume {volume}", hint=f"there are: {', '.join(volumes)}")
+    time_ns = resolve(volumes, text)
+    seqs = seqs_at(volumes, time_ns)
+    if volume not in seqs:
+        raise NoSuchPointError(
+            f"volume {volume} has no recoverable point at {text}", hint="list them with: dmafs ls STORE"
+        )
+    return volumes[volume].image(seqs[volume])

@@ -1,0 +1,1 @@
+"""The taps: what captures the writes of a primary."""

@@ -1,0 +1,86 @@
+"""Cuts: which bytes of a file are durable, and an end in the middle of a call.
+
+``Disk`` watches the real storage. For every file it knows the size at its last fdatasync: files of the journals are only
+appended, so what lies behind that size is what a power cut may take back. With a fuse set, the n-th change of a
+file raises ``Cut`` instead of being done, as if the process had been killed right before it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from dmafs.core.ondisk import HEADER_SIZE
+from dmafs.core.storage import RealFile, RealStorage
+
+
+class Cut(BaseException):
+    """The process ends here."""
+
+
+class Disk:
+    """Watches all real files while it is entered."""
+
+    def __init__(self) -> None:
+        self.synced: dict[str, int] = {}
+        self.fuse = -1
+        self._stack = contextlib.ExitStack()
+
+    def enter(self) -> None:
+        for kind, names in ((RealFile, ("write", "zero", "truncate", "datasync")), (RealStorage, ("rename", "unlink"))):
+            for name in names:
+                patch = mock.patch.object(kind, name, self._watched(getattr(kind, name), name))
+                self._stack.enter_context(patch)
+        self._stack.enter_context(mock.patch.object(RealStorage, "create", self._watched(RealStorage.create, "create")))
+
+    def leave(self) -> None:
+        self._stack.close()
+
+    @contextlib.contextmanager
+    def fused(self, changes: int) -> Iterator[None]:
+        """Let *changes* changes through and end at the next one."""
+        self.fuse = changes
+        try:
+            with contextlib.suppress(Cut):
+                yield
+        finally:
+            self.fuse = -1
+
+    def _watched(self, call: Callable[..., Any], name: str) -> Callable[..., Any]:
+        def watched(target: Any, *arguments: Any) -> Any:
+            if self.fuse == 0:
+                raise Cut
+            self.fuse -= self.fuse > 0
+            result = call(target, *arguments)
+            if name == "datasync":
+                self.synced[target.name] = target.size()
+            elif name == "truncate":
+                self.synced[target.name] = min(self.synced.get(target.name, 0), arguments[0])
+            elif name == "rename":
+                old, new = (str(target._root / part) for part in arguments)
+                self.synced[new] = self.synced.pop(old, 0)
+            elif name in {"create", "unlink"}:
+                self.synced.pop(str(target._root / arguments[0]), None)
+            return result
+
+        return watched
+
+    def tear(self, path: Path, rng: random.Random) -> bool:
+        """Take back some of what isn't durable in an append-only file; return whether there was any such thing."""
+        durable, content = self.synced.get(str(path), 0), bytearray(path.read_bytes())
+        if durable >= len(content):
+            return False
+        header = HEADER_SIZE if path.suffix == ".ext" else 0
+        if rng.random() < 0.5 or len(content) <= max(durable, header):
+            del content[rng.randrange(durable, len(content)) :]
+        else:
+            for _ in range(rng.randrange(1, 4)):
+                content[rng.randrange(max(durable, header), len(content))] ^= rng.randrange(1, 256)
+            if durable < header and rng.random() < 0.3:
+                content[:header] = bytes(header)
+        path.write_bytes(content)
+        return True

@@ -1,0 +1,44 @@
+"""The oracle: the full image of a small volume after every event, so that the past is a look-up.
+
+It is as simple as it can be made, since everything else is measured against it.
+"""
+
+from __future__ import annotations
+
+SECTOR = 512
+
+
+class Oracle:
+    """What a volume of a few sectors has to show at every seq."""
+
+    def __init__(self, content: bytes) -> None:
+        self._images = [content]
+        self.times = [0]
+
+    @property
+    def size_sectors(self) -> int:
+        return len(self._images[0]) // SECTOR
+
+    @property
+    def head(self) -> int:
+        return len(self._images) - 1
+
+    def write(self, start: int, data: bytes, time_ns: int) -> None:
+        image = self._images[-1]
+        begin, end = start * SECTOR, start * SECTOR + len(data)
+        assert end <= len(image)
+        self._images.append(image[:begin] + data + image[end:])
+        self.times.append(time_ns)
+
+    def image_at(self, seq: int) -> bytes:
+        return self._images[seq]
+
+    def cut(self, head: int) -> None:
+        """Forget the events after *head*."""
+        assert head <= self.head
+        del self._images[head + 1 :]
+        del self.times[head + 1 :]
+
+
+def nonzero_sectors(image: bytes) -> int:
+    return sum(any(image[at : at + SECTOR]) for at in range(0, len(image), SECTOR))
