@@ -18,7 +18,7 @@ def add_commands(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
     command = commands.add_parser(
         "create",
         help="make a volume, and the store if it isn't there",
-        description="Make a volume for a source. The daemon then makes the initial copy while it already captures writes.",
+        description="Make a volume for a source. The daemon then copies the source while it already captures writes.",
     )
     command.add_argument("store", metavar="STORE", type=Path, help="directory of the store")
     command.add_argument("volume", metavar="VOLUME", nargs="?", default="disk", help="name of the volume (%(default)s)")

@@ -27,7 +27,7 @@ def add_commands(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
     points = commands.add_parser(
         "ls",
         help="list recoverable points and snapshots",
-        description="List recoverable points: snapshots, marks, a coarse grid, the ends. Every write between is one too.",
+        description="List recoverable points: snapshots, marks, a coarse grid. Every write since the mirror is one.",
     )
     points.add_argument("store", metavar="STORE", type=Path, help="directory of the store")
     points.add_argument("--json", action="store_true", help="as JSON")

@@ -24,7 +24,7 @@ def add_commands(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Serve the store."""
-    from dmafs.service.daemon import serve
+    from dmafs.service.daemon import serve  # noqa: PLC0415 - the other commands need neither FUSE nor trio
 
     serve(options.store, options.mount_point)
     return 0

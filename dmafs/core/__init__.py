@@ -1,1 +1,1 @@
-"""The core: extents, journals, mirror, maps and syncs. Synchronous; knows neither trio nor FUSE; all I/O through ``storage``."""
+"""The core: extents, journals, mirror, maps and syncs; synchronous, all I/O through ``storage``."""

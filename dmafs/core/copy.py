@@ -1,8 +1,8 @@
 """The initial copy: the primary's content into the mirror, while the tap already captures.
 
 A copy begun at t1 and ended at t2 is *fuzzy*: each sector is as it was at some time between. Together with all events
-from t1 on it is exact at any t3 >= t2, since whatever was written meanwhile is in the journal. So capture begins first, and
-the first recoverable point, the *origin*, is the first sync indicator after the end.
+from t1 on it is exact at any t3 >= t2, since whatever was written meanwhile is in the journal. So capture begins first,
+and the first recoverable point, the *origin*, is the first sync indicator after the end.
 
 The position is saved from time to time. Before that all events until then are made durable: otherwise the copied part
 could hold a write that an unclean stop takes back from journal and primary. What lies behind the saved position is
@@ -12,6 +12,7 @@ forgotten when the copy resumes.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 from dmafs.core.ondisk import Flag
@@ -54,7 +55,7 @@ def initial_copy(
         if at - saved >= SAVE_SECTORS:
             yield from flush(Flag.TICK)
             with volume.gate(fatal=True):
-                yield lambda: _save_position(volume, at)
+                yield partial(_save_position, volume, at)
             saved = at
     with volume.gate(fatal=True):
         yield volume.mirror.datasync

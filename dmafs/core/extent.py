@@ -5,10 +5,10 @@ equal length; a *disjoint list* is such a pair in ascending order without overla
 Python object is made per extent.
 
 ``net_change`` (fig. 4) answers what a run of write events amounts to. The breakpoints of all extents cut the address
-space into cells; each extent covers a run of cells, and the *last* extent that covers a cell wins it. To paint n extents
-without visiting each covered cell (one long write over many short ones would make that quadratic), an extent that covers
-k cells is entered only at its two overlapping blocks of ``2**floor(log2(k))`` cells, and blocks are then pushed down level
-by level to single cells. That takes O(n log n) time and O(n) memory whatever the overlaps are.
+space into cells; each extent covers a run of cells, and the *last* extent that covers a cell wins it. To paint n
+extents without visiting each covered cell (one long write over many short ones would make that quadratic), an extent
+that covers k cells is entered only at its two overlapping blocks of ``2**floor(log2(k))`` cells, and blocks are then
+pushed down level by level to single cells. That takes O(n log n) time and O(n) memory whatever the overlaps are.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from uuid import UUID
 import numpy as np
 
 from dmafs.core.extent import MAX_EXTENT_SECTORS, MAX_ZERO_SECTORS, Ints
-from dmafs.core.ondisk import Flag, Header, Kind
+from dmafs.core.ondisk import HEADER_SIZE, Flag, Header, Kind
 from dmafs.core.segment import Indicator, Segment, new_salt
 from dmafs.core.storage import Storage, close_all
 from dmafs.errors import CorruptionError
@@ -57,7 +57,6 @@ class ForwardJournal:
         self.durable = 0
         self._dirty: list[Segment] = []
         self._new_names = False
-        self._indicated = 0  # seq of the last indicator
 
     # -- recovery -----------------------------------------------------------------------------------------------
 
@@ -85,8 +84,6 @@ class ForwardJournal:
         for segment in self.segments:
             segment.trim()
         self._storage.sync_directory(DIRECTORY)
-        last = self.last_indicator(self.head)
-        self._indicated = last.seq if last else 0
 
     def _recover_segment(self, stem: str, durable: int) -> int:
         """Read one segment; return the highest seq that its records call durable.
@@ -96,7 +93,7 @@ class ForwardJournal:
         try:
             segment = Segment.open(self._storage, f"{DIRECTORY}/{stem}", Kind.FORWARD, self._uuid)
         except CorruptionError:
-            if self.head < durable or not self.segments:
+            if self.head < durable or not (self.segments or self._is_blank(stem)):
                 raise
             self._remove_stem(stem)  # created after the last durable moment, not even its header was written
             return 0
@@ -111,7 +108,7 @@ class ForwardJournal:
         )
         if not first_is_right:
             segment.close()
-            if segment.header.first - 1 <= max(claimed, durable) or not self.segments:
+            if segment.header.first - 1 <= max(claimed, durable):
                 raise CorruptionError(
                     f"forward journal has no events {self.head + 1} to {segment.header.first - 1}",
                     hint=f"a segment before {segment.ext.name} is missing or damaged",
@@ -123,6 +120,16 @@ class ForwardJournal:
         times = [segment.times[-1:], segment.indicator_times[-1:]]
         self.head_time_ns = max(self.head_time_ns, *(time[0] for time in times if time), 0)
         return claimed
+
+    def _is_blank(self, stem: str) -> bool:
+        """Say whether the header of a segment was never durable: nothing else in it was then, either."""
+        file = self._storage.open(f"{DIRECTORY}/{stem}.ext")
+        try:
+            data = bytearray(min(file.size(), HEADER_SIZE))
+            file.read_into(data, 0)
+        finally:
+            file.close()
+        return len(data) < HEADER_SIZE or not any(data)
 
     def _drop_torn(self, durable: int) -> None:
         """Cut at the first event that isn't durable and whose data isn't what its checksum says."""
@@ -159,12 +166,11 @@ class ForwardJournal:
 
     def indicate(self, flag: Flag, name: str = "") -> None:
         """Append a sync indicator; one without a name is left out where no event follows the one before."""
-        if self._indicated == self.head and flag in (Flag.FLUSH, Flag.TICK) and self.segments:
+        if flag in (Flag.FLUSH, Flag.TICK) and self.is_indicated(self.head):
             return
         segment = self._writable_segment(0)
         self.head_time_ns = max(self._clock(), self.head_time_ns)
         segment.append_indicator(flag, time_ns=self.head_time_ns, durable=self.durable, name=name)
-        self._indicated = self.head
 
     def _writable_segment(self, sectors: int) -> Segment:
         """Return the last segment, marked dirty; begin a new one if it is full."""

@@ -54,9 +54,7 @@ class Mirror:
 
     def forget_from(self, start: int) -> None:
         """Make everything from sector *start* on a hole: what an interrupted initial copy may have left there."""
-        self._allocated = None
-        self.file.truncate(start * SECTOR)
-        self.file.truncate(self.size_sectors * SECTOR)
+        self.zero(start, self.size_sectors)  # not by truncating: the size is never wrong, wherever this is cut off
 
     def datasync(self) -> None:
         """Make all writes durable."""

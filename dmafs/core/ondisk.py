@@ -1,7 +1,7 @@
 """The on-disk formats: segment headers, descriptor records, pointer slots, volume.json.
 
-All integers are little-endian. A checksum is xxh3-64 seeded with the *salt* of the file it stands in, so bytes left over
-from an earlier life of a file can never look valid.
+All integers are little-endian. A checksum is xxh3-64 seeded with the *salt* of the file it stands in, so bytes left
+over from an earlier life of a file can never look valid.
 
 Segment header, the first 512 bytes of each ``.ext`` file::
 
@@ -84,6 +84,7 @@ RECORD_SIZE: Final = 64
 SLOT_SIZE: Final = 512
 SLOT_OFFSETS: Final = (0, 4096)
 POINTERS_SIZE: Final = 8192
+NO_BOOT: Final = UUID(int=0)
 VOLUME_JSON_LIMIT: Final = 65536
 NAME_LIMIT: Final = 256
 
@@ -255,7 +256,7 @@ class Pointers:
     copied_sectors: int = 0
     origin_seq: int = 0
     origin_time_ns: int = 0
-    boot_id: UUID = UUID(int=0)
+    boot_id: UUID = NO_BOOT
 
     def encode(self) -> bytes:
         """Return the 512 bytes of the slot."""

@@ -62,7 +62,7 @@ class PointerFile:
             )
         return newest
 
-    def update(self, **changes: Any) -> None:
+    def update(self, **changes: Any) -> None:  # noqa: ANN401 - the fields of Pointers, checked by it
         """Change fields, durably."""
         with self._lock:
             generation = self.now.generation + 1

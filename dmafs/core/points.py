@@ -1,7 +1,8 @@
 """Points: which moments of a volume can be had, and what a time or a name means.
 
-A time T means: after every event with a time not after T. From the mirror on every write is a point; before it T resolves
-down to the newest snapshot at or before it. Before the first recoverable point and in the future there is nothing.
+A time T means: after every event with a time not after T. From the mirror on every write is a point; before it T
+resolves down to the newest snapshot at or before it. Before the first recoverable point and in the future there is
+nothing.
 """
 
 from __future__ import annotations
@@ -55,10 +56,10 @@ def seq_at(volume: Volume, time_ns: int) -> int:
 
 def oldest_point(volume: Volume) -> Point:
     """Return the first recoverable point."""
-    for snapshot in volume.snapshots:
-        if volume.recoverable(snapshot.seq):
-            return Point(snapshot.seq, snapshot.time_ns, "snapshot", snapshot.name)
     seq = max(volume.floor, volume.pointers.now.origin_seq)
+    for snapshot in volume.snapshots:
+        if snapshot.seq <= seq and volume.recoverable(snapshot.seq):
+            return Point(snapshot.seq, snapshot.time_ns, "snapshot", snapshot.name)
     return Point(seq, volume.time_of(seq), "origin")
 
 

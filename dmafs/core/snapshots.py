@@ -1,7 +1,7 @@
 """The backward journal: snapshots, each with what syncs overwrote in the mirror while it was the open one (fig. 13-16).
 
-A snapshot is a pair of files ``backward/<seq>.ext .dat``; a second one at the same seq is ``<seq>-1`` and so on. It may be
-taken ahead of the mirror and is then empty until a sync passes it. The *open* snapshot is the last one that the
+A snapshot is a pair of files ``backward/<seq>.ext .dat``; a second one at the same seq is ``<seq>-1`` and so on. It may
+be taken ahead of the mirror and is then empty until a sync passes it. The *open* snapshot is the last one that the
 mirror has reached. The image of snapshot s is: the first among s and all later ones that holds an address, else the
 mirror (fig. 16: an older snapshot relies on younger ones' copies of what the mirror lost).
 
@@ -12,8 +12,8 @@ Dropping one merges into the next older one what that doesn't hold itself; with 
 3. its files are unlinked.
 
 Doing step 2 twice adds nothing, since the first time's entries are held then. An image that is held open keeps its
-snapshot in state ``.gone`` until the last close. Snapshots marked temporary exist only for a held image, and are dropped
-at the last close or when the store is opened next.
+snapshot in state ``.gone`` until the last close. Snapshots marked temporary exist only for a held image, and are
+dropped at the last close or when the store is opened next.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The storage interface: every byte the core reads or writes passes through here.
 
-``Storage`` is a directory tree of a volume, named by relative paths; ``File`` is one open file or block device. The real
-ones below are thin: one method, one system call, repeated until all bytes are done. A simulated disk can stand in for
-them, which is why nothing else in the core touches the operating system.
+``Storage`` is a directory tree of a volume, named by relative paths; ``File`` is one open file or block device. The
+real ones below are thin: one method, one system call, repeated until all bytes are done. A simulated disk can stand in
+for them, which is why nothing else in the core touches the operating system.
 
 Rules:
 
@@ -249,7 +249,7 @@ class RealStorage:
 
     def names(self, directory: str) -> list[str]:
         """See ``Storage``."""
-        return sorted(os.listdir(self._root / directory))
+        return sorted(entry.name for entry in (self._root / directory).iterdir())
 
     def exists(self, name: str) -> bool:
         """See ``Storage``."""

@@ -117,7 +117,7 @@ def create_volume(
     lock = lock_directory(store)
     try:
         store.chmod(0o700)
-        _create_files(store, name, size, source, tap, clock())
+        _create_files(store, name, size=size, source=source, tap=tap, created_ns=clock())
     except BaseException:
         if made:
             store.rmdir()
@@ -127,7 +127,7 @@ def create_volume(
     return warnings
 
 
-def _create_files(store: Path, name: str, size: int, source: Path, tap: str, created_ns: int) -> None:
+def _create_files(store: Path, name: str, *, size: int, source: Path, tap: str, created_ns: int) -> None:
     """Make the files under a temporary name first: a volume is there wholly or not at all."""
     temporary = store / f".{name}.new"
     _remove_tree(temporary)

@@ -3,26 +3,16 @@
 A sync goes in *legs*: it stops at each snapshot and each held image on its way, so that these become the open snapshot
 there. A leg is one transaction (invariant 3 of the design):
 
-====  ======================================================================  ===========================================
-step  what                                                                    after a cut here
-====  ======================================================================  ===========================================
-save  the sectors that the leg will overwrite and the open snapshot lacks     forgotten; entries already saved stay, and
-      are copied from the mirror to its backward journal, data, then          are true, since the mirror is unchanged
-      descriptors, both durable
-----  ----------------------------------------------------------------------  -------------------------------------------
-com-  the pointers say durably: a sync to this seq is in progress             done again from ``overwrite`` on
-mit
-----  ----------------------------------------------------------------------  -------------------------------------------
-swit  the mirror's own moment is shown through the open snapshot; readers     (memory only)
-ch    that resolved before are waited for
-----  ----------------------------------------------------------------------  -------------------------------------------
-over  the net change is copied from the forward journal to the mirror,        done again: the same bytes to the same
-wri-  durably                                                                 places
-te
-----  ----------------------------------------------------------------------  -------------------------------------------
-ad-   the pointers say durably: mirror and tail are at this seq               segments behind the tail are unlinked when
-vance                                                                         the store is opened
-====  ======================================================================  ===========================================
+save       The sectors that the leg will overwrite and the open snapshot lacks are copied from the mirror to its
+           backward journal: data, then descriptors, both durable. After a cut here: forgotten. Entries saved already
+           stay, and are true, since the mirror is unchanged.
+commit     The pointers say durably: a sync to this seq is in progress. After a cut here: done again from overwrite on.
+switch     In memory only: the mirror's own moment is shown through the open snapshot from now on, and readers that
+           resolved before are waited for.
+overwrite  The net change is copied from the forward journal to the mirror, durably. After a cut here: done again, the
+           same bytes to the same places.
+advance    The pointers say durably: mirror and tail are at this seq. After a cut here: segments behind the tail are
+           unlinked when the store is opened.
 
 Each overwritten sector that a snapshot needs is copied once, each changed sector is copied once.
 """

@@ -2,8 +2,8 @@
 
 A VRMO maps logical extents to *references*. The kind here is journal-centric (VBMJ, fig. 6): it holds what is in a
 journal, and an address that it doesn't hold is in the mirror at the same address. It is a multi-way tree of two levels
-(fig. 19): ordered nodes, each with a physical extent list (PEL) of up to ``NODE_LIMIT`` entries in packed arrays, 24 bytes
-an extent.
+(fig. 19): ordered nodes, each with a physical extent list (PEL) of up to ``NODE_LIMIT`` entries in packed arrays, 24
+bytes an extent.
 
 A reference is one integer:
 
@@ -16,7 +16,8 @@ A reference is one integer:
 A reference names a descriptor, not an address, so splitting an entry leaves it as it is; the physical address is the
 descriptor's plus the distance from its start.
 
-Invariants (``check``): entries are disjoint, not empty and ascending; nodes are not empty, and not longer than the limit.
+Invariants (``check``): entries are disjoint, not empty and ascending; nodes are not empty, and not longer than the
+limit.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 A piece of work runs on its caller's thread and *yields* calls that may block for long (bulk copies, fsyncs). Whoever
 drives it runs such a call wherever it likes, and sends the result back or throws the exception in. Between two yields
-nothing else runs on the volume, so what the work does there is atomic for capture and readers; at a yield everything else
-may happen. Commands drive work with ``run``; the daemon has a driver of its own that runs the calls in threads.
+nothing else runs on the volume, so what the work does there is atomic for capture and readers; at a yield everything
+else may happen. Commands drive work with ``run``; the daemon has a driver of its own that runs the calls in threads.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def run(work: Work[Result]) -> Result:
         while True:
             try:
                 answer = call()
-            except BaseException as error:
+            except BaseException as error:  # noqa: BLE001 - passed on: the work decides
                 call = work.throw(error)
             else:
                 call = work.send(answer)

@@ -1,7 +1,7 @@
 """The client: what commands ask, of the running daemon if there is one, else of the store itself.
 
-``session(store)`` yields a ``Session``. A store whose lock is free is opened here; otherwise the daemon is asked through its
-control socket.
+``session(store)`` yields a ``Session``. A store whose lock is free is opened here; otherwise the daemon is asked
+through its control socket.
 """
 
 from __future__ import annotations

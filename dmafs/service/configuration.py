@@ -74,7 +74,7 @@ def load_configuration(store: Path) -> Configuration:
     return Configuration(**values)
 
 
-def _checked(path: Path, key: str, value: Any, default: Any) -> Any:
+def _checked(path: Path, key: str, value: Any, default: Any) -> Any:  # noqa: ANN401 - of the default's type
     if key in _SIZE_KEYS and isinstance(value, str):
         value = parse_bytes(value)
     if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):

@@ -11,7 +11,8 @@ GET      /read             volume, at, offset, length (at most READ_MAX)       b
 =======  ================  ==================================================  =============================
 
 An error is a JSON object {error, message, hint}: the class's name in the error tree and its texts; status 400 for
-what the caller got wrong, 404 for what isn't there, 500 for the rest. The socket has mode 0600 in a directory of mode 0700.
+what the caller got wrong, 404 for what isn't there, 500 for the rest. The socket has mode 0600 in a directory of mode
+0700.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from dmafs.units import check_name
 
 log = logging.getLogger(__name__)
 
+NUMBER_DIGITS_MAX: Final = 18  # fits 63 bits
 READ_MAX: Final = 16 << 20
 """Most bytes that one read returns; the client asks again for more."""
 
@@ -79,7 +81,7 @@ def application(appliance: Appliance) -> Starlette:
 
 
 def _number(text: str | None) -> int:
-    if text is None or not (text.isascii() and text.isdigit()) or len(text) > 18:
+    if text is None or not (text.isascii() and text.isdigit()) or len(text) > NUMBER_DIGITS_MAX:
         raise InputError(f"{text!r} is not a number of bytes", hint="give a decimal number")
     return int(text)
 
@@ -101,8 +103,8 @@ def _answering(handler: Callable[[Request], Awaitable[Response]]) -> Callable[[R
 async def serve_control(
     appliance: Appliance, path: Path, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
 ) -> None:
-    """Serve on a unix socket until cancelled. A socket left by an earlier daemon is replaced: the store's lock is ours."""
-    path.unlink(missing_ok=True)
+    """Serve on a unix socket until cancelled. One left by an earlier daemon is replaced: the store's lock is ours."""
+    path.unlink(missing_ok=True)  # noqa: ASYNC240 - at once, on a local filesystem
     config = Config()
     config.bind = [f"fd://{socket_of(path).detach()}"]  # hypercorn owns and closes it
     config.loglevel = "WARNING"
@@ -116,7 +118,7 @@ async def serve_control(
             task_status=_Ready(task_status),
         )
     finally:
-        path.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)  # noqa: ASYNC240 - at once, on a local filesystem
 
 
 def socket_of(path: Path) -> socket.socket:

@@ -1,7 +1,7 @@
-"""The daemon: the composition root. Opens the store, mounts the tree, runs engines and control interface, ends in order.
+"""The daemon: the composition root. Opens the store, mounts the tree, runs engines and control interface.
 
-Order of starting: lock and recovery, checks, redo onto the primaries, engines, control socket, mount. Order of ending, on
-SIGTERM, SIGINT or an unmount from outside: unmount, control socket, engines' tasks, last flush, clean mark, unlock.
+Order of starting: lock and recovery, checks, redo onto the primaries, engines, control socket, mount. Order of ending,
+on SIGTERM, SIGINT or an unmount from outside: unmount, control socket, engines' tasks, last flush, clean mark, unlock.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def serve(store_path: Path, mount_point: Path) -> None:
     try:
         prepare_mount_point(store.path, mount_point)
         _check_sources(store, mount_point)
-        trio.run(_run, store, Path(os.path.abspath(mount_point)), configuration)
+        trio.run(_run, store, Path(os.path.abspath(mount_point)), configuration)  # noqa: PTH100 - not through links
     finally:
         store.close()
 
@@ -105,7 +105,7 @@ async def _serve_until_asked(
                 nursery.start_soon(_terminate_on, signals)
                 nursery.start_soon(trio.to_thread.run_sync, tune, mount_point)
                 nursery.start_soon(show_progress, engines)
-                print(f"dmafs: serving {store.path} at {mount_point}", file=sys.stderr, flush=True)
+                print(f"dmafs: serving {store.path} at {mount_point}", file=sys.stderr, flush=True)  # noqa: T201
                 await pyfuse3.main(min_tasks=1, max_tasks=FUSE_TASKS)
             finally:
                 pyfuse3.close(unmount=True)

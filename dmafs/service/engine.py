@@ -146,9 +146,7 @@ class Engine:
             try:
                 await self._drive(work)
             except DmafsError as error:
-                log.error(
-                    "volume %s: initial copy failed: %s; trying again", self.volume.info.name, error.message
-                )
+                log.error("volume %s: initial copy failed: %s; trying again", self.volume.info.name, error.message)
                 await trio.sleep(RETRY_S)
                 continue
             log.info(
@@ -174,7 +172,7 @@ class Engine:
                         answer = await call.function()
                     else:
                         answer = await trio.to_thread.run_sync(call, limiter=self._limiter)
-                except Exception as error:
+                except Exception as error:  # noqa: BLE001 - passed on: the work decides
                     call = work.throw(error)
                 else:
                     call = work.send(answer)

@@ -1,4 +1,4 @@
-"""Mounting: checks of the mount point, clearing what an earlier life left there, and the kernel's settings of a mount."""
+"""Mounting: checks of the mount point, clearing a mount of an earlier life, and the kernel's settings of a mount."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def mount_source(store: Path) -> str:
 
 
 def prepare_mount_point(store: Path, point: Path) -> None:
-    """Check the mount point; clear a mount that an earlier daemon of this store left there (the store is locked by us)."""
-    point = Path(os.path.abspath(point))
+    """Check the mount point; clear a mount that an earlier daemon of this store left there (its lock is ours)."""
+    point = Path(os.path.abspath(point))  # noqa: PTH100 - resolve() would touch a dead mount
     for mount in reversed(mounts()):
         if mount.point == str(point) and mount.kind == FILESYSTEM_TYPE and mount.source == mount_source(store):
             clear_mount(point)
@@ -62,7 +62,7 @@ def prepare_mount_point(store: Path, point: Path) -> None:
     try:
         if not point.is_dir():
             raise MountError(f"mount point {point} is not a directory", hint=f"make it: mkdir {point}")
-        names = os.listdir(point)
+        names = sorted(entry.name for entry in point.iterdir())
     except OSError as error:
         raise MountError(
             f"mount point {point} can't be read: {(error.strerror or '').lower()}", hint="check the path"

@@ -29,11 +29,12 @@ async def show_progress(engines: Mapping[str, Engine]) -> None:
 
 
 async def _show_bars(copying: dict[str, Engine]) -> None:
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+    from rich import progress as bars  # noqa: PLC0415 - likewise
+    from rich.console import Console  # noqa: PLC0415 - slow to import, and needed for terminals only
 
-    columns = TextColumn("copying {task.description}"), BarColumn(), DownloadColumn(True), TransferSpeedColumn()
-    with Progress(*columns, console=Console(stderr=True), auto_refresh=False) as progress:
+    text = bars.TextColumn("copying {task.description}")
+    columns = text, bars.BarColumn(), bars.DownloadColumn(binary_units=True), bars.TransferSpeedColumn()
+    with bars.Progress(*columns, console=Console(stderr=True), auto_refresh=False) as progress:
         tasks = {
             name: progress.add_task(name, total=engine.progress.total * SECTOR) for name, engine in copying.items()
         }

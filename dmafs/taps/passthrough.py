@@ -1,8 +1,8 @@
 """The pass-through tap: the primary as a file, each write of which is captured.
 
-Order of a write: journal first, then primary. So whatever is on the primary is in the journal, and after an unclean stop
-of this program the events since the last durable flush are written to the primary again (``redo``), after which both agree.
-Both are written to the page cache only; a flush makes both durable.
+Order of a write: journal first, then primary. So whatever is on the primary is in the journal, and after an unclean
+stop of this program the events since the last durable flush are written to the primary again (``redo``), after which
+both agree. Both are written to the page cache only; a flush makes both durable.
 
 Writes are widened to whole sectors with what the primary holds around them. Reads come from the primary.
 """

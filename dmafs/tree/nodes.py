@@ -11,8 +11,8 @@ path                                  node
 ``/at/<any other spelling>``          ``Link`` to the canonical time
 ``/snapshots/<id>``                   ``SnapshotFolder``
 ``/snapshots/latest``                 ``Link`` to the newest id
-``/at/<time>/<volume>.img``,          ``PastImage(volume, seq)``: one inode for one seq, so all spellings and all ways to
-``/snapshots/<id>/<volume>.img``      it share the page cache
+``/at/<time>/<volume>.img``,          ``PastImage(volume, seq)``: one inode for one seq, so all spellings and all ways
+to ``/snapshots/<id>/<volume>.img``      it share the page cache
 ====================================  ==============================================================================
 
 An inode number means one node for as long as the tree is mounted: numbers are never given a second time. Nodes are in

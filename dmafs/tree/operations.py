@@ -3,7 +3,8 @@
 - Images of the past never change: ``keep_cache``, long attribute timeouts, EROFS for every change.
 - ``live`` follows the primary: read past the page cache (``direct_io``), no timeouts.
 - ``tap`` is the primary. The kernel writes through its page cache; truncation is ignored as on a disk.
-- Names below ``at`` and ``snapshots`` are looked up each time (no entry timeout): what they mean may coarsen with a sync.
+- Names below ``at`` and ``snapshots`` are looked up each time (no entry timeout): what they mean may coarsen with a
+  sync.
 - Handlers raise only FUSEError; ``guarded`` translates everything else, since any other exception would end the mount.
 """
 
@@ -60,7 +61,7 @@ def guarded(handler: Handler) -> Handler:
     """Translate whatever a handler raises to FUSEError; log what isn't an ordinary answer."""
 
     @functools.wraps(handler)
-    async def wrapper(self: Tree, *args: Any) -> Any:
+    async def wrapper(self: Tree, *args: Any) -> Any:  # noqa: ANN401 - as the handler
         try:
             return await handler(self, *args)
         except FUSEError:
@@ -84,7 +85,7 @@ def with_deadline(handler: Handler) -> Handler:
     """Give up on a handler that waits for others too long: EIO."""
 
     @functools.wraps(handler)
-    async def wrapper(self: Tree, *args: Any) -> Any:
+    async def wrapper(self: Tree, *args: Any) -> Any:  # noqa: ANN401 - as the handler
         try:
             with trio.fail_after(DEADLINE_S):
                 return await handler(self, *args)
@@ -123,7 +124,7 @@ class Tree(pyfuse3.Operations):
 
     # -- names --------------------------------------------------------------------------------------------------
 
-    def _child(self, parent: Node, name: str) -> Node:
+    def _child(self, parent: Node, name: str) -> Node:  # noqa: C901, PLR0911 - one case for each kind of directory
         """Return the node called *name* in *parent*; NotFoundError or FUSEError ENOENT."""
         match parent:
             case Directory(""):
@@ -428,7 +429,9 @@ class Tree(pyfuse3.Operations):
         return pyfuse3.FileInfo(fh=number, keep_cache=cached, direct_io=direct)
 
     @guarded
-    async def read(self, fh: pyfuse3.FileHandleT, off: int, size: int) -> memoryview | bytearray:  # type: ignore[override]
+    async def read(  # type: ignore[override]  # any buffer will do
+        self, fh: pyfuse3.FileHandleT, off: int, size: int
+    ) -> memoryview | bytearray:
         """Read."""
         handle = self._handles[fh]
         if handle.tap:
@@ -445,7 +448,7 @@ class Tree(pyfuse3.Operations):
         return len(buf)
 
     @guarded
-    async def fsync(self, fh: pyfuse3.FileHandleT, datasync: bool) -> None:
+    async def fsync(self, fh: pyfuse3.FileHandleT, datasync: bool) -> None:  # noqa: FBT001 - the kernel's interface
         """Make a tap's writes durable."""
         handle = self._handles[fh]
         if handle.tap:
@@ -464,13 +467,13 @@ class Tree(pyfuse3.Operations):
 
     # -- everything else is refused --------------------------------------------------------------------------------
 
-    async def _refuse(self, *_args: object) -> Any:
+    async def _refuse(self, *_args: object) -> Any:  # noqa: ANN401 - never returns
         raise FUSEError(errno.EROFS)
 
     create = mknod = symlink = link = unlink = rename = setxattr = removexattr = _refuse  # type: ignore[assignment]
 
     @guarded
-    async def fsyncdir(self, fh: pyfuse3.FileHandleT, datasync: bool) -> None:
+    async def fsyncdir(self, fh: pyfuse3.FileHandleT, datasync: bool) -> None:  # noqa: FBT001 - the kernel's interface
         """Do nothing: snapshots are durable when mkdir returns."""
 
 
