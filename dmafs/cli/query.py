@@ -72,6 +72,9 @@ def _volume_lines(volume: dict[str, Any]) -> list[str]:
     for label, key in (("oldest", "oldest"), ("newest", "newest"), ("mirror", "mirror")):
         if volume[key] is not None and volume[key]["time"] is not None:
             lines.append(f"  {label:<9} {volume[key]['time']}  seq {volume[key]['seq']}")
+    for gap in volume["gaps"]:
+        end = gap["end"]["time"] if gap["end"] else "now: a resync is under way"
+        lines.append(f"  gap       {gap['begin']['time']} to {end}")
     forward = volume["forward"]
     lines.append(
         f"  forward   {forward['events']} events, {format_bytes(forward['bytes'])} in {forward['segments']} segments"

@@ -10,7 +10,10 @@ Invariants:
    that of the event before it.
 3. Each record says up to which seq journal and primary were durable when it was written. So an invalid record that a
    later one calls durable is damage and an error; anything else invalid is the torn end of an unclean stop.
-4. What ``recover`` cut off is truncated durably before anything is appended.
+4. A *gap* is an interval in which capture was not complete: from the indicator GAP on nothing is a point until
+   RESYNCED says that the journal agrees with the primary again. GAP is the first record of its segment, so it stays
+   as long as an event behind it does.
+5. What ``recover`` cut off is truncated durably before anything is appended.
 
 One thread appends and reads the columns; ``datasync`` of taken segments may run in another one.
 """
@@ -42,6 +45,16 @@ class SegmentLimits:
     records: int = 65536
 
 
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """An interval in which capture was not complete; *end* is None while it lasts."""
+
+    begin: int
+    begin_time_ns: int
+    end: int | None = None
+    end_time_ns: int = 0
+
+
 class ForwardJournal:
     """The journal of one volume. Made by ``recover``."""
 
@@ -55,6 +68,7 @@ class ForwardJournal:
         self.head = 0
         self.head_time_ns = 0
         self.durable = 0
+        self.gaps: list[Gap] = []
         self._dirty: list[Segment] = []
         self._new_names = False
 
@@ -83,6 +97,8 @@ class ForwardJournal:
         self._drop_torn(claimed)
         for segment in self.segments:
             segment.trim()
+            for index in segment.indicators_of(Flag.GAP, Flag.RESYNCED):
+                self._note_gap(segment.indicator(index))
         self._storage.sync_directory(DIRECTORY)
 
     def _recover_segment(self, stem: str, durable: int) -> int:
@@ -168,18 +184,35 @@ class ForwardJournal:
         """Append a sync indicator; one without a name is left out where no event follows the one before."""
         if flag in (Flag.FLUSH, Flag.TICK) and self.is_indicated(self.head):
             return
-        segment = self._writable_segment(0)
+        segment = self._writable_segment(0, fresh=flag == Flag.GAP)
         self.head_time_ns = max(self._clock(), self.head_time_ns)
         segment.append_indicator(flag, time_ns=self.head_time_ns, durable=self.durable, name=name)
+        self._note_gap(Indicator(self.head, self.head_time_ns, flag))
 
-    def _writable_segment(self, sectors: int) -> Segment:
-        """Return the last segment, marked dirty; begin a new one if it is full."""
+    def _note_gap(self, indicator: Indicator) -> None:
+        """Keep the list of gaps: one begins (unless one is open already) or ends."""
+        is_open = bool(self.gaps) and self.gaps[-1].end is None
+        if indicator.flag == Flag.GAP and not is_open:
+            self.gaps.append(Gap(indicator.seq, indicator.time_ns))
+        elif indicator.flag == Flag.RESYNCED and is_open:
+            begin = self.gaps.pop()
+            self.gaps.append(Gap(begin.begin, begin.begin_time_ns, indicator.seq, indicator.time_ns))
+
+    def gap_around(self, seq: int) -> Gap | None:
+        """Return the gap that *seq* is inside of, behind its beginning and before its end."""
+        for gap in self.gaps:
+            if gap.begin < seq and (gap.end is None or seq < gap.end):
+                return gap
+        return None
+
+    def _writable_segment(self, sectors: int, *, fresh: bool = False) -> Segment:
+        """Return the last segment, marked dirty; begin a new one if it is full or a *fresh* one is wanted."""
         last = self.segments[-1] if self.segments else None
         limits = self._limits
         full = (
             last is not None
             and len(last) > 0
-            and (last.data_sectors + sectors > limits.data_sectors or last.records >= limits.records)
+            and (fresh or last.data_sectors + sectors > limits.data_sectors or last.records >= limits.records)
         )
         if last is None or full:
             header = Header(Kind.FORWARD, self._uuid, new_salt(), self.head + 1)
@@ -270,6 +303,7 @@ class ForwardJournal:
         count = 0
         while count + 1 < len(self.segments) and self.segments[count].next_seq - 1 <= tail:
             count += 1
+        self.gaps = [gap for gap in self.gaps if gap.end is None or gap.end > tail]
         released = self.segments[:count]
         self.segments = self.segments[count:]
         self._dirty = [segment for segment in self._dirty if segment not in released]

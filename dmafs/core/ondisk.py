@@ -27,7 +27,8 @@ Descriptor record, 64 bytes each from offset 512 on (fig. 7, queue 701; fig. 13,
          8      8  time_ns at capture
         16      8  start, sector in the logical address space
         24      4  length in sectors
-        28      4  flags: 1 data, 2 zeros (discard, hole), 4 flush, 8 tick, 16 mark, 32 dropped, 64 copy complete
+        28      4  flags: 1 data, 2 zeros (discard, hole), 4 flush, 8 tick, 16 mark,
+                     32 gap begins, 64 copy complete, 128 gap ends
         32      8  physical, sector in the .dat file
         40      8  checksum of the data (0 without data)
         48      8  durable: journal and primary were durable up to this seq when the record was written
@@ -126,8 +127,9 @@ class Flag(IntFlag):
     FLUSH = 4
     TICK = 8
     MARK = 16
-    DROPPED = 32
+    GAP = 32
     COPIED = 64
+    RESYNCED = 128
 
 
 EVENT_FLAGS: Final = (int(Flag.DATA), int(Flag.ZERO))

@@ -43,7 +43,9 @@ def seq_at(volume: Volume, time_ns: int) -> int:
         raise NoSuchPointError(f"time {text} is in the future", hint="the newest state is in live/")
     first = max(volume.floor, now.origin_seq)
     if time_ns >= volume.time_of(first):
-        return max(volume.journal.seq_at(time_ns, default=first), first)
+        found = max(volume.journal.seq_at(time_ns, default=first), first)
+        gap = volume.journal.gap_around(found)
+        return gap.begin if gap else found
     snapshot = volume.snapshots.newest_before(time_ns, volume.floor)
     if snapshot is None:
         oldest = oldest_point(volume)
@@ -86,12 +88,18 @@ def landmarks(volume: Volume) -> list[Point]:
     ]
     taken = {point.seq for point in found}
     first = max(volume.floor, volume.pointers.now.origin_seq)
-    ends = [(first, "origin" if first == volume.pointers.now.origin_seq else "mirror"), (volume.journal.head, "newest")]
+    ends = [(first, "origin" if first == volume.pointers.now.origin_seq else "mirror"), (_newest(volume), "newest")]
     for seq, kind in [*ends, *((seq, "grid") for seq in _grid(volume, first))]:
         if seq not in taken:
             taken.add(seq)
             found.append(Point(seq, volume.time_of(seq), kind))
     return sorted(found, key=lambda point: (point.seq, point.name))
+
+
+def _newest(volume: Volume) -> int:
+    """Return the seq of the newest point: the head, or where a gap that lasts began."""
+    gap = volume.journal.gap_around(volume.journal.head)
+    return gap.begin if gap else volume.journal.head
 
 
 def _grid(volume: Volume, first: int) -> Iterator[int]:

@@ -430,6 +430,10 @@ class Segment:
         flag = Flag(self.indicator_flags[index])
         return Indicator(self.indicator_seqs[index], self.indicator_times[index], flag, name)
 
+    def indicators_of(self, *flags: Flag) -> list[int]:
+        """Return the numbers of the indicators of some kinds."""
+        return np.flatnonzero(np.isin(np.frombuffer(bytes(self.indicator_flags), np.uint8), flags)).tolist()
+
     def marks(self) -> Iterator[Indicator]:
         """Yield the named marks."""
         for index in list(self._mark_places):

@@ -18,6 +18,7 @@ dropped at the last close or when the store is opened next.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from uuid import UUID
@@ -52,6 +53,7 @@ class Snapshot:
     temporary: bool
     serial: int
     gone: bool = False
+    busy: bool = False  # work writes or renames its files
     segment: Segment | None = field(default=None, repr=False)
 
     @property
@@ -101,21 +103,18 @@ class Snapshots:
         finally:
             file.close()
         number = stem.partition("-")[2]
-        snapshot = self._add(header, int(number) if number.isdigit() else 0)
+        snapshot = self._add(header, int(number) if number.isdigit() else 0, gone=suffix == "gone")
         if f"{DIRECTORY}/{stem}" != snapshot.stem:
             raise CorruptionError(f"{path} holds the snapshot {snapshot.stem}", hint="the file was renamed")
-        if suffix == "gone":
-            snapshot.gone = True
-            self._names.pop(snapshot.name, None)
 
-    def _add(self, header: Header, twin: int) -> Snapshot:
+    def _add(self, header: Header, twin: int, *, gone: bool = False) -> Snapshot:
         self._serials += 1
         snapshot = Snapshot(
-            header.snapshot_seq, twin, header.snapshot_time_ns, header.name, header.temporary, self._serials
+            header.snapshot_seq, twin, header.snapshot_time_ns, header.name, header.temporary, self._serials, gone
         )
         self._by_key[snapshot.key] = snapshot
         self._by_serial[snapshot.serial] = snapshot
-        if header.name:
+        if header.name and not gone:
             self._names[header.name] = snapshot
         return snapshot
 
@@ -185,13 +184,25 @@ class Snapshots:
         return snapshot.segment
 
     def unload(self, keep: Snapshot | None) -> list[Segment]:
-        """Forget the open journals of all snapshots but *keep*, for the caller to close: nobody needs them."""
+        """Forget the open journals but those of *keep* and of work under way, for the caller to close."""
         released = []
         for snapshot in self._by_key.values():
-            if snapshot.segment is not None and snapshot is not keep:
+            if snapshot.segment is not None and snapshot is not keep and not snapshot.busy:
                 released.append(snapshot.segment)
                 snapshot.segment = None
         return released
+
+    @contextlib.contextmanager
+    def _working_on(self, *snapshots: Snapshot) -> Iterator[None]:
+        """Keep journals open: while their files change nobody may open them, which would cut off what isn't published."""
+        for snapshot in snapshots:
+            self.segment(snapshot)
+            snapshot.busy = True
+        try:
+            yield
+        finally:
+            for snapshot in snapshots:
+                snapshot.busy = False
 
     def build(self, seq: int, mirror_seq: int) -> Vrmo:
         """Return the map of the image at *seq* from the descriptors of all snapshots from there to the mirror."""
@@ -216,15 +227,15 @@ class Snapshots:
         header = Header(Kind.BACKWARD, self._uuid, new_salt(), 1, seq, time_ns, temporary, name)
         snapshot = self._add(header, twin)
 
-        def create() -> Segment:
-            segment = Segment.create(self._storage, snapshot.stem, header, suffix=".new")
+        def settle(segment: Segment) -> None:
             segment.datasync()
             self._storage.rename(snapshot.stem + ".new", snapshot.stem + ".ext")
             self._storage.sync_directory(DIRECTORY)
-            return segment
 
         try:
-            snapshot.segment = yield create
+            snapshot.segment = segment = Segment.create(self._storage, snapshot.stem, header, suffix=".new")
+            with self._working_on(snapshot):
+                yield lambda: settle(segment)
         except BaseException:
             self._remove(snapshot)
             raise
@@ -245,15 +256,16 @@ class Snapshots:
         """Begin to drop a snapshot: hide it and free its name, durably (step 1)."""
         if snapshot.gone:
             return
-        snapshot.gone = True
-        if self._names.get(snapshot.name) is snapshot:
-            del self._names[snapshot.name]
 
         def rename() -> None:
             self._storage.rename(snapshot.stem + ".ext", snapshot.stem + ".gone")
             self._storage.sync_directory(DIRECTORY)
 
-        yield rename
+        with self._working_on(snapshot):
+            snapshot.gone = True
+            if self._names.get(snapshot.name) is snapshot:
+                del self._names[snapshot.name]
+            yield rename
 
     def merge(self, snapshot: Snapshot) -> Work[Segment]:
         """Finish dropping a doomed snapshot (steps 2 and 3); return its journal, for the caller to close.
@@ -262,17 +274,18 @@ class Snapshots:
         """
         assert snapshot.gone
         index = self._by_key.index(snapshot.key)
-        segment = self.segment(snapshot)
-        if index:
-            older = self._by_key.peekitem(index - 1)[1]
-            yield from self._move_entries(segment, self.segment(older))
+        older = [self._by_key.peekitem(index - 1)[1]] if index else []
 
         def unlink() -> None:
             self._storage.unlink(snapshot.stem + ".gone")
             self._storage.unlink(snapshot.stem + ".dat")
             self._storage.sync_directory(DIRECTORY)
 
-        yield unlink
+        with self._working_on(snapshot, *older):
+            segment = self.segment(snapshot)
+            for target in older:
+                yield from self._move_entries(segment, self.segment(target))
+            yield unlink
         self._remove(snapshot)
         return segment
 

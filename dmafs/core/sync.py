@@ -55,7 +55,8 @@ def sync_target(volume: Volume) -> int | None:
     found = volume.journal.last_indicator(volume.journal.durable)
     if not now.copied or found is None or found.seq < max(now.origin_seq, now.mirror_seq):
         return None
-    return found.seq
+    gap = volume.journal.gap_around(found.seq)
+    return gap.begin if gap else found.seq
 
 
 def sync(volume: Volume, *, open_snapshot: bool = True) -> Work[int]:

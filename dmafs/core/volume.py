@@ -199,7 +199,7 @@ class Volume:
         if not now.copied or seq < now.origin_seq:
             return False
         if seq >= self.floor:
-            return seq <= self.journal.head
+            return seq <= self.journal.head and self.journal.gap_around(seq) is None
         held = seq in self._images and self._images[seq].pins > 0
         return held or self.snapshots.visible_at(seq) is not None
 
@@ -286,7 +286,8 @@ class Volume:
         """Make the moment of a durable sync indicator a snapshot."""
         if not self.recoverable(indicator.seq):
             raise NoSuchPointError(
-                f"volume {self.info.name}: a sync has passed seq {indicator.seq} meanwhile", hint="try again"
+                f"volume {self.info.name} can't be kept at seq {indicator.seq}: a gap lasts, or a sync has passed",
+                hint="see dmafs status, and try again later",
             )
         with self.gate():
             return (yield from self.snapshots.create(indicator.seq, self.time_of(indicator.seq), name))

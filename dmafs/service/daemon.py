@@ -18,6 +18,7 @@ from uuid import UUID
 import pyfuse3
 import trio
 
+from dmafs.core.resync import needs_resync
 from dmafs.core.storage import open_source
 from dmafs.core.store import SOCKET_NAME, Store, is_inside, lies_on
 from dmafs.errors import MountError, PlacementError
@@ -69,10 +70,11 @@ async def _run(store: Store, mount_point: Path, configuration: Configuration) ->
         engines[name] = Engine(volume, tap, tick_s=configuration.tick_s, limiter=limiter)
     appliance = Appliance(store, engines)
     for name, engine in engines.items():
-        redone = await engine.recover()
+        redone = await engine.recover(UUID(BOOT_ID.read_text().strip()))
         if redone:
             log.warning("volume %s: not closed in order; %d events written to its source again", name, redone)
-        await trio.to_thread.run_sync(engine.volume.mark_open, UUID(BOOT_ID.read_text().strip()))
+        if needs_resync(engine.volume):
+            log.warning("volume %s: the machine stopped while it was in use; a gap lasts until the resync ends", name)
     try:
         await _serve_until_asked(store, appliance, engines, mount_point, configuration)
     finally:

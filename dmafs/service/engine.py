@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, TypeVar
+from uuid import UUID
 
 import trio
 import xxhash
@@ -29,6 +30,7 @@ import xxhash
 from dmafs.core.copy import initial_copy
 from dmafs.core.image import Image
 from dmafs.core.ondisk import Flag
+from dmafs.core.resync import begin_after_stop, needs_resync, resync
 from dmafs.core.segment import Indicator
 from dmafs.core.snapshots import Snapshot
 from dmafs.core.sync import sync
@@ -103,9 +105,14 @@ class Engine:
 
     # -- tasks --------------------------------------------------------------------------------------------------
 
-    async def recover(self) -> int:
-        """Bring the primary up to the journal after an unclean stop; return how many events were written again."""
+    async def recover(self, boot_id: UUID) -> int:
+        """Bring the primary up to the journal after an unclean stop; return how many events were written again.
+
+        *boot_id* is the running kernel's: if it stopped itself meanwhile, a gap begins.
+        """
         redone: int = await self._drive(self.tap.redo())
+        await self._drive(begin_after_stop(self.volume, boot_id, self._flush_step))
+        await trio.to_thread.run_sync(self.volume.mark_open, boot_id, limiter=self._limiter)
         return redone
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -114,6 +121,7 @@ class Engine:
             nursery.start_soon(self._tick)
             nursery.start_soon(self._drop_unheld)
             nursery.start_soon(self._copy)
+            nursery.start_soon(self._resync)
             task_status.started()
 
     async def _tick(self) -> None:
@@ -157,6 +165,20 @@ class Engine:
             )
         self.progress.update(self.progress.total)
 
+    async def _resync(self) -> None:
+        """End a gap: compare the primary with the newest image."""
+        name = self.volume.info.name
+        while needs_resync(self.volume):
+            self.progress.begin(0)
+            work = resync(self.volume, self.tap.primary, self._flush_step, self.progress.update)
+            try:
+                differing = await self._drive(work)
+            except DmafsError as error:
+                log.error("volume %s: resync failed: %s; trying again", name, error.message)
+                await trio.sleep(RETRY_S)
+                continue
+            log.warning("volume %s: gap ended, %s of the source differed", name, format_bytes(differing * SECTOR))
+
     def _flush_step(self, flag: Flag) -> Work[object]:
         return (yield _Await(partial(self.flush, flag)))
 
@@ -192,7 +214,7 @@ class Engine:
         self._requested += 1
         mine = self._requested
         async with self._commit:
-            if self._committed >= mine and flag != Flag.COPIED:
+            if self._committed >= mine and flag in (Flag.FLUSH, Flag.TICK):
                 return None
             upto = self._requested
             indicator = await self._drive(self.volume.flush(self.tap.primary, flag=flag))

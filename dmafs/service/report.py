@@ -11,6 +11,7 @@ from typing import Any
 from dmafs.core.image import Image
 from dmafs.core.moments import resolve, seqs_at, snapshot_groups
 from dmafs.core.points import landmarks, oldest_point
+from dmafs.core.resync import needs_resync
 from dmafs.core.volume import Volume
 from dmafs.errors import NoSuchPointError, NoSuchVolumeError
 from dmafs.units import SECTOR, format_rfc3339, format_time
@@ -35,7 +36,7 @@ def status_of(volume: Volume) -> Report:
         "source": volume.info.source,
         "tap": volume.info.tap,
         "size_bytes": size * SECTOR,
-        "state": "read-only" if volume.failure else "protected" if now.copied else "copying",
+        "state": _state(volume),
         "failure": volume.failure,
         "copy_fraction": 1.0 if now.copied else now.copied_sectors / size,
         "copy_bytes_per_s": 0,
@@ -43,6 +44,13 @@ def status_of(volume: Volume) -> Report:
         "oldest": point(oldest.seq, oldest.time_ns) if oldest else None,
         "newest": point(journal.head, journal.head_time_ns),
         "durable_seq": journal.durable,
+        "gaps": [
+            {
+                "begin": point(gap.begin, gap.begin_time_ns),
+                "end": point(gap.end, gap.end_time_ns) if gap.end is not None else None,
+            }
+            for gap in journal.gaps
+        ],
         "mirror": point(now.mirror_seq, now.mirror_time_ns),
         "mirror_bytes": volume.mirror.file.allocated(),
         "forward": {
@@ -55,6 +63,14 @@ def status_of(volume: Volume) -> Report:
         "sync_saved_bytes": volume.statistics.saved_sectors * SECTOR,
         "sync_applied_bytes": volume.statistics.applied_sectors * SECTOR,
     }
+
+
+def _state(volume: Volume) -> str:
+    if volume.failure:
+        return "read-only"
+    if not volume.pointers.now.copied:
+        return "copying"
+    return "resyncing" if needs_resync(volume) else "protected"
 
 
 def points_of(volumes: Mapping[str, Volume]) -> Report:
