@@ -97,6 +97,8 @@ def create_volume(
 ) -> list[str]:
     """Make a volume in *store*, and the store if it isn't there; return warnings. On any error nothing is changed."""
     check_name(name, "volume")
+    if name in {SOCKET_NAME, CONFIGURATION_NAME}:
+        raise InputError(f"volume name {name} is taken by a file of the store", hint="choose another name")
     store, source = store.absolute(), source.absolute()
     size = _check_source(source)
     _check_placement(store, source)

@@ -7,7 +7,6 @@ on SIGTERM, SIGINT or an unmount from outside: unmount, control socket, engines'
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import sys
 from collections.abc import AsyncIterator
@@ -40,12 +39,13 @@ FUSE_TASKS: Final = 32
 
 def serve(store_path: Path, mount_point: Path) -> None:
     """Serve a store at a mount point until SIGTERM, SIGINT or unmounting."""
+    mount_point = mount_point.resolve()  # by lstat: a dead mount there does no harm
     configuration = load_configuration(store_path)
     store = Store(store_path, limits=configuration.volume_limits())
     try:
         prepare_mount_point(store.path, mount_point)
         _check_sources(store, mount_point)
-        trio.run(_run, store, Path(os.path.abspath(mount_point)), configuration)  # noqa: PTH100 - not through links
+        trio.run(_run, store, mount_point, configuration)
     finally:
         store.close()
 

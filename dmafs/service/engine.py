@@ -321,8 +321,10 @@ class Engine:
     async def close(self) -> None:
         """Make everything durable and mark the volume clean; the tasks have ended, and nobody writes any more."""
         with trio.CancelScope(shield=True):
-            if not self.volume.failure:
+            try:
                 await self.flush()
-                await trio.to_thread.run_sync(self.volume.mark_clean)
+                await trio.to_thread.run_sync(self.volume.mark_clean, limiter=self._limiter)
+            except DmafsError as error:
+                log.error("volume %s: not closed in order: %s", self.volume.info.name, error.message)
             self.volume.close()
             self.tap.primary.close()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import subprocess
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -52,8 +51,10 @@ def mount_source(store: Path) -> str:
 
 
 def prepare_mount_point(store: Path, point: Path) -> None:
-    """Check the mount point; clear a mount that an earlier daemon of this store left there (its lock is ours)."""
-    point = Path(os.path.abspath(point))  # noqa: PTH100 - resolve() would touch a dead mount
+    """Check a mount point, its links resolved; clear a mount that an earlier daemon of this store left there.
+
+    The caller has the store's lock, so no daemon is behind such a mount any more.
+    """
     for mount in reversed(mounts()):
         if mount.point == str(point) and mount.kind == FILESYSTEM_TYPE and mount.source == mount_source(store):
             clear_mount(point)
@@ -90,7 +91,7 @@ def clear_mount(point: Path) -> None:
 def tune(point: Path) -> None:
     """Raise the readahead and the number of background requests of our mount, where we may. Doesn't touch the mount."""
     for mount in mounts():
-        if mount.point == str(point.resolve().parent / point.name) and mount.kind == FILESYSTEM_TYPE:
+        if mount.point == str(point) and mount.kind == FILESYSTEM_TYPE:
             minor = mount.device.partition(":")[2]
             with contextlib.suppress(OSError):
                 (_BDI / mount.device / "read_ahead_kb").write_text(str(READ_AHEAD_KB))

@@ -21,6 +21,7 @@ memory only while the kernel knows them or has them open.
 
 from __future__ import annotations
 
+import errno
 from dataclasses import dataclass
 from typing import Final
 
@@ -116,7 +117,7 @@ class InodeTable:
         try:
             return self._nodes[inode]
         except KeyError:
-            raise pyfuse3.FUSEError(116) from None  # ESTALE
+            raise pyfuse3.FUSEError(errno.ESTALE) from None
 
     def looked_up(self, node: Node) -> pyfuse3.InodeT:
         """Count a look-up by the kernel; return the node's number."""

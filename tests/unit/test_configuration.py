@@ -1,0 +1,51 @@
+"""The configuration file: all keys optional, nothing guessed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dmafs.errors import InputError
+from dmafs.service.configuration import Configuration, load_configuration
+
+
+def test_defaults(tmp_path: Path) -> None:
+    """Without a file, and with an empty one, the defaults hold."""
+    assert load_configuration(tmp_path) == Configuration()
+    (tmp_path / "dmafs.conf").write_text("# nothing\n")
+    assert load_configuration(tmp_path) == Configuration()
+
+
+def test_values(tmp_path: Path) -> None:
+    """Sizes may have units, times may be whole numbers."""
+    (tmp_path / "dmafs.conf").write_text('segment_size = "8MiB"\nreserve = 0\ntick_s = 2\nallow_other = true\n')
+    found = load_configuration(tmp_path)
+    assert (found.segment_size, found.reserve, found.tick_s, found.allow_other) == (8 << 20, 0, 2.0, True)
+    assert found.volume_limits().segments.data_sectors == 16384
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "unknown = 1",
+        "tick_s = true",
+        "tick_s = 0",
+        'tick_s = "1"',
+        "threads = 1.5",
+        "threads = 1",
+        "threads = -4",
+        'segment_size = "64MB"',
+        "segment_size = 511",
+        "allow_other = 1",
+        "idle_images =",
+        "[section]\nkey = 1",
+    ],
+)
+def test_what_is_not_right_is_refused(tmp_path: Path, text: str) -> None:
+    """Unknown keys, wrong types, values out of range and bad syntax are errors that name the file."""
+    (tmp_path / "dmafs.conf").write_text(text)
+    with pytest.raises(InputError) as caught:
+        load_configuration(tmp_path)
+    assert str(tmp_path) in caught.value.message or "64MB" in caught.value.message
+    assert caught.value.hint

@@ -1,0 +1,207 @@
+"""The engine: the core under trio."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import AsyncIterator
+from pathlib import Path
+from uuid import UUID
+
+import pytest
+import trio
+
+from dmafs.core.ondisk import Flag
+from dmafs.core.storage import RealStorage, open_source
+from dmafs.core.store import open_volume
+from dmafs.core.volume import Volume, VolumeLimits
+from dmafs.errors import ExistsError, NoSuchPointError, StoreError
+from dmafs.service.engine import Engine
+from dmafs.taps.passthrough import PassThroughTap
+
+SECTORS = 256
+BOOT = UUID(int=1)
+
+
+def make_engine(folder: Path) -> Engine:
+    """Open the volume in *folder*, made if need be."""
+    source = folder / "primary.img"
+    disk = folder / "disk"
+    if not disk.exists():
+        source.write_bytes(bytes(SECTORS * 512))
+        disk.mkdir()
+        Volume.create(RealStorage(disk), name="disk", size_sectors=SECTORS, source=source, tap="fuse", created_ns=1)
+    volume = open_volume(disk, limits=VolumeLimits(reserve_bytes=0))
+    tap = PassThroughTap(volume, open_source(source, writable=True))
+    return Engine(volume, tap, tick_s=0.02, limiter=trio.CapacityLimiter(4))
+
+
+async def until(condition: object) -> None:
+    """Wait until a condition holds."""
+    assert callable(condition)
+    with trio.fail_after(10):
+        while not condition():  # noqa: ASYNC110 - what is waited for has no event
+            await trio.sleep(0.005)
+
+
+@pytest.fixture
+async def engine(tmp_path: Path, nursery: trio.Nursery) -> AsyncIterator[Engine]:
+    engine = make_engine(tmp_path)
+    await engine.recover(BOOT)
+    await nursery.start(engine.run)
+    await until(lambda: engine.volume.pointers.now.copied)
+    yield engine
+    nursery.cancel_scope.cancel()
+    await engine.close()
+
+
+def sector(text: str) -> bytes:
+    return text.encode().ljust(512, b".")
+
+
+async def test_group_commit(engine: Engine) -> None:
+    """Thirty-two writers that flush at the same time cost two commits: the first one's and that of all others."""
+    before = engine.commits
+
+    async def write_and_flush(number: int) -> None:
+        engine.tap.write(number * 512, sector(str(number)))
+        await engine.flush()
+        assert engine.volume.journal.durable >= number + 1
+
+    async with trio.open_nursery() as writers:
+        for number in range(32):
+            writers.start_soon(write_and_flush, number)
+    assert 1 <= engine.commits - before <= 2
+
+
+async def test_a_flush_with_nothing_to_do_costs_nothing(engine: Engine) -> None:
+    """Flushing twice syncs the files once."""
+    engine.tap.write(0, sector("once"))
+    first = await engine.flush()
+    records = engine.volume.journal.segments[-1].records
+    second = await engine.flush()
+    assert first == second
+    assert engine.volume.journal.segments[-1].records == records
+
+
+async def test_ticks(engine: Engine) -> None:
+    """Writes that nobody flushes get a sync indicator and become durable."""
+    engine.tap.write(0, sector("lazy"))
+    seq = engine.volume.journal.head
+    await until(lambda: engine.volume.journal.durable >= seq)
+    assert engine.volume.journal.is_indicated(seq)
+
+
+async def test_a_reader_is_waited_for(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sync doesn't overwrite the mirror under a reader that resolved before: the reader gets the old bytes."""
+    engine.tap.write(0, sector("old"))
+    await engine.sync()
+    snapshot = await engine.take_snapshot("old")
+    image = engine.volume.image(snapshot.seq)
+    engine.hold(image)
+    engine.tap.write(0, sector("new"))
+    mirror = engine.volume.mirror
+    resolved, go_on = threading.Event(), threading.Event()
+    plain_read = mirror.read_into
+
+    def slow_read(buffer: memoryview | bytearray, start: int, *, nowait: bool = False) -> None:
+        if nowait:
+            raise BlockingIOError
+        if threading.current_thread() is not threading.main_thread() and not resolved.is_set():
+            resolved.set()
+            assert go_on.wait(10)
+        plain_read(buffer, start)
+
+    monkeypatch.setattr(mirror, "read_into", slow_read)
+    answers: list[bytes] = []
+
+    async def read() -> None:
+        answers.append(bytes(await engine.read(image, 0, 512)))
+
+    async with trio.open_nursery() as tasks:
+        tasks.start_soon(read)
+        await until(resolved.is_set)
+        tasks.start_soon(engine.sync)
+        await trio.sleep(0.1)
+        assert engine.volume.pointers.now.mirror_seq == snapshot.seq, "the sync waits"
+        go_on.set()
+    assert answers == [sector("old")]
+    assert engine.volume.pointers.now.mirror_seq > snapshot.seq
+    monkeypatch.undo()
+    assert bytes(await engine.read(image, 0, 512)) == sector("old")
+    engine.release(image)
+
+
+async def test_what_a_held_image_kept_is_dropped(engine: Engine) -> None:
+    """A held moment outlives syncs as a hidden snapshot, and goes when it is released."""
+    engine.tap.write(0, sector("first"))
+    await engine.flush()
+    engine.tap.write(0, sector("held"))
+    await engine.flush()
+    image = engine.volume.image(engine.volume.journal.head)
+    engine.hold(image)
+    engine.tap.write(0, sector("later"))
+    await engine.sync()
+    hidden = [snapshot for snapshot in engine.volume.snapshots.all() if snapshot.hidden]
+    assert [snapshot.seq for snapshot in hidden] == [image.seq]
+    assert bytes(await engine.read(image, 0, 512)) == sector("held")
+    engine.release(image)
+    await until(lambda: not any(snapshot.hidden for snapshot in engine.volume.snapshots.all()))
+    with pytest.raises(NoSuchPointError):
+        engine.volume.image(image.seq)
+    engine.volume.check()
+
+
+async def test_snapshot_names_are_unique(engine: Engine) -> None:
+    """A second snapshot of the same name is refused; two names at one moment are two snapshots."""
+    await engine.take_snapshot("a")
+    with pytest.raises(ExistsError):
+        await engine.take_snapshot("a")
+    await engine.take_snapshot("b")
+    assert [snapshot.name for snapshot in engine.volume.snapshots] == ["a", "b"]
+
+
+async def test_a_failed_fsync_ends_all_writing(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a failed fsync the volume is read-only, and says why; reading goes on."""
+    engine.tap.write(0, sector("before"))
+
+    def fail() -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(engine.tap.primary, "datasync", fail)
+    with pytest.raises(StoreError, match="input/output error"):
+        await engine.flush()
+    monkeypatch.undo()
+    with pytest.raises(StoreError, match="read-only"):
+        engine.tap.write(0, sector("after"))
+    with pytest.raises(StoreError, match="read-only"):
+        await engine.flush(Flag.TICK)
+    assert bytes(await engine.read(engine.volume.live, 0, 512)) == sector("before")
+
+
+async def test_digest(engine: Engine) -> None:
+    """The digest is that of all bytes of the image."""
+    import xxhash  # noqa: PLC0415
+
+    engine.tap.write(512, sector("some"))
+    expected = xxhash.xxh3_128_hexdigest(bytes(512) + sector("some") + bytes((SECTORS - 2) * 512))
+    await engine.flush()
+    assert await engine.digest(engine.volume.image(engine.volume.journal.head)) == expected
+
+
+async def test_close_leaves_journal_and_primary_equal(tmp_path: Path) -> None:
+    """After an orderly stop nothing is written again; after a kill everything since the last flush is."""
+    engine = make_engine(tmp_path)
+    await engine.recover(BOOT)
+    engine.tap.write(0, sector("flushed"))
+    await engine.close()
+    engine = make_engine(tmp_path)
+    assert engine.volume.pointers.now.clean
+    assert await engine.recover(BOOT) == 0
+    engine.tap.write(512, sector("not flushed"))
+    engine.volume.close()
+    engine.tap.primary.close()
+    (tmp_path / "primary.img").write_bytes(bytes(SECTORS * 512))  # the primary lost what wasn't flushed, and more
+    engine = make_engine(tmp_path)
+    assert await engine.recover(BOOT) == 1
+    assert (tmp_path / "primary.img").read_bytes()[512:1024] == sector("not flushed")
+    await engine.close()
