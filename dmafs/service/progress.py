@@ -33,17 +33,20 @@ async def _show_bars(copying: dict[str, Engine]) -> None:
     from rich.console import Console  # noqa: PLC0415 - slow to import, and needed for terminals only
 
     text = bars.TextColumn("copying {task.description}")
-    columns = text, bars.BarColumn(), bars.DownloadColumn(binary_units=True), bars.TransferSpeedColumn()
+    rate = bars.TextColumn("{task.fields[rate]}/s")
+    columns = text, bars.BarColumn(), bars.DownloadColumn(binary_units=True), rate, bars.TimeRemainingColumn()
     with bars.Progress(*columns, console=Console(stderr=True), auto_refresh=False) as progress:
         tasks = {
-            name: progress.add_task(name, total=engine.progress.total * SECTOR) for name, engine in copying.items()
+            name: progress.add_task(name, total=engine.progress.total * SECTOR, rate="")
+            for name, engine in copying.items()
         }
         done = False
         while not done:
             await trio.sleep(REFRESH_S)
             done = all(engine.volume.pointers.now.copied for engine in copying.values())
             for name, engine in copying.items():
-                progress.update(tasks[name], completed=engine.progress.done * SECTOR)
+                speed = format_bytes(int(engine.progress.bytes_per_s))
+                progress.update(tasks[name], completed=engine.progress.done * SECTOR, rate=speed)
             progress.refresh()
 
 
