@@ -13,7 +13,8 @@ Invariants:
 4. A *gap* is an interval in which capture was not complete: from the indicator GAP on nothing is a point until
    RESYNCED says that the journal agrees with the primary again. GAP is the first record of its segment, so it stays
    as long as an event behind it does.
-5. What ``recover`` cut off is truncated durably before anything is appended.
+5. What ``recover`` cut off is truncated durably before anything is appended, and no file is changed before it is known
+   that nothing durable is missing: damage is reported each time.
 
 One thread appends and reads the columns; ``datasync`` of taken segments may run in another one.
 """
@@ -23,6 +24,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Final
 from uuid import UUID
 
 import numpy as np
@@ -35,6 +37,7 @@ from dmafs.errors import CorruptionError
 from dmafs.units import SECTOR
 
 DIRECTORY = "forward"
+_STEM_DIGITS: Final = 20  # of 2**64 - 1, so that names sort as seqs do
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +74,7 @@ class ForwardJournal:
         self.gaps: list[Gap] = []
         self._dirty: list[Segment] = []
         self._new_names = False
+        self._leftovers: list[str] = []  # stems of files that don't count, unlinked once the rest is known to be whole
 
     # -- recovery -----------------------------------------------------------------------------------------------
 
@@ -80,11 +84,10 @@ class ForwardJournal:
         *durable* is the head of the pointers. Raises CorruptionError when something durable is missing.
         """
         self.head, self.head_time_ns = tail, tail_time_ns
-        stems = [name[: -len(".ext")] for name in self._storage.names(DIRECTORY) if name.endswith(".ext")]
+        stems = self._stems()
         firsts = [int(stem) for stem in stems]
         live = max(bisect_right(firsts, tail + 1) - 1, 0)
-        for stem in stems[:live]:  # wholly behind the tail: a release that was cut off
-            self._remove_stem(stem)
+        self._leftovers += stems[:live]  # wholly behind the tail: a release that was cut off
         claimed = durable
         for stem in stems[live:]:
             claimed = max(claimed, self._recover_segment(stem, claimed))
@@ -94,12 +97,25 @@ class ForwardJournal:
                 hint="a segment is missing or damaged; the newest history is lost, resync from the primary",
             )
         self.durable = claimed
+        for stem in self._leftovers:
+            self._remove_stem(stem)
         self._drop_torn(claimed)
         for segment in self.segments:
             segment.trim()
             for index in segment.indicators_of(Flag.GAP, Flag.RESYNCED):
                 self._note_gap(segment.indicator(index))
         self._storage.sync_directory(DIRECTORY)
+
+    def _stems(self) -> list[str]:
+        """Return the names of all segments without suffix, ascending; data without descriptors is a leftover."""
+        stems: dict[str, set[str]] = {".ext": set(), ".dat": set()}
+        for name in self._storage.names(DIRECTORY):
+            stem, suffix = name[:-4], name[-4:]
+            if suffix not in stems or len(stem) != _STEM_DIGITS or not (stem.isascii() and stem.isdigit()):
+                raise CorruptionError(f"{DIRECTORY}/{name} is no file of ours", hint="move it out of the store")
+            stems[suffix].add(stem)
+        self._leftovers = sorted(stems[".dat"] - stems[".ext"])
+        return sorted(stems[".ext"])
 
     def _recover_segment(self, stem: str, durable: int) -> int:
         """Read one segment; return the highest seq that its records call durable.
@@ -109,9 +125,9 @@ class ForwardJournal:
         try:
             segment = Segment.open(self._storage, f"{DIRECTORY}/{stem}", Kind.FORWARD, self._uuid)
         except CorruptionError:
-            if self.head < durable or not (self.segments or self._is_blank(stem)):
+            if self.head < durable or not self._is_blank(stem):
                 raise
-            self._remove_stem(stem)  # created after the last durable moment, not even its header was written
+            self._leftovers.append(stem)  # created after the last durable moment, not even its header was written
             return 0
         claimed = max(segment.claimed_durable, segment.claims_beyond_end())
         if segment.header.first != int(stem):
@@ -129,7 +145,7 @@ class ForwardJournal:
                     f"forward journal has no events {self.head + 1} to {segment.header.first - 1}",
                     hint=f"a segment before {segment.ext.name} is missing or damaged",
                 )
-            segment.remove()
+            self._leftovers.append(stem)
             return claimed
         self.segments.append(segment)
         self.head = segment.next_seq - 1
@@ -216,7 +232,7 @@ class ForwardJournal:
         )
         if last is None or full:
             header = Header(Kind.FORWARD, self._uuid, new_salt(), self.head + 1)
-            last = Segment.create(self._storage, f"{DIRECTORY}/{self.head + 1:020d}", header)
+            last = Segment.create(self._storage, f"{DIRECTORY}/{self.head + 1:0{_STEM_DIGITS}d}", header)
             self.segments.append(last)
             self._new_names = True
         if not self._dirty or self._dirty[-1] is not last:
@@ -237,6 +253,10 @@ class ForwardJournal:
                 self._storage.sync_directory(DIRECTORY)
 
         return datasync
+
+    def is_clean(self) -> bool:
+        """Say whether all is durable and a sync indicator stands at the head: a flush would have nothing to do."""
+        return not self._dirty and self.durable == self.head and self.is_indicated(self.head)
 
     # -- looking up ---------------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from dmafs.core.extent import Ints
 from dmafs.core.storage import Buffer, Storage
+from dmafs.errors import CorruptionError
 from dmafs.units import SECTOR
 
 NAME = "mirror.img"
@@ -19,8 +20,18 @@ class Mirror:
     """The mirror of one volume; addresses in sectors."""
 
     def __init__(self, storage: Storage, size_sectors: int) -> None:
-        """Open the image."""
-        self.file = storage.open(NAME)
+        """Open the image; CorruptionError if it is missing or of another size."""
+        try:
+            self.file = storage.open(NAME)
+        except FileNotFoundError:
+            raise CorruptionError(f"{NAME} is missing", hint="restore it; all history needs it") from None
+        size = self.file.size()
+        if size != size_sectors * SECTOR:
+            self.file.close()
+            raise CorruptionError(
+                f"{self.file.name} has {size} bytes instead of {size_sectors * SECTOR}",
+                hint="the file was truncated or extended from outside; restore it",
+            )
         self.size_sectors = size_sectors
         self._allocated: tuple[Ints, Ints] | None = None
 

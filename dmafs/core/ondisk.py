@@ -31,7 +31,8 @@ Descriptor record, 64 bytes each from offset 512 on (fig. 7, queue 701; fig. 13,
                      32 gap begins, 64 copy complete, 128 gap ends
         32      8  physical, sector in the .dat file
         40      8  checksum of the data (0 without data)
-        48      8  durable: journal and primary were durable up to this seq when the record was written
+        48      8  durable: journal and primary were durable up to this seq when the record was written;
+                     in a backward journal, in the tick that seals it: the number of entries before
         56      8  checksum of bytes 0-55, seed: the file's salt
 
 A record is valid iff (1) its checksum matches; (2) flags hold exactly one kind; (3) an event's seq is that of the event
@@ -88,6 +89,8 @@ POINTERS_SIZE: Final = 8192
 NO_BOOT: Final = UUID(int=0)
 VOLUME_JSON_LIMIT: Final = 65536
 NAME_LIMIT: Final = 256
+SIZE_SECTORS_MAX: Final = (2**63 - 1) // 512
+"""The largest size whose bytes the operating system can address."""
 
 _HEADER = struct.Struct("<8sII16sQQQQII256s176x")
 _RECORD = struct.Struct("<QQQIIQQQ")
@@ -233,7 +236,7 @@ def decode_records(data: bytes | bytearray | memoryview, salt: int, *, next_seq:
     records = records[:count]
     flags = records["flags"]
     event = np.isin(flags, EVENT_FLAGS)
-    expected = np.uint64(next_seq - 1) + np.cumsum(event, dtype=np.uint64)
+    expected = np.uint64((next_seq - 1) % 2**64) + np.cumsum(event, dtype=np.uint64)  # foreign bytes may say 0
     valid = np.isin(flags, list(_KINDS)) & (records["seq"] == expected)
     valid &= ~event | (records["length"] > 0)
     valid &= (flags != int(Flag.DATA)) | (records["length"] <= MAX_EXTENT_SECTORS)
@@ -318,10 +321,17 @@ class VolumeInfo:
                     hint="use the version of dmafs that wrote it",
                 )
             info = cls(**{**fields, "uuid": UUID(fields["uuid"])})
-            types = (info.name, str), (info.source, str), (info.tap, str), (info.created_ns, int)
-            if not all(isinstance(value, kind) for value, kind in types) or not info.size_sectors > 0:
+            types = (
+                (info.name, str),
+                (info.source, str),
+                (info.tap, str),
+                (info.created_ns, int),
+                (info.size_sectors, int),
+            )
+            right = all(isinstance(value, kind) and not isinstance(value, bool) for value, kind in types)
+            if not right or not 0 < info.size_sectors <= SIZE_SECTORS_MAX:
                 raise ValueError
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise CorruptionError(
                 f"{where} doesn't describe a volume", hint="the file is foreign or damaged"
             ) from error

@@ -175,15 +175,18 @@ class Segment:
         self.records += len(records)
 
     def _cut_to_data(self) -> None:
-        """Forget what lies past the end of the data file: the pair was cut between its two files."""
+        """Forget what lies past the end of the data file, in memory only.
+
+        The pair was cut between its two files, or damaged: what the records call durable decides which.
+        """
         available = self.dat.size() // SECTOR
         for index in range(len(self)):
             if self._flags[index] == Flag.DATA and self.physicals[index] + self.lengths[index] > available:
-                self.cut(self.header.first + index)
+                self._forget(self.header.first + index)
                 break
         for index, (physical, length, _) in self._mark_places.items():
             if physical + length > available:
-                self.cut(self.indicator_seqs[index] + 1, indicators=index)
+                self._forget(self.indicator_seqs[index] + 1, indicators=index)
                 break
 
     def claims_beyond_end(self) -> int:
@@ -235,6 +238,11 @@ class Segment:
 
         The files are truncated and synced: leftovers must not look valid once new records have been appended.
         """
+        self._forget(seq, indicators=indicators)
+        self.trim()
+
+    def _forget(self, seq: int, *, indicators: int | None = None) -> None:
+        """Cut the columns."""
         keep = seq - self.header.first
         assert 0 <= keep <= len(self)
         marks = int(np.searchsorted(np.array(self.indicator_seqs, np.int64), seq, "left"))
@@ -252,7 +260,6 @@ class Segment:
         ends = [place[0] + place[1] for place in self._mark_places.values()]
         data = [index for index in range(keep - 1, -1, -1) if self._flags[index] == Flag.DATA][:1]
         self.data_sectors = max([self.physicals[index] + self.lengths[index] for index in data] + ends, default=0)
-        self.trim()
 
     def trim(self) -> None:
         """Truncate both files to what counts, durably."""
@@ -360,6 +367,29 @@ class Segment:
         for start, length, flag, digest in batch.entries:
             self._add(batch.time_ns, start, length, flag, digest)
 
+    def seal(self) -> None:
+        """Append a record that calls all published batches durable; it is durable itself after the next datasync.
+
+        From then on a batch that can't be read is damage, and not the torn end of an unclean stop.
+        """
+        assert self.unsealed
+        self.append_indicator(Flag.TICK, time_ns=self.times[-1], durable=self.next_seq - 1)
+        self.claimed_durable = self.next_seq - 1
+
+    @property
+    def unsealed(self) -> bool:
+        """Say whether there are entries that no record calls durable."""
+        return self.claimed_durable < self.next_seq - 1
+
+    def require_sealed(self) -> None:
+        """Raise CorruptionError if records are missing that were sealed."""
+        claimed = max(self.claimed_durable, self.claims_beyond_end())
+        if claimed >= self.next_seq:
+            raise CorruptionError(
+                f"{self.ext.name} or its data ends at entry {self.next_seq - 1}, but {claimed} had been made durable",
+                hint="the storage below the store is damaged; moments that need this file can't be read",
+            )
+
     def datasync(self) -> None:
         """Make everything appended durable, data first. May run in a thread."""
         self.dat.datasync()
@@ -421,7 +451,7 @@ class Segment:
             physical, length, digest = self._mark_places[index]
             text = bytearray(length * SECTOR)
             self.dat.read_into(text, physical * SECTOR)
-            if checksum(text) != digest:
+            if length and checksum(text) != digest:
                 raise CorruptionError(
                     f"checksum of a mark in {self.dat.name} at byte {physical * SECTOR} doesn't match",
                     hint="the storage below the store is damaged",

@@ -11,6 +11,10 @@ Dropping one merges into the next older one what that doesn't hold itself; with 
 2. its entries that the next older snapshot lacks are appended to that one, durably;
 3. its files are unlinked.
 
+Entries are *sealed* when all of a merge or of a leg of a sync are durable: a record that calls them so. What is missing
+before the last seal is damage and an error, since without it wrong data from the mirror would be served; what is
+missing behind it had not been needed yet.
+
 Doing step 2 twice adds nothing, since the first time's entries are held then. An image that is held open keeps its
 snapshot in state ``.gone`` until the last close. Snapshots marked temporary exist only for a held image, and are
 dropped at the last close or when the store is opened next.
@@ -179,8 +183,14 @@ class Snapshots:
         """Return the snapshot's journal, opened if need be."""
         if snapshot.segment is None:
             suffix = ".gone" if snapshot.gone else ".ext"
-            snapshot.segment = Segment.open(self._storage, snapshot.stem, Kind.BACKWARD, self._uuid, suffix=suffix)
-            snapshot.segment.trim()
+            segment = Segment.open(self._storage, snapshot.stem, Kind.BACKWARD, self._uuid, suffix=suffix)
+            try:
+                segment.require_sealed()
+                segment.trim()
+            except BaseException:
+                segment.close()
+                raise
+            snapshot.segment = segment
         return snapshot.segment
 
     def unload(self, keep: Snapshot | None) -> list[Segment]:
@@ -194,7 +204,7 @@ class Snapshots:
 
     @contextlib.contextmanager
     def _working_on(self, *snapshots: Snapshot) -> Iterator[None]:
-        """Keep journals open: while their files change nobody may open them, which would cut off what isn't published."""
+        """Keep journals open: opening one while its file grows would cut off what isn't published yet."""
         for snapshot in snapshots:
             self.segment(snapshot)
             snapshot.busy = True
@@ -308,6 +318,9 @@ class Snapshots:
 
             target.publish((yield move))
             begin = end
+        if target.unsealed:
+            target.seal()
+            yield target.datasync
 
     def close(self) -> None:
         """Close all open journals."""

@@ -241,7 +241,7 @@ class RealStorage:
 
     def read_bytes(self, name: str, limit: int) -> bytes:
         """See ``Storage``."""
-        with (self._root / name).open("rb") as file:
+        with os.fdopen(os.open(self._root / name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW), "rb") as file:
             content = file.read(limit + 1)
         if len(content) > limit:
             raise CorruptionError(f"file {self._root / name} is longer than {limit} bytes", hint="it isn't ours")

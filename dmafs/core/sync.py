@@ -4,8 +4,8 @@ A sync goes in *legs*: it stops at each snapshot and each held image on its way,
 there. A leg is one transaction (invariant 3 of the design):
 
 save       The sectors that the leg will overwrite and the open snapshot lacks are copied from the mirror to its
-           backward journal: data, then descriptors, both durable. After a cut here: forgotten. Entries saved already
-           stay, and are true, since the mirror is unchanged.
+           backward journal: data, then descriptors, both durable, and sealed. After a cut here: forgotten. Entries
+           saved already stay, and are true, since the mirror is unchanged.
 commit     The pointers say durably: a sync to this seq is in progress. After a cut here: done again from overwrite on.
 switch     In memory only: the mirror's own moment is shown through the open snapshot from now on, and readers that
            resolved before are waited for.
@@ -87,9 +87,12 @@ def sync(volume: Volume, *, open_snapshot: bool = True) -> Work[int]:
 
 
 def _open_snapshot(volume: Volume, seq: int, *, automatic: bool) -> Work[None]:
-    """Make the mirror's moment a snapshot if the policy or a held image asks for it and it isn't one yet."""
+    """Make the mirror's moment a snapshot if the policy or a held image asks for it and it isn't one yet.
+
+    A hidden snapshot is enough for a held image, but not for the policy, since it goes away with the last close.
+    """
     held = bool(volume.pinned_between(seq - 1, seq + 1))
-    found = volume.snapshots.at(seq)
+    found = volume.snapshots.visible_at(seq) if automatic else volume.snapshots.at(seq)
     if found is None and (automatic or held):
         with volume.gate():
             yield from volume.snapshots.create(seq, volume.time_of(seq), temporary=not automatic)
@@ -162,6 +165,10 @@ def _save(volume: Volume, plan: SyncPlan, snapshot: Snapshot) -> Work[None]:
         for image in volume.images():
             if image.seq < volume.floor:
                 image.vrmo.fill(starts, stops, references)
+    if segment.unsealed:
+        with volume.gate():
+            segment.seal()
+            yield segment.datasync
 
 
 def finish(volume: Volume) -> Work[None]:

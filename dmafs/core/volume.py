@@ -79,7 +79,6 @@ class Volume:
             self.journal = ForwardJournal(storage, self.info.uuid, self.limits.segments, clock)
             undo.callback(self.journal.close)
             now = self.pointers.now
-            self.mirror.check()
             self.journal.recover(
                 tail=now.mirror_seq,
                 tail_time_ns=max(now.mirror_time_ns, now.origin_time_ns),
@@ -154,9 +153,13 @@ class Volume:
         One flush at a time: a second one would find nothing left to sync and return before the first.
         """
         with self.gate():
-            self.journal.indicate(flag, name)
+            clean = self.journal.is_clean() and flag in {Flag.FLUSH, Flag.TICK}
+            if not clean:
+                self.journal.indicate(flag, name)
             indicator = self.journal.last_indicator(self.journal.head)
             assert indicator is not None
+        if clean:
+            return indicator
         datasync = self.journal.take_dirty()
 
         def durable() -> None:
@@ -234,8 +237,6 @@ class Volume:
         idle = [seq for seq, image in self._images.items() if not image.pins]
         for seq in idle[: max(0, len(idle) - self.limits.images)]:
             del self._images[seq]
-        if idle and min(self._images, default=self.floor) >= self.floor:
-            self._garbage += self.snapshots.unload(self.snapshots.open_at(self.pointers.now.mirror_seq))
 
     def build_vrmo(self, seq: int) -> Vrmo:
         """Build the map of the image at *seq* from descriptors alone (invariant 9 of the design)."""
@@ -315,7 +316,12 @@ class Volume:
     # -- housekeeping -------------------------------------------------------------------------------------------
 
     def take_garbage(self) -> list[Segment]:
-        """Return the journals nobody will resolve to any more, for the caller to close when all readers are done."""
+        """Return the journals nobody will resolve to any more, for the caller to close when all readers are done.
+
+        Not while a sync or a drop is under way: it may be appending to a journal that no image needs.
+        """
+        if min(self._images, default=self.floor) >= self.floor:
+            self._garbage += self.snapshots.unload(self.snapshots.open_at(self.pointers.now.mirror_seq))
         garbage, self._garbage = self._garbage, []
         return garbage
 

@@ -86,7 +86,7 @@ class Backend(Protocol):
         """Return bytes of the primary, fewer at its end."""
 
     def write_tap(self, volume: str, offset: int, data: bytes) -> None:
-        """Write to the primary, captured; OSError ENOSPC past its end."""
+        """Write within the primary, captured."""
 
     async def flush_tap(self, volume: str) -> None:
         """Make all writes durable."""

@@ -440,10 +440,12 @@ class Tree(pyfuse3.Operations):
 
     @guarded
     async def write(self, fh: pyfuse3.FileHandleT, off: int, buf: bytes) -> int:
-        """Write to a tap."""
+        """Write to a tap; ENOSPC past its end, as a disk."""
         handle = self._handles[fh]
         if not handle.tap:
             raise FUSEError(errno.EROFS)
+        if off + len(buf) > self._backend.size(handle.volume):
+            raise FUSEError(errno.ENOSPC)
         self._backend.write_tap(handle.volume, off, buf)
         return len(buf)
 

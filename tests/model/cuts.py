@@ -1,13 +1,14 @@
 """Cuts: which bytes of a file are durable, and an end in the middle of a call.
 
-``Disk`` watches the real storage. For every file it knows the size at its last fdatasync: files of the journals are only
-appended, so what lies behind that size is what a power cut may take back. With a fuse set, the n-th change of a
+``Disk`` watches the real storage. For every file it knows the size at its last fdatasync: files of the journals are
+only appended, so what lies behind that size is what a power cut may take back. With a fuse set, the n-th change of a
 file raises ``Cut`` instead of being done, as if the process had been killed right before it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,7 +27,7 @@ class Disk:
     """Watches all real files while it is entered."""
 
     def __init__(self) -> None:
-        self.synced: dict[str, int] = {}
+        self.synced: dict[int, int] = {}  # by inode, which a rename doesn't change
         self.fuse = -1
         self._stack = contextlib.ExitStack()
 
@@ -56,22 +57,18 @@ class Disk:
                 raise Cut
             self.fuse -= self.fuse > 0
             result = call(target, *arguments)
-            if name == "datasync":
-                self.synced[target.name] = target.size()
-            elif name == "truncate":
-                self.synced[target.name] = min(self.synced.get(target.name, 0), arguments[0])
-            elif name == "rename":
-                old, new = (str(target._root / part) for part in arguments)
-                self.synced[new] = self.synced.pop(old, 0)
-            elif name in {"create", "unlink"}:
-                self.synced.pop(str(target._root / arguments[0]), None)
+            if name in {"datasync", "truncate", "create"}:
+                info = os.fstat((result if name == "create" else target).fileno())
+                known = self.synced.get(info.st_ino, 0)
+                sizes = {"datasync": info.st_size, "truncate": min(known, info.st_size), "create": 0}
+                self.synced[info.st_ino] = sizes[name]
             return result
 
         return watched
 
     def tear(self, path: Path, rng: random.Random) -> bool:
         """Take back some of what isn't durable in an append-only file; return whether there was any such thing."""
-        durable, content = self.synced.get(str(path), 0), bytearray(path.read_bytes())
+        durable, content = self.synced.get(path.stat().st_ino, 0), bytearray(path.read_bytes())
         if durable >= len(content):
             return False
         header = HEADER_SIZE if path.suffix == ".ext" else 0

@@ -48,7 +48,7 @@ infos = st.builds(
     VolumeInfo,
     uuid=uuids,
     name=st.text(max_size=20),
-    size_sectors=st.integers(1, 2**54),
+    size_sectors=st.integers(1, 2**54 - 1),
     source=st.text(max_size=40),
     tap=st.sampled_from(["fuse", "dm", "log"]),
     created_ns=st.integers(0, 2**63 - 1),
@@ -57,7 +57,7 @@ infos = st.builds(
 kinds = st.one_of(
     st.tuples(st.just(Flag.DATA), st.integers(1, MAX_EXTENT_SECTORS)),
     st.tuples(st.just(Flag.ZERO), st.integers(1, MAX_ZERO_SECTORS)),
-    st.tuples(st.sampled_from([Flag.FLUSH, Flag.TICK, Flag.MARK, Flag.DROPPED, Flag.COPIED]), st.integers(0, 1)),
+    st.tuples(st.sampled_from([flag for flag in Flag if flag not in EVENT_FLAGS]), st.integers(0, 1)),
 )
 
 
@@ -168,10 +168,10 @@ def test_record_has_each_field_where_the_table_says() -> None:
 
 def test_flags_are_the_documented_ones() -> None:
     """The numbers of the kinds of records and of the journals are those of the tables."""
-    text = next(text for _, _, text in tables()["Descriptor record"] if text.startswith("flags"))
-    assert [int(n) for n in re.findall(r"\d+", text)] == [1, 2, 4, 8, 16, 32, 64] == [int(flag) for flag in Flag]
-    assert "1 data, 2 zeros" in text
-    assert (Kind.FORWARD, Kind.BACKWARD) == (1, 2)
+    [text] = re.findall(r"flags: (1 data.*?)\n +\d+ +8  physical", ondisk.__doc__ or "", re.DOTALL)
+    assert [int(n) for n in re.findall(r"\d+", text)] == [int(flag) for flag in Flag]
+    assert (int(Flag.DATA), int(Flag.ZERO)) == (1, 2) == EVENT_FLAGS
+    assert (int(Kind.FORWARD), int(Kind.BACKWARD)) == (1, 2)
 
 
 def test_slot_has_each_field_where_the_table_says() -> None:
@@ -236,7 +236,7 @@ def test_last_partial_record_is_no_record() -> None:
 BAD: dict[str, dict[str, int]] = {
     "no kind": {"flags": 0},
     "two kinds": {"flags": 3},
-    "an unknown kind": {"flags": 128},
+    "an unknown kind": {"flags": 256},
     "an event and an indicator": {"flags": 5},
     "a repeated seq": {"seq": 1},
     "a skipped seq": {"seq": 3},
@@ -302,7 +302,7 @@ def test_mutated_records_are_a_shorter_run(parts: list[tuple[Flag, int]], change
 
 @given(st.binary(max_size=300), st.integers(0, 2**63 - 1))
 def test_any_bytes_are_some_run(data: bytes, next_seq: int) -> None:
-    """Random bytes are no records and raise nothing, whatever seq is expected."""
+    """Random bytes are no records and raise nothing, whatever seq is expected: a foreign one may be 0."""
     assert len(decode_records(data, SALT, next_seq=next_seq)) == 0
 
 

@@ -1,0 +1,404 @@
+"""Claims about the man pages and the README: they say what the program does, and nothing else.
+
+The pages are mdoc(7), whose macros tell an option (``Fl``) from an argument (``Ar``) and a table's cells (``Ta``) from
+text, so the sources are compared, not their rendering.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import errno
+import json
+import re
+import shlex
+import struct
+import subprocess
+import tomllib
+from pathlib import Path
+from typing import Final
+from uuid import UUID
+
+import pytest
+
+from dmafs import errors
+from dmafs.cli.main import parser
+from dmafs.core import ondisk
+from dmafs.core.extent import MAX_EXTENT_SECTORS
+from dmafs.core.moments import LATEST
+from dmafs.core.store import CONFIGURATION_NAME, SOCKET_NAME
+from dmafs.errors import DmafsError
+from dmafs.service.configuration import _MINIMA, _SIZE_KEYS, Configuration, load_configuration
+from dmafs.units import SECTOR, TimeNs, format_bytes, parse_bytes, parse_spelling
+
+ROOT: Final = Path(__file__).parents[2]
+PAGES: Final = sorted((ROOT / "man").iterdir())
+README: Final = (ROOT / "README.md").read_text()
+NOW: Final = TimeNs(1785249005_000000000)
+
+
+# -- reading the pages ----------------------------------------------------------------------------------------------
+
+
+def page(name: str) -> str:
+    return (ROOT / "man" / name).read_text()
+
+
+def part(text: str, title: str, macro: str = "Sh") -> str:
+    """Return what stands below a heading, up to the next one of its level or a higher one."""
+    ends = r"\.Sh " if macro == "Sh" else r"\.S[hs] "
+    match = re.search(rf"^\.{macro} {re.escape(title)}\n(.*?)(?=^{ends}|\Z)", text, re.MULTILINE | re.DOTALL)
+    assert match, f"no {macro} {title}"
+    return match[1]
+
+
+def subheadings(text: str) -> list[str]:
+    return re.findall(r"^\.Ss (.*)$", text, re.MULTILINE)
+
+
+def rows(text: str) -> list[tuple[str, ...]]:
+    """Return the cells of the tables in *text*, without their heads."""
+    lines = re.findall(r"^\.It (.* Ta .*)$", text, re.MULTILINE)
+    return [tuple(line.split(" Ta ")) for line in lines if not line.startswith("Em ")]
+
+
+def plain(text: str) -> str:
+    return text.replace(r"\-", "-").replace(r"\(dq", '"')
+
+
+def literals(text: str) -> list[str]:
+    """Return the lines of the literal displays."""
+    displays = re.findall(r"^\.Bd -literal.*?\n(.*?)^\.Ed", text, re.MULTILINE | re.DOTALL)
+    return [plain(line) for display in displays for line in display.splitlines()]
+
+
+def options_in(text: str) -> set[str]:
+    """Return all that ``Fl`` marks."""
+    macros = [line for line in text.splitlines() if line.startswith(".")]
+    return {f"-{name}" for line in macros for name in re.findall(r"\bFl (-?[a-z]+)", line)}
+
+
+def arguments_in(text: str) -> set[str]:
+    """Return all that ``Ar`` marks in the heads of list items."""
+    return {name for line in re.findall(r"^\.It (.*)$", text, re.MULTILINE) for name in re.findall(r"\bAr (\S+)", line)}
+
+
+def synopses(text: str) -> list[str]:
+    """Return the command lines of SYNOPSIS as argparse would write them."""
+    lines: list[str] = []
+    for line in part(text, "SYNOPSIS").splitlines():
+        if line.startswith(".Nm"):
+            lines.append("dmafs")
+            continue
+        words = re.sub(r"\b(?:Ar|Cm) ", "", re.sub(r"\bFl ", "-", line.removeprefix(".")))
+        lines[-1] += f" [{words.removeprefix('Op ')}]" if words.startswith("Op ") else f" {words}"
+    return lines
+
+
+# -- what the parser knows ------------------------------------------------------------------------------------------
+
+
+def commands() -> dict[str, argparse.ArgumentParser]:
+    [action] = [action for action in parser()._actions if isinstance(action, argparse._SubParsersAction)]
+    return dict(action.choices)
+
+
+def usage(command: argparse.ArgumentParser) -> str:
+    words = re.sub(r"[{}]", "", command.format_usage().removeprefix("usage: "))
+    return " ".join(words.split())
+
+
+def actions(command: argparse.ArgumentParser) -> list[argparse.Action]:
+    return [action for action in command._actions if not isinstance(action, argparse._HelpAction)]
+
+
+def option_strings(command: argparse.ArgumentParser) -> set[str]:
+    return {string for action in actions(command) for string in action.option_strings}
+
+
+def parses(line: str) -> int:
+    """Parse the ``dmafs`` commands of a shell line and return their number; argparse exits at what it doesn't know."""
+    words = shlex.shlex(line, posix=True, punctuation_chars=True)
+    words.whitespace_split = True
+    found = 0
+    command: list[str] = []
+    for word in [*words, ";"]:
+        if not re.fullmatch(r"[|&;<>()]+", word):
+            command.append(word)
+            continue
+        if command and command[0] == "dmafs":
+            parser().parse_args(command[1:])
+            found += 1
+        command = []
+    return found
+
+
+# -- all pages ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_pages_render_without_warnings(path: Path) -> None:
+    """Neither groff, which man uses, nor mandoc's check has anything to say about a page."""
+    for command in (["groff", "-mandoc", "-ww", "-z", "-Tutf8"], ["mandoc", "-T", "lint", "-W", "warning"]):
+        done = subprocess.run([*command, str(path)], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", ""), command[0]
+
+
+def test_there_is_a_page_for_each_name_and_they_refer_to_each_other() -> None:
+    """Each reference to a page of ours leads to one, and each page names all others."""
+    names = {path.name for path in PAGES}
+    assert names == {"dmafs.1", "dmafs.conf.5", "dmafs-store.5"}
+    for path in PAGES:
+        found = {".".join(pair) for pair in re.findall(r"^\.Xr (dmafs\S*) (\d)", path.read_text(), re.MULTILINE)}
+        assert found == names - {path.name}
+        title, section = path.name.rsplit(".", 1)
+        assert f".Dt {title.upper()} {section}\n" in path.read_text()
+
+
+# -- dmafs(1) -------------------------------------------------------------------------------------------------------
+
+
+def test_synopsis_is_the_parsers_usage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The synopsis has the line of each command as argparse prints it, in its order, but for -h."""
+    monkeypatch.setenv("COLUMNS", "500")
+    expected = [usage(parser()), *(usage(command).replace(" [-h]", "") for command in commands().values())]
+    assert synopses(page("dmafs.1")) == expected
+
+
+def test_commands_are_the_parsers() -> None:
+    """The page describes each command, in the parser's order, and no other."""
+    assert subheadings(part(page("dmafs.1"), "COMMANDS")) == list(commands())
+
+
+@pytest.mark.parametrize("name", commands())
+def test_options_and_arguments_of_a_command_are_the_parsers(name: str) -> None:
+    """A command's part describes each of its options and arguments, and no other."""
+    text = part(part(page("dmafs.1"), "COMMANDS"), name, "Ss")
+    known = actions(commands()[name])
+    assert options_in(text) == option_strings(commands()[name])
+    assert arguments_in(text) == {str(action.metavar) for action in known if action.metavar}
+    for action in known:
+        choices = list(action.choices or [])
+        if action.option_strings and choices:
+            assert f".It Fl {action.option_strings[0][1:]} Cm {' | '.join(choices)}\n" in text
+        if isinstance(action.default, str) and not action.option_strings:
+            assert f".Li {action.default} " in text
+
+
+def test_general_options_are_the_parsers() -> None:
+    """OPTIONS describes what goes before the command; nowhere else is there an option that no parser has."""
+    text = page("dmafs.1")
+    general = option_strings(parser()) | {"-h", "--help"}
+    assert options_in(part(text, "OPTIONS")) == general
+    assert options_in(text) == general.union(*(option_strings(command) for command in commands().values()))
+
+
+def test_exit_statuses_are_the_errors() -> None:
+    """The table has each class of the tree of errors with its exit code and errno, ascending."""
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, DmafsError)]
+    expected = [(str(kind.exit_code), kind.__name__, errno.errorcode[kind.errno]) for kind in kinds]
+    found = [row[:3] for row in rows(part(page("dmafs.1"), "EXIT STATUS"))]
+    assert found == sorted(expected, key=lambda row: int(row[0]))
+
+
+def test_files_have_the_programs_names() -> None:
+    """The files named are those that the program uses."""
+    files = set(re.findall(r"^\.It Pa STORE/(\S+)$", part(page("dmafs.1"), "FILES"), re.MULTILINE))
+    assert files == {CONFIGURATION_NAME, SOCKET_NAME, "VOLUME/"}
+
+
+def spellings() -> list[str]:
+    items = re.findall(r"^\.It Li (.*)$", part(page("dmafs.1"), "TIME"), re.MULTILINE)
+    table = README.partition("| spelling |")[2].partition("\n\n")[0].splitlines()[2:]
+    readmes = [text for line in table for text in re.findall(r"`([^`]+)`", line.split("|")[1])]
+    return sorted({text for item in items for text in item.split(" , ")}.union(readmes))
+
+
+@pytest.mark.parametrize("text", spellings())
+def test_spellings_of_times_are_understood(text: str) -> None:
+    """Each example of a time is one for the grammar; ``latest`` is the tree's own."""
+    if text != LATEST:
+        parse_spelling(text, now=NOW, timezone="Europe/Berlin")
+
+
+@pytest.mark.parametrize("line", [line for path in PAGES for line in literals(path.read_text()) if "dmafs " in line])
+def test_examples_parse(line: str) -> None:
+    """Each command line of the pages is one for the parser."""
+    assert parses(line)
+
+
+# -- dmafs.conf(5) --------------------------------------------------------------------------------------------------
+
+
+def shown(key: str, value: object) -> str:
+    """Return a default or minimum as the page's table shows it."""
+    if key in _SIZE_KEYS:
+        assert isinstance(value, int)
+        return format_bytes(value)
+    return str(value).lower() if isinstance(value, bool) else f"{value:g}"
+
+
+def unit(key: str, default: object) -> str:
+    if key in _SIZE_KEYS:
+        return "size"
+    return {bool: "flag", int: "number", float: "seconds"}[type(default)]
+
+
+def test_keys_are_the_configurations() -> None:
+    """The table has each key with unit, default and minimum, in the order of the class, and the list explains each."""
+    text = page("dmafs.conf.5")
+    expected = [
+        (
+            field.name,
+            unit(field.name, field.default),
+            shown(field.name, field.default),
+            shown(field.name, int(_MINIMA[field.name]) if field.name in _SIZE_KEYS else _MINIMA[field.name])
+            if field.name in _MINIMA
+            else r"\-",
+        )
+        for field in dataclasses.fields(Configuration)
+    ]
+    assert rows(text) == expected
+    assert re.findall(r"^\.It Ic (\S+)$", text, re.MULTILINE) == [row[0] for row in expected]
+
+
+@pytest.mark.parametrize(
+    "text", ["\n".join(literals(page("dmafs.conf.5"))), re.findall(r"```toml\n(.*?)```", README, re.DOTALL)[0]]
+)
+def test_example_configurations_are_right(text: str, tmp_path: Path) -> None:
+    """The examples are files that the program takes, and change something."""
+    (tmp_path / CONFIGURATION_NAME).write_text(text)
+    assert load_configuration(tmp_path) != Configuration()
+
+
+def test_example_sizes_are_understood() -> None:
+    """The ways to write a size are ways to write a size."""
+    found = re.findall(r"^\.Li (\S+)", page("dmafs.conf.5").partition(".Bl")[0], re.MULTILINE)
+    values = [tomllib.loads(f"x = {text}")["x"] for text in map(plain, found) if text not in {"true", "false"}]
+    assert [parse_bytes(str(value)) for value in values] == [64 << 20, 64 << 20, 1 << 30]
+
+
+# -- dmafs-store(5) -------------------------------------------------------------------------------------------------
+
+
+def documented_tables() -> dict[str, list[tuple[int, int]]]:
+    """Return (offset, bytes) of each table in the docstring of ``ondisk``."""
+    found: dict[str, list[tuple[int, int]]] = {}
+    title = ""
+    for line in (ondisk.__doc__ or "").splitlines():
+        if heading := re.match(r"(Segment header|Descriptor record|Pointer slot)", line):
+            title = heading[1]
+        if cells := re.match(r" +(\d+) +(\d+)  \S", line):
+            found.setdefault(title, []).append((int(cells[1]), int(cells[2])))
+    return found
+
+
+TABLES = [
+    ("Segment header", "Segment header", ondisk._HEADER, ondisk.HEADER_SIZE),
+    ("Descriptor records", "Descriptor record", ondisk._RECORD, ondisk.RECORD_SIZE),
+    ("Pointer slots", "Pointer slot", ondisk._SLOT, ondisk.SLOT_SIZE),
+]
+
+
+@pytest.mark.parametrize(("heading", "title", "layout", "size"), TABLES, ids=[table[1] for table in TABLES])
+def test_tables_are_the_formats(heading: str, title: str, layout: struct.Struct, size: int) -> None:
+    """Each table has the offsets and sizes of the packed fields, and of the module's own table."""
+    found = [(int(row[0]), int(row[1])) for row in rows(part(page("dmafs-store.5"), heading, "Ss")) if len(row) == 3]
+    widths = [
+        width
+        for count, code in re.findall(r"(\d*)([a-zA-Z])", layout.format.lstrip("<"))
+        for width in ([int(count)] if code in "sx" else [struct.calcsize(f"<{code}")] * int(count or 1))
+    ]
+    widths.append(8)  # the checksum
+    offsets = [sum(widths[:number]) for number in range(len(widths))]
+    assert found == list(zip(offsets, widths, strict=True)) == documented_tables()[title]
+    assert sum(widths) == size
+
+
+def test_magic_sizes_and_offsets_are_the_modules() -> None:
+    """Numbers in the text are the constants."""
+    text = page("dmafs-store.5")
+    magic = dict(re.findall(r"Ta 8 Ta (magic) \\\(dq(\w+)\\\(dq", part(text, "Segment header", "Ss")))
+    magic_of_slots = re.findall(r"Ta 8 Ta magic \\\(dq(\w+)\\\(dq", part(text, "Pointer slots", "Ss"))
+    assert magic == {"magic": ondisk._HEADER_MAGIC.decode()}
+    assert magic_of_slots == [ondisk._SLOT_MAGIC.decode()]
+    flat = " ".join(line for line in text.splitlines())
+    first, second = ondisk.SLOT_OFFSETS
+    for phrase in (
+        f"format version {ondisk.FORMAT_VERSION}.",
+        f"(exit status {errors.VersionError.exit_code})",
+        f"The first {ondisk.HEADER_SIZE} bytes",
+        f"{ondisk.RECORD_SIZE} bytes each, from offset {ondisk.HEADER_SIZE} of",
+        f"{ondisk.SLOT_SIZE} bytes each, at offsets {first} and {second} of",
+        f"which has {ondisk.POINTERS_SIZE} bytes",
+        f"at most {MAX_EXTENT_SECTORS} sectors",
+        f"A sector is {SECTOR} bytes",
+    ):
+        assert phrase in flat, phrase
+
+
+def test_flags_are_the_modules() -> None:
+    """The table of flags has each kind of record and no other; what is no indicator is an event."""
+    found = {
+        int(row[0]): row[1] for row in rows(part(page("dmafs-store.5"), "Descriptor records", "Ss")) if len(row) == 2
+    }
+    assert sorted(found) == sorted(int(flag) for flag in ondisk.Flag)
+    assert {flag for flag, text in found.items() if text.startswith("event ")} == set(ondisk.EVENT_FLAGS)
+
+
+def test_keys_of_volume_json_are_the_modules() -> None:
+    """The keys named are those that are written."""
+    [sentence] = re.findall(r"JSON object with the keys ([^.]*)\.", page("dmafs-store.5"))
+    info = ondisk.VolumeInfo(UUID(int=1), "disk", 1, "/dev/sdb", "fuse", 1)
+    assert re.split(r", | and ", sentence) == list(json.loads(info.encode()))
+
+
+# -- README.md ------------------------------------------------------------------------------------------------------
+
+
+def consoles() -> list[str]:
+    blocks = re.findall(r"^```console\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    return [line.removeprefix("$ ") for block in blocks for line in block.splitlines() if line.startswith("$ ")]
+
+
+@pytest.mark.parametrize("line", [line for line in consoles() if "dmafs " in line])
+def test_readmes_commands_parse(line: str) -> None:
+    """Each command line of the README is one for the parser."""
+    assert parses(line)
+
+
+def test_readme_shows_every_command() -> None:
+    """The tour leaves no command out."""
+    shown = {word for line in consoles() for word in re.findall(r"\bdmafs ([a-z]+)", line)}
+    assert shown == set(commands())
+
+
+def paths() -> set[str]:
+    """Return links, programs run, and code that begins with a folder of the repository."""
+    folders = "|".join(sorted(path.name for path in ROOT.iterdir() if path.is_dir() and path.name[0] != "."))
+    links = re.findall(r"\]\(([^)#]+)\)", README)
+    programs = [line for line in consoles() if line.startswith("./")]
+    code = re.findall(rf"`((?:{folders})/[^`*<]*)`", README)
+    return {path for path in [*links, *programs, *code] if "://" not in path}
+
+
+@pytest.mark.parametrize("path", sorted(paths()))
+def test_readmes_paths_are_there(path: str) -> None:
+    """A path that the README names is in the repository, a folder written with a slash."""
+    assert (ROOT / path).exists()
+    assert (ROOT / path).is_dir() == path.endswith("/")
+
+
+def test_readme_names_all_rooms_and_pages() -> None:
+    """The table of paths leaves no room of the program out, and every page is linked."""
+    rooms = {f"dmafs/{path.name}/" for path in (ROOT / "dmafs").iterdir() if (path / "__init__.py").is_file()}
+    assert rooms - {"dmafs/core/"} <= paths()
+    assert {f"man/{path.name}" for path in PAGES} <= paths()
+
+
+def test_readmes_packages_are_the_setups() -> None:
+    """What is to be installed by hand is what the setup installs to build and mount."""
+    [command] = re.findall(r"`apt-get install ([^`]+)`", README)
+    setup = (ROOT / "contrib" / "setup.sh").read_text()
+    [listed] = re.findall(r"^DMAFS_PACKAGES=\(\n(.*?)^\)", setup, re.MULTILINE | re.DOTALL)
+    assert set(command.split()) <= set(re.sub(r"#.*", "", listed).split())

@@ -1,0 +1,388 @@
+"""Claims about dmafs.core.snapshots: each address once, older wins, and a drop is finished whenever it was begun."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dmafs.core.ondisk import HEADER_SIZE, RECORD_SIZE, Header, Kind
+from dmafs.core.segment import Segment
+from dmafs.core.snapshots import DIRECTORY, Snapshot, Snapshots
+from dmafs.core.storage import RealStorage
+from dmafs.core.work import run
+from dmafs.errors import CorruptionError, ExistsError
+from dmafs.units import SECTOR
+from tests.unit.tools import FOREIGN, OURS, files, fill, flip, tree
+
+MIRROR_SEQ = 100
+
+
+class Bench:
+    """A backward journal's directory, and what is open in it."""
+
+    def __init__(self, path: Path) -> None:
+        self.root = path
+        self.path = path / DIRECTORY
+        self.path.mkdir()
+        self.opened: list[Snapshots] = []
+
+    def open(self) -> Snapshots:
+        snapshots = Snapshots(RealStorage(self.root), OURS)
+        self.opened.append(snapshots)
+        snapshots.check()
+        return snapshots
+
+    def close(self) -> None:
+        for snapshots in self.opened:
+            snapshots.close()
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    bench = Bench(tmp_path)
+    yield bench
+    bench.close()
+
+
+Entry = tuple[int, int, int]  # start, sectors, the byte that fills them, 0 for zeros without data
+
+
+def create(snapshots: Snapshots, seq: int, name: str = "", *entries: Entry, temporary: bool = False) -> Snapshot:
+    """Make a snapshot that holds *entries*, as syncs would."""
+    snapshot = run(snapshots.create(seq, seq * 10, name, temporary=temporary))
+    if entries:
+        segment = snapshots.segment(snapshot)
+        parts = [(start, count, fill(value, count) if value else None) for start, count, value in entries]
+        segment.publish(segment.write_batch(parts, seq * 10 + 1))
+        segment.seal()
+        segment.datasync()
+    return snapshot
+
+
+def drop(snapshots: Snapshots, snapshot: Snapshot) -> None:
+    run(snapshots.doom(snapshot))
+    run(snapshots.merge(snapshot)).close()
+    snapshots.check()
+
+
+def image(snapshots: Snapshots, seq: int, size: int = 12) -> list[int]:
+    """Return for each sector of the image at *seq* the byte that fills it, -1 where the mirror decides."""
+    found = []
+    for start, stop, reference in snapshots.build(seq, MIRROR_SEQ).resolve(0, size):
+        if reference < 0:
+            found += [-1] * (stop - start)
+            continue
+        snapshot, index = snapshots.of_serial(reference >> 32 & (1 << 30) - 1), reference & (1 << 32) - 1
+        segment = snapshots.segment(snapshot)
+        buffer = bytearray((stop - start) * SECTOR)
+        segment.read_into(index, start - segment.starts[index], memoryview(buffer))
+        found += list(buffer[::SECTOR])
+    return found
+
+
+def summary(snapshots: Snapshots) -> list[tuple[int, int, int, str]]:
+    return [(one.seq, one.twin, one.time_ns, one.name) for one in snapshots]
+
+
+def three(bench: Bench) -> Snapshots:
+    """Return snapshots at 10, 20 and 30 that hold overlapping entries."""
+    snapshots = bench.open()
+    create(snapshots, 10, "old", (0, 2, 1), (6, 1, 2))
+    create(snapshots, 20, "mid", (1, 3, 3), (6, 3, 4), (10, 1, 0))
+    create(snapshots, 30, "new", (0, 12, 5))
+    return snapshots
+
+
+def test_created_snapshots_are_found_again(bench: Bench) -> None:
+    """A snapshot has its seq, time and name after reopening; its files are named by its seq."""
+    one = bench.open()
+    create(one, 7, "first")
+    create(one, 9)
+    two = bench.open()
+    assert summary(two) == summary(one) == [(7, 0, 70, "first"), (9, 0, 90, "")]
+    assert (two.find("first"), two.find("x")) == (two.at(7), None)
+    assert len(two) == 2
+    assert files(bench.path) == sorted(f"{seq:020d}{suffix}" for seq in (7, 9) for suffix in (".ext", ".dat"))
+
+
+def test_names_are_unique_and_free_after_a_drop(bench: Bench) -> None:
+    """A name that is taken is refused and nothing is made; after a drop it is free."""
+    snapshots = bench.open()
+    first = create(snapshots, 7, "a")
+    before = tree(bench.path)
+    with pytest.raises(ExistsError, match="snapshot a already exists"):
+        run(snapshots.create(8, 80, "a"))
+    assert tree(bench.path) == before
+    assert len(snapshots) == 1
+    drop(snapshots, first)
+    assert create(snapshots, 8, "a") is snapshots.find("a")
+
+
+def test_look_ups_by_seq_and_time(bench: Bench) -> None:
+    """Each look-up finds the snapshot its docstring says."""
+    snapshots = three(bench)
+    assert [one and one.seq for one in map(snapshots.at, (9, 10, 11))] == [None, 10, None]
+    assert [one and one.seq for one in map(snapshots.open_at, (9, 10, 19, 20, 99))] == [None, 10, 10, 20, 30]
+    assert snapshots.seqs_between(10, 30) == [20]
+    assert snapshots.seqs_between(9, 31) == [10, 20, 30]
+    found = [snapshots.newest_before(time_ns, 30) for time_ns in (99, 100, 199, 200, 999)]
+    assert [one and one.seq for one in found] == [None, 10, 10, 20, 20]
+
+
+def test_hidden_snapshots_are_not_listed(bench: Bench) -> None:
+    """Temporary and doomed snapshots are kept but not shown."""
+    snapshots = bench.open()
+    create(snapshots, 10, temporary=True)
+    doomed = create(snapshots, 20, "a")
+    run(snapshots.doom(doomed))
+    for one in (snapshots, bench.open()):
+        assert list(one) == []
+        assert len(one) == 0
+        assert [(snap.seq, snap.temporary, snap.gone) for snap in one.all()] == [(10, True, False), (20, False, True)]
+        assert one.visible_at(10) is one.visible_at(20) is one.newest_before(999, 99) is one.find("a") is None
+
+
+def test_image_is_the_oldest_copy_from_its_snapshot_on(bench: Bench) -> None:
+    """An address reads from the first snapshot, from the asked one on, that holds it (fig. 16)."""
+    create_all = three(bench)
+    for snapshots in (create_all, bench.open()):
+        assert image(snapshots, 10) == [1, 1, 3, 3, 5, 5, 2, 4, 4, 5, 0, 5]
+        assert image(snapshots, 20) == [5, 3, 3, 3, 5, 5, 4, 4, 4, 5, 0, 5]
+        assert image(snapshots, 30) == [5] * 12
+
+
+@pytest.mark.parametrize("victims", [("mid",), ("new",), ("old",), ("mid", "new"), ("new", "mid"), ("old", "new")])
+def test_dropping_changes_no_other_image(bench: Bench, victims: tuple[str, ...]) -> None:
+    """What older images need of a dropped snapshot moves to the next older one, where that doesn't hold it itself."""
+    snapshots = three(bench)
+    expected = {name: image(snapshots, seq) for name, seq in (("old", 10), ("mid", 20), ("new", 30))}
+    for name in victims:
+        victim = snapshots.find(name)
+        assert victim is not None
+        drop(snapshots, victim)
+        for one in (snapshots, bench.open()):
+            assert {snap.name: image(one, snap.seq) for snap in one}.items() <= expected.items()
+    assert len(snapshots) == 3 - len(victims)
+    assert len(files(bench.path)) == 2 * len(snapshots)
+
+
+def test_dropping_the_oldest_just_frees_it(bench: Bench) -> None:
+    """With no older snapshot nothing is copied."""
+    snapshots = three(bench)
+    oldest = snapshots.find("old")
+    assert oldest is not None
+    rest = {name: content for name, content in tree(bench.path).items() if not name.startswith(f"{10:020d}")}
+    drop(snapshots, oldest)
+    assert tree(bench.path) == rest
+
+
+def test_merge_copies_only_what_the_older_lacks(bench: Bench) -> None:
+    """Sectors that the older snapshot holds aren't copied; zeros move without data."""
+    snapshots = three(bench)
+    drop(snapshots, snapshots.find("mid"))  # type: ignore[arg-type]
+    segment = snapshots.segment(snapshots.find("old"))  # type: ignore[arg-type]
+    entries = list(zip(segment.starts, segment.lengths, strict=True))
+    assert entries == [(0, 2), (6, 1), (2, 2), (7, 2), (10, 1)]
+    assert segment.data_sectors == 3 + 4
+
+
+def test_twins_at_one_seq(bench: Bench) -> None:
+    """Snapshots taken at one seq are different ones with the same image, and can be dropped in any order."""
+    for victims in ((0, 1), (1, 0)):
+        snapshots = bench.open()
+        create(snapshots, 5, "", (0, 1, 9))
+        create(snapshots, 10, "a", (1, 1, 1))
+        create(snapshots, 10, "b", (2, 1, 2))
+        again = bench.open()
+        assert [(one.twin, one.name) for one in again][1:] == [(0, "a"), (1, "b")]
+        assert again.at(10) is again.find("a")
+        assert again.open_at(10) is again.find("b")
+        assert image(again, 10)[:4] == [-1, 1, 2, -1]
+        for victim in victims:
+            drop(again, again.find("ab"[victim]))  # type: ignore[arg-type]
+            if victim == victims[0]:
+                assert image(again, 10)[:4] == ([-1, 1, 2, -1] if victim else [-1, -1, 2, -1])
+            assert image(again, 5)[:4] == [9, 1, 2, -1]
+        drop(again, again.all()[0])
+        assert files(bench.path) == []
+
+
+def test_third_twin_takes_a_free_number(bench: Bench) -> None:
+    """A twin made after another was dropped gets files of its own."""
+    snapshots = bench.open()
+    first = create(snapshots, 10, "a")
+    create(snapshots, 10, "b")
+    drop(snapshots, first)
+    create(snapshots, 10, "c")
+    assert [(one.twin, one.name) for one in bench.open()] == [(1, "b"), (2, "c")]
+
+
+def test_name_of_a_doomed_twin_belongs_to_the_living_one(bench: Bench) -> None:
+    """When a name was used again while its first bearer is still held, reopening finds the living one."""
+    snapshots = bench.open()
+    run(snapshots.doom(create(snapshots, 10, "a")))
+    create(snapshots, 10, "a")
+    again = bench.open()
+    found = again.find("a")
+    assert found is not None
+    assert (found.twin, found.gone) == (1, False)
+
+
+def copies_at_each_cut(bench: Bench, tmp_path: Path) -> Iterator[Path]:
+    """Drop the middle one of three snapshots; yield the store as it is before and after each call."""
+    import shutil  # noqa: PLC0415 - only here
+
+    snapshots = three(bench)
+    victim = snapshots.find("mid")
+    assert victim is not None
+
+    def both() -> Iterator[object]:
+        for work in (snapshots.doom(victim), snapshots.merge(victim)):
+            answer, calls = None, 0
+            while True:
+                try:
+                    call = work.send(answer) if calls else next(work)
+                except StopIteration:
+                    break
+                calls += 1
+                yield None
+                answer = call()
+                yield None
+
+    for number, _ in enumerate(both()):
+        place = tmp_path / f"cut{number}"
+        shutil.copytree(bench.path, place / DIRECTORY)
+        yield place
+
+
+def test_drop_is_finished_after_a_cut_anywhere(bench: Bench, tmp_path: Path) -> None:
+    """After a cut between any two calls of a drop it hasn't begun, or is finished after reopening; images stay the same."""
+    seen = set()
+    for place in copies_at_each_cut(bench, tmp_path):
+        snapshots = Snapshots(RealStorage(place), OURS)
+        visible = {one.name for one in snapshots}
+        seen.add(frozenset(visible))
+        for doomed in [one for one in snapshots.all() if one.gone]:
+            assert image(snapshots, 10) == [1, 1, 3, 3, 5, 5, 2, 4, 4, 5, 0, 5]
+            drop(snapshots, doomed)
+        assert image(snapshots, 10) == [1, 1, 3, 3, 5, 5, 2, 4, 4, 5, 0, 5]
+        if "mid" in visible:
+            assert image(snapshots, 20) == [5, 3, 3, 3, 5, 5, 4, 4, 4, 5, 0, 5]
+        assert len(files(place / DIRECTORY)) == 2 * len(snapshots)
+        snapshots.close()
+    assert seen == {frozenset({"old", "mid", "new"}), frozenset({"old", "new"})}
+
+
+def test_leftovers_are_cleaned(bench: Bench) -> None:
+    """What a creation or a drop that was cut off left is unlinked when the volume is opened."""
+    create(bench.open(), 10, "a")
+    before = tree(bench.path)
+    for name in (f"{20:020d}.new", f"{20:020d}.dat", f"{10:020d}-1.dat", f"{30:020d}.dat"):
+        (bench.path / name).write_bytes(b"x" * 600)
+    assert len(bench.open()) == 1
+    assert tree(bench.path) == before
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "README", f"{10:020d}.ext~", "x.ext", "-.ext", f"{10:020d}-².ext"])
+def test_foreign_file_is_refused(bench: Bench, name: str) -> None:
+    """A file that isn't ours is an error that names it, and is left alone."""
+    create(bench.open(), 10, "a")
+    (bench.path / name).write_bytes(b"x" * 600)
+    before = tree(bench.path)
+    with pytest.raises(CorruptionError, match=name.replace("²", ".")):
+        bench.open()
+    assert tree(bench.path) == before
+
+
+def test_renamed_and_foreign_snapshots_are_refused(bench: Bench) -> None:
+    """A snapshot under another's name or of another volume isn't taken."""
+    create(bench.open(), 10, "a")
+    with pytest.raises(CorruptionError, match=f"not to {FOREIGN}"):
+        Snapshots(RealStorage(bench.root), FOREIGN)
+    for suffix in (".ext", ".dat"):
+        (bench.path / f"{10:020d}{suffix}").rename(bench.path / f"{11:020d}{suffix}")
+    with pytest.raises(CorruptionError, match=f"{11:020d}.ext holds the snapshot backward/{10:020d}"):
+        bench.open()
+
+
+def test_missing_data_file_is_an_error(bench: Bench) -> None:
+    """A snapshot without its data can't be read, and says so when it is needed."""
+    create(bench.open(), 10, "a", (0, 1, 1))
+    (bench.path / f"{10:020d}.dat").unlink()
+    with pytest.raises(CorruptionError, match=f"{10:020d}.dat is missing"):
+        image(bench.open(), 10)
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_damaged_entry_is_never_replaced_by_the_mirror(bench: Bench, index: int) -> None:
+    """A damaged descriptor is an error each time, since without it the image would show the mirror's newer data."""
+    create(bench.open(), 10, "a", (0, 1, 1), (2, 1, 2), (4, 1, 3))
+    flip(bench.path / f"{10:020d}.ext", HEADER_SIZE + index * RECORD_SIZE + 16)
+    before = tree(bench.path)
+    for _ in range(2):
+        with pytest.raises(CorruptionError, match=f"{10:020d}.ext"):
+            image(bench.open(), 10)
+        assert tree(bench.path) == before
+
+
+@pytest.mark.parametrize("size", [0, SECTOR, 3 * SECTOR - 1])
+def test_missing_data_is_never_replaced_by_the_mirror(bench: Bench, size: int) -> None:
+    """A data file that was cut short is an error each time."""
+    create(bench.open(), 10, "a", (0, 1, 1), (2, 1, 2), (4, 1, 3))
+    with (bench.path / f"{10:020d}.dat").open("r+b") as file:
+        file.truncate(size)
+    before = tree(bench.path)
+    for _ in range(2):
+        with pytest.raises(CorruptionError, match=f"{10:020d}"):
+            image(bench.open(), 10)
+        assert tree(bench.path) == before
+
+
+def test_torn_batch_that_was_not_sealed_is_forgotten(bench: Bench) -> None:
+    """A batch that a power cut tore before it was needed is cut off; what was sealed before stays."""
+    snapshots = bench.open()
+    segment = snapshots.segment(create(snapshots, 10, "a", (0, 1, 1)))
+    size = segment.ext.size()
+    segment.publish(segment.write_batch([(2, 1, fill(2)), (4, 1, fill(3))], 200))
+    flip(bench.path / f"{10:020d}.ext", size + 16)
+    again = bench.open()
+    assert image(again, 10)[:6] == [1, -1, -1, -1, -1, -1]
+    assert (bench.path / f"{10:020d}.ext").stat().st_size == size
+    assert (bench.path / f"{10:020d}.dat").stat().st_size == SECTOR
+
+
+def test_failed_creation_leaves_no_snapshot(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the files can't be made there is no such snapshot, and the name is free."""
+    snapshots = bench.open()
+
+    def fail(*_: object, **__: object) -> Segment:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Segment, "create", fail)
+        with pytest.raises(OSError, match="No space"):
+            run(snapshots.create(10, 100, "a"))
+    assert snapshots.all() == []
+    snapshots.check()
+    create(snapshots, 10, "a")
+
+
+def test_unloaded_journals_are_opened_again_when_needed(bench: Bench) -> None:
+    """Forgetting open journals changes no image."""
+    snapshots = three(bench)
+    keep = snapshots.find("new")
+    released = snapshots.unload(keep)
+    assert len(released) == 2
+    for segment in released:
+        segment.close()
+    assert image(snapshots, 10) == [1, 1, 3, 3, 5, 5, 2, 4, 4, 5, 0, 5]
+
+
+def test_header_holds_what_a_snapshot_is(bench: Bench) -> None:
+    """The file of a snapshot says itself what it is, so no list of snapshots can be lost."""
+    create(bench.open(), 10, "a", temporary=True)
+    header = Header.decode((bench.path / f"{10:020d}.ext").read_bytes()[:HEADER_SIZE], "x")
+    assert (header.kind, header.uuid, header.first) == (Kind.BACKWARD, OURS, 1)
+    assert (header.snapshot_seq, header.snapshot_time_ns, header.name, header.temporary) == (10, 100, "a", True)

@@ -1,0 +1,400 @@
+"""Claims about dmafs.core.sync: each sector is copied once, and a cut anywhere loses and changes nothing."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dmafs.core.ondisk import Flag
+from dmafs.core.snapshots import Snapshot
+from dmafs.core.storage import RealStorage
+from dmafs.core.store import open_volume
+from dmafs.core.sync import finish, next_stop, plan_leg, sync, sync_target
+from dmafs.core.volume import Volume
+from dmafs.core.work import Work, run
+from dmafs.errors import CorruptionError, NoSuchPointError
+from dmafs.units import SECTOR
+from tests.unit.tools import TINY, Ticking, all_images, copied_volume, fill, flip, image_bytes, new_volume, tree
+
+SIZE = 64
+BASE = bytes(range(SIZE))  # what each sector of the primary is filled with at first
+
+
+class Bench:
+    """A volume and beside it its whole history: one byte stands for a sector."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.volume = copied_volume(path, b"".join(fill(value) for value in BASE))
+        self.history = {self.volume.journal.head: BASE}
+
+    def write(self, start: int, values: bytes) -> None:
+        self._record(self.volume.write(start, b"".join(fill(value) for value in values)), start, values)
+
+    def discard(self, start: int, length: int) -> None:
+        self._record(self.volume.discard(start, length), start, bytes(length))
+
+    def _record(self, seq: int, start: int, values: bytes) -> None:
+        before = self.history[seq - 1]
+        self.history[seq] = before[:start] + values + before[start + len(values) :]
+
+    def flush(self) -> int:
+        return run(self.volume.flush()).seq
+
+    def sync(self, *, open_snapshot: bool = True) -> int:
+        seq = run(sync(self.volume, open_snapshot=open_snapshot))
+        self.volume.check()
+        return seq
+
+    def check(self) -> list[int]:
+        """Assert that every recoverable image is what history says; return their seqs."""
+        return check_images(self.volume, self.history)
+
+    def counts(self) -> tuple[int, int]:
+        """Return the sectors saved and applied so far."""
+        return self.volume.statistics.saved_sectors, self.volume.statistics.applied_sectors
+
+    def entries(self, seq: int) -> list[tuple[int, int, bool]]:
+        """Return start, length and whether it is without data, of each entry of the snapshot at *seq*."""
+        snapshot = self.volume.snapshots.at(seq)
+        assert snapshot is not None
+        segment = self.volume.snapshots.segment(snapshot)
+        zeros = [segment.is_zero(index) for index in range(len(segment))]
+        return sorted(zip(segment.starts, segment.lengths, zeros, strict=True))
+
+
+def check_images(volume: Volume, history: dict[int, bytes]) -> list[int]:
+    volume.check()
+    images = all_images(volume)
+    for seq, content in images.items():
+        assert content[::SECTOR] == history[seq], f"image at {seq}"
+    assert bytes(volume.live.read(0, SIZE * SECTOR))[::SECTOR] == history[volume.journal.head]
+    return sorted(images)
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    bench = Bench(tmp_path / "v")
+    yield bench
+    bench.volume.close()
+
+
+# --- planning
+
+
+def test_planning_changes_nothing(bench: Bench) -> None:
+    """A plan of a leg can be made any number of times: no file, map or pointer is changed, and it is the same each time."""
+    bench.write(3, b"abc")
+    bench.flush()
+    bench.sync()
+    bench.write(4, b"xyz")
+    bench.discard(20, 4)
+    bench.flush()
+    files, pointers = tree(bench.path), bench.volume.pointers.now
+    one, two = (plan_leg(bench.volume, 3) for _ in range(2))
+    assert tree(bench.path) == files
+    assert bench.volume.pointers.now == pointers
+    assert (one.base, one.target, one.snapshot) == (two.base, two.target, two.snapshot) == (1, 3, one.snapshot)
+    for mine, other in zip((one.save_starts, one.save_stops, *one.moves), (two.save_starts, two.save_stops, *two.moves), strict=True):
+        assert np.array_equal(mine, other)
+    bench.check()
+
+
+def test_plan_is_the_net_change(bench: Bench) -> None:
+    """Of events that overwrite each other only what is left at the target is moved, and saved is what it overwrites."""
+    bench.write(10, b"ABCDE")
+    bench.write(11, b"ZXC")
+    bench.write(40, b"q")
+    bench.discard(40, 2)
+    bench.flush()
+    run(bench.volume.snapshots.create(0, bench.volume.time_of(0)))
+    plan = plan_leg(bench.volume, 4)
+    assert [column.tolist() for column in plan.moves] == [[10, 11, 14, 40], [11, 14, 15, 42], [1, 2, 1, 4]]
+    assert (plan.save_starts.tolist(), plan.save_stops.tolist()) == ([10, 40], [15, 42])
+
+
+def test_plan_without_a_snapshot_saves_nothing(bench: Bench) -> None:
+    """Without an open snapshot nothing of the mirror is kept."""
+    bench.write(10, b"ABCDE")
+    bench.flush()
+    assert plan_leg(bench.volume, 1).save_starts.tolist() == []
+
+
+def test_target_is_a_durable_indicator(bench: Bench) -> None:
+    """The mirror moves only to where a flush that is done stands, never to the newest event."""
+    assert sync_target(bench.volume) == 0
+    bench.write(1, b"a")
+    assert sync_target(bench.volume) == 0
+    flush = bench.volume.flush()
+    call = next(flush)
+    assert sync_target(bench.volume) == 0
+    bench.write(2, b"b")
+    with pytest.raises(StopIteration):
+        flush.send(call())
+    assert sync_target(bench.volume) == 1
+    assert bench.sync() == 1
+    assert bench.check() == [0, 1, 2]
+
+
+def test_legs_stop_at_snapshots_and_held_images(bench: Bench) -> None:
+    """The next leg ends at the first snapshot or held image before the target."""
+    for value in range(1, 7):
+        bench.write(value, b"x")
+        bench.flush()
+    assert next_stop(bench.volume, 6) == 6
+    bench.volume.image(4).pins += 1
+    assert next_stop(bench.volume, 6) == 4
+    run(bench.volume.snapshots.create(2, bench.volume.time_of(2)))
+    assert [next_stop(bench.volume, target) for target in (1, 2, 6)] == [1, 2, 2]
+
+
+def test_no_sync_before_the_copy_is_complete(tmp_path: Path) -> None:
+    """A mirror that isn't complete can't be moved."""
+    new_volume(tmp_path / "v", bytes(SIZE * SECTOR))
+    volume = open_volume(tmp_path / "v", limits=TINY, clock=Ticking())
+    assert sync_target(volume) is None
+    with pytest.raises(NoSuchPointError, match="initial copy isn't complete"):
+        run(sync(volume))
+    volume.close()
+
+
+# --- what is copied
+
+
+def test_each_sector_is_copied_once(bench: Bench) -> None:
+    """A sync saves each overwritten sector once and applies each changed sector once, however often it was written."""
+    for _ in range(5):
+        bench.write(8, b"abcd")
+        bench.write(10, b"efgh")
+    bench.flush()
+    assert bench.sync() == 10
+    assert bench.counts() == (6, 6)
+    assert bench.entries(0) == [(8, 6, False)]
+    assert bench.check() == [0, 10]
+
+
+def test_second_sync_into_the_same_snapshot_saves_only_what_is_new(bench: Bench) -> None:
+    """The open snapshot already holds what was overwritten before; the moments in between are given up."""
+    bench.write(8, b"abcd")
+    bench.flush()
+    bench.sync()
+    bench.write(10, b"efgh")
+    bench.flush()
+    bench.sync(open_snapshot=False)
+    assert bench.counts() == (4 + 2, 4 + 4)
+    assert bench.entries(0) == [(8, 4, False), (12, 2, False)]
+    assert bench.check() == [0, 2]
+
+
+def test_new_snapshot_saves_all_it_needs(bench: Bench) -> None:
+    """What an older snapshot holds is saved again for a newer one."""
+    bench.write(8, b"abcd")
+    bench.flush()
+    bench.sync()
+    bench.write(10, b"efgh")
+    bench.flush()
+    bench.sync()
+    assert bench.counts() == (4 + 4, 4 + 4)
+    assert bench.entries(1) == [(10, 4, False)]
+    assert bench.check() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_counts_equal_those_of_an_oracle(bench: Bench, seed: int) -> None:
+    """Over random histories the copied sectors are as many as sets of changed sectors say, and all images are right."""
+    rng = Random(seed)
+    saved = applied = 0
+    held: set[int] = set()
+    for _ in range(6):
+        changed = set()
+        for _ in range(rng.randrange(1, 8)):
+            start = rng.randrange(SIZE)
+            length = rng.randrange(1, min(8, SIZE - start) + 1)
+            changed |= set(range(start, start + length))
+            if rng.random() < 0.3:
+                bench.discard(start, length)
+            else:
+                bench.write(start, rng.randbytes(length))
+        bench.flush()
+        opens = rng.random() < 0.5 or not len(bench.volume.snapshots)
+        if opens:
+            held = set()
+        saved, applied = saved + len(changed - held), applied + len(changed)
+        held |= changed
+        bench.sync(open_snapshot=opens)
+        assert bench.counts() == (saved, applied)
+        bench.check()
+    assert bench.volume.statistics.syncs == 6
+
+
+def test_zeros_take_no_data(bench: Bench) -> None:
+    """Overwritten zeros are saved, and discards applied, without data."""
+    bench.discard(8, 16)
+    bench.flush()
+    bench.sync()
+    bench.write(10, b"abcd")
+    bench.flush()
+    bench.sync()
+    snapshot = bench.volume.snapshots.at(1)
+    assert snapshot is not None
+    assert bench.entries(1) == [(10, 4, True)]
+    assert bench.volume.snapshots.segment(snapshot).dat.size() == 0
+    assert bench.check() == [0, 1, 2]
+
+
+def test_sync_with_nothing_to_do_does_nothing(bench: Bench) -> None:
+    """When the mirror is at the target already no file changes and no snapshot is made."""
+    bench.write(1, b"a")
+    bench.flush()
+    bench.sync()
+    before = tree(bench.path)
+    assert bench.sync() == 1
+    assert tree(bench.path) == before
+
+
+def test_journal_behind_the_mirror_is_released(bench: Bench) -> None:
+    """After a sync only the newest segment is left of what the mirror holds now."""
+    for number in range(30):
+        bench.write(number, b"x")
+    bench.flush()
+    assert len(list((bench.path / "forward").iterdir())) > 2
+    bench.sync()
+    assert len(list((bench.path / "forward").iterdir())) == 2
+    assert bench.check() == [0, 30]
+
+
+def test_damaged_event_stops_the_sync_and_is_never_applied(bench: Bench) -> None:
+    """A journal entry that doesn't match its checksum doesn't reach the mirror, and the snapshot stays right."""
+    bench.write(8, b"a")
+    bench.write(9, b"b")
+    bench.flush()
+    segment = bench.volume.journal.segments[-1]
+    flip(Path(segment.dat.name), segment.physicals[-1] * SECTOR)
+    with pytest.raises(CorruptionError, match=r"extent 9\+1 sectors, seq 2"):
+        run(sync(bench.volume))
+    assert image_bytes(bench.volume, 0)[::SECTOR] == BASE
+    assert (bench.path / "mirror.img").read_bytes()[9 * SECTOR : 10 * SECTOR] == fill(9)
+
+
+# --- cuts
+
+
+def cuts(work: Work[Any], path: Path, target: Path) -> Iterator[Path]:
+    """Drive *work*; yield a copy of the directory before and after each call that it makes, and at its end."""
+    number, answer, started = 0, None, False
+    while True:
+        try:
+            call = work.send(answer) if started else next(work)
+        except StopIteration:
+            break
+        started = True
+        for act in (lambda: None, call):
+            answer = act()
+            number += 1
+            place = target / str(number)
+            shutil.copytree(path, place)
+            yield place
+    place = target / "end"
+    shutil.copytree(path, place)
+    yield place
+
+
+def scene(bench: Bench) -> None:
+    """Make a history with two snapshots, the second ahead of the mirror, and much behind and before each."""
+    bench.write(8, b"abcd")
+    bench.discard(20, 10)
+    bench.flush()
+    bench.sync()
+    for number in range(6):
+        bench.write(6 + 3 * number, bytes([100 + number]) * 4)
+    bench.discard(40, 5)
+    bench.flush()
+    run(bench.volume.take_snapshot(name="ahead"))
+    for number in range(6):
+        bench.write(50 - 4 * number, bytes([200 + number]) * 6)
+    bench.flush()
+    bench.write(0, b"!")
+    run(bench.volume.flush(flag=Flag.MARK, name="end"))
+
+
+@pytest.mark.parametrize("opens", [True, False])
+def test_cut_at_each_position_of_a_sync(bench: Bench, tmp_path: Path, *, opens: bool) -> None:
+    """Wherever a sync is cut off, opening the volume finishes or forgets it; opening it twice changes nothing."""
+    scene(bench)
+    head = bench.volume.journal.head
+    before = set(bench.check())
+    kept, outcomes, positions = set[int](), set[int](), 0
+    for place in cuts(sync(bench.volume, open_snapshot=opens), bench.path, tmp_path / "cuts"):
+        positions += 1
+        volume = open_volume(place, limits=TINY, clock=Ticking())
+        seqs = set(check_images(volume, bench.history))
+        assert seqs <= before
+        assert volume.pointers.now.sync_target == 0
+        assert {0, volume.pointers.now.mirror_seq, *range(volume.pointers.now.mirror_seq, head + 1)} <= seqs
+        assert volume.snapshots.find("ahead") is not None
+        outcomes.add(volume.pointers.now.mirror_seq)
+        kept |= seqs
+        volume.close()
+
+        once = tree(place)
+        again = open_volume(place, limits=TINY, clock=Ticking())
+        assert set(check_images(again, bench.history)) == seqs
+        again.close()
+        assert tree(place) == once
+
+        run_on = open_volume(place, limits=TINY, clock=Ticking())
+        run(run_on.flush())  # who opens it can't know that the primary is durable up to the head
+        assert run(sync(run_on, open_snapshot=opens)) == head
+        final = set(check_images(run_on, bench.history))
+        run_on.close()
+        assert {0, 9, head} <= final
+    assert kept == before
+    assert outcomes == {2, 9, head}, "cuts in both legs are among them"
+    assert positions >= 16
+    bench.check()
+
+
+def test_cut_while_a_committed_sync_is_finished(bench: Bench, tmp_path: Path) -> None:
+    """A cut in the middle of doing a sync again loses nothing either."""
+    scene(bench)
+    committed = None
+    for place in cuts(sync(bench.volume), bench.path, tmp_path / "first"):
+        volume = Volume(RealStorage(place), limits=TINY, clock=Ticking())
+        if volume.pointers.now.sync_target:
+            committed = place
+        volume.close()
+    assert committed is not None
+    volume = Volume(RealStorage(committed), limits=TINY, clock=Ticking())
+    for place in cuts(finish(volume), committed, tmp_path / "second"):
+        again = open_volume(place, limits=TINY, clock=Ticking())
+        assert {0, 9} <= set(check_images(again, bench.history))
+        again.close()
+    volume.close()
+
+
+# --- held images
+
+
+def test_held_image_never_changes(bench: Bench) -> None:
+    """An image that is held on the way of a sync, at its beginning and before it stays readable and the same."""
+    scene(bench)
+    held = [bench.volume.image(seq) for seq in (0, 2, 4, 9, 12)]
+    for image in held:
+        image.pins += 1
+    bench.sync(open_snapshot=False)
+    for image in held:
+        assert bytes(image.read(0, image.size))[::SECTOR] == bench.history[image.seq]
+        assert bench.volume.recoverable(image.seq)
+    assert len(bench.volume.snapshots) == 2, "what is kept for a held image isn't listed"
+    for image in held:
+        image.pins -= 1
+    run(bench.volume.drop_unheld())
+    assert bench.check() == [0, 9, bench.volume.journal.head]
+    hidden = [snapshot for snapshot in bench.volume.snapshots.all() if snapshot.hidden]
+    assert hidden == list[Snapshot]()
