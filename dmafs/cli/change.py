@@ -46,5 +46,5 @@ def run_sync(options: argparse.Namespace) -> int:
     with session(options.store) as asked:
         report = asked.sync()
     for volume in report["volumes"]:
-        print(f"volume {volume['name']}: mirror at seq {volume['mirror_seq']}")
+        print(f"volume {volume['name']}: mirror at seq {volume['mirror_seq']}; before it only snapshots remain")
     return 0

@@ -21,8 +21,10 @@ _SIGINT_EXIT: Final = 128 + 2
 EPILOG: Final = """\
 Commands ask the daemon that serves the store, or work on the store directly when none runs.
 
-TIME is a UTC or local time ("2026-07-28T14:30:05.5Z", "2026-07-28 16:30"), "@<epoch seconds>", "seq:<n>", the name of a
-snapshot or mark, "latest", "2h ago", "yesterday 14:00", or one of these with "~<duration>" behind it: so much before.
+TIME is a time with a zone or a local one ("2026-07-28T14:30:05.5Z", "2026-07-28 16:30+02:00", "2026-07-28 16:30",
+"yesterday 14:00", "today 09:30"), "@<epoch seconds>", "seq:<n>", the name of a snapshot, "latest" (the newest
+snapshot), "<duration> ago", or one of these with "~<duration>" behind it: so much before. A duration is "2h",
+"1h30min", "90s"; its units are w d h min s ms us ns.
 
 Exit status: 0 success, 1 success with warnings, 2 other errors and wrong usage, 3-7 wrong input, 10-16 trouble with the
 store, 20-23 not found, 30 mount, 31 control interface, 128+n ended by signal n. See dmafs(1).

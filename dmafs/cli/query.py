@@ -27,7 +27,7 @@ def add_commands(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
     points = commands.add_parser(
         "ls",
         help="list recoverable points and snapshots",
-        description="List recoverable points: snapshots, marks, a coarse grid. Every write since the mirror is one.",
+        description="List recoverable points: snapshots, a coarse grid, the ends. Every write since the mirror is one.",
     )
     points.add_argument("store", metavar="STORE", type=Path, help="directory of the store")
     points.add_argument("--json", action="store_true", help="as JSON")
@@ -90,9 +90,10 @@ def run_ls(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(report, indent=2))
         return 0
+    print(f"{'TIME':<28}  {'VOLUME':<10}  {'SEQ':>10}  {'KIND':<8}  NAME")
     for point in report["points"]:
-        name = f"  {point['name']}" if point["name"] else ""
-        print(f"{point['at']}  {point['volume']}  seq {point['seq']:<10} {point['kind']}{name}")
+        line = f"{point['at']}  {point['volume']:<10}  {point['seq']:>10}  {point['kind']:<8}  {point['name']}"
+        print(line.rstrip())
     return 0
 
 

@@ -318,16 +318,22 @@ class ForwardJournal:
     def release(self, tail: int) -> list[Segment]:
         """Take out the segments whose events all are at or before *tail*; the caller removes and closes them.
 
-        The last segment stays, since the head is in it.
+        A last segment with a gap's beginning or a mark at the tail stays: they are still of use.
         """
         count = 0
         while count + 1 < len(self.segments) and self.segments[count].next_seq - 1 <= tail:
             count += 1
         self.gaps = [gap for gap in self.gaps if gap.end is None or gap.end > tail]
+        if count + 1 == len(self.segments) and self.head == tail and self._is_done(self.segments[count]):
+            count += 1
         released = self.segments[:count]
         self.segments = self.segments[count:]
         self._dirty = [segment for segment in self._dirty if segment not in released]
         return released
+
+    def _is_done(self, last: Segment) -> bool:
+        """Say whether nothing in the last segment is of use any more once all its events are in the mirror."""
+        return len(last) > 0 and not self.gaps and not any(mark.seq == self.head for mark in last.marks())
 
     def close(self) -> None:
         """Close all segments."""

@@ -1,7 +1,7 @@
 """The on-disk formats: segment headers, descriptor records, pointer slots, volume.json.
 
-All integers are little-endian. A checksum is xxh3-64 seeded with the *salt* of the file it stands in, so bytes left
-over from an earlier life of a file can never look valid.
+All integers are little-endian, all checksums xxh3-64. That of a record is seeded with the *salt* of the file it stands
+in, so records left over from an earlier life of a file can never look valid; the others have seed 0.
 
 Segment header, the first 512 bytes of each ``.ext`` file::
 

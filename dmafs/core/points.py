@@ -114,7 +114,7 @@ def _grid(volume: Volume, first: int) -> Iterator[int]:
 
 def consistency(volume: Volume, seq: int) -> str:
     """Return ``exact`` if the image ends at a sync indicator (a flush, tick or mark of the primary), else ``crash``."""
-    at_indicator = seq < volume.floor or seq == volume.pointers.now.origin_seq or volume.journal.is_indicated(seq)
+    at_indicator = seq <= volume.floor or seq == volume.pointers.now.origin_seq or volume.journal.is_indicated(seq)
     return "exact" if at_indicator else "crash"
 
 

@@ -25,7 +25,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Final, Protocol
 
-from dmafs.errors import CorruptionError, ExistsError, NoStoreError, SourceError, StoreBusyError
+from dmafs.errors import CorruptionError, ExistsError, NoStoreError, SourceBusyError, SourceError, StoreBusyError
 from dmafs.units import SECTOR
 
 Buffer = bytes | bytearray | memoryview
@@ -284,7 +284,7 @@ class RealStorage:
 def open_source(path: Path, *, writable: bool) -> RealFile:
     """Open a primary: a block device (exclusively when *writable*, so that nobody can mount it) or a regular file.
 
-    Raises SourceError when it is neither, missing or not accessible.
+    Raises SourceError when it is neither, missing or not accessible, SourceBusyError when somebody else has it.
     """
     try:
         kind = path.stat().st_mode
@@ -296,11 +296,10 @@ def open_source(path: Path, *, writable: bool) -> RealFile:
         flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | exclusive
         return RealFile(os.open(path, flags), str(path))
     except OSError as error:
-        hint = "unmount it first: it is to be used through the tap only" if error.errno == errno.EBUSY else ""
-        raise SourceError(
-            f"source {path} can't be opened: {os.strerror(error.errno or 0).lower()}",
-            hint=hint or "check the path and the permissions",
-        ) from error
+        message = f"source {path} can't be opened: {os.strerror(error.errno or 0).lower()}"
+        if error.errno == errno.EBUSY:
+            raise SourceBusyError(message, hint="unmount it: it is to be used through the tap only") from error
+        raise SourceError(message, hint="check the path and the permissions") from error
 
 
 def lock_directory(path: Path) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from dmafs.core.sync import finish
 from dmafs.core.volume import INFO_NAME, Volume, VolumeLimits
 from dmafs.core.work import run
 from dmafs.errors import (
+    CorruptionError,
     ExistsError,
     InputError,
     NoStoreError,
@@ -22,14 +24,17 @@ from dmafs.errors import (
     PlacementError,
     SourceBusyError,
     SourceError,
+    StoreError,
 )
-from dmafs.units import SECTOR, check_name
+from dmafs.units import SECTOR, check_name, valid_name
 
 SOCKET_NAME: Final = "control.sock"
 CONFIGURATION_NAME: Final = "dmafs.conf"
 VOLUMES_MAX: Final = 64
 _MOUNTINFO: Final = Path("/proc/self/mountinfo")
+_OCTAL: Final = re.compile(r"\\([0-7]{3})")  # how mountinfo writes blanks and backslashes
 _SYSFS_DEVICES: Final = Path("/sys/dev/block")
+_NOT_OURS: Final = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)  # missing, or something else in its place
 
 
 class Store:
@@ -73,7 +78,14 @@ class Store:
 
 def open_volume(path: Path, *, limits: VolumeLimits | None = None, clock: Callable[[], int] = time.time_ns) -> Volume:
     """Open one volume: recover the journal, finish a committed sync, drop what only a held image had kept."""
-    volume = Volume(RealStorage(path), limits=limits, clock=clock)
+    try:
+        volume = Volume(RealStorage(path), limits=limits, clock=clock)
+    except OSError as error:
+        kind = CorruptionError if error.errno in _NOT_OURS else StoreError
+        raise kind(
+            f"file {error.filename or path} can't be opened: {(error.strerror or '').lower()}",
+            hint="restore it, or look at the store's disk",
+        ) from error
     try:
         if volume.pointers.now.sync_target:
             run(finish(volume))
@@ -87,9 +99,10 @@ def open_volume(path: Path, *, limits: VolumeLimits | None = None, clock: Callab
 def volume_names(path: Path) -> list[str]:
     """Return the names of the volumes in a store's directory, sorted."""
     try:
-        return sorted(entry.parent.name for entry in path.glob(f"*/{INFO_NAME}"))[:VOLUMES_MAX]
+        names = [entry.parent.name for entry in path.glob(f"*/{INFO_NAME}")]
     except OSError as error:
         raise NoStoreError(f"store {path} can't be read: {error.strerror}", hint="check the path") from error
+    return sorted(name for name in names if valid_name(name))[:VOLUMES_MAX]  # others are volumes in the making
 
 
 def create_volume(
@@ -111,18 +124,18 @@ def create_volume(
             )
         warnings.append(message + ": writes that don't go through the tap are missed")
     _check_store(store, name)
-    made = not store.exists()
+    made = [path for path in (store, *store.parents) if not path.exists()]
     try:
         store.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"store {store} can't be made: {(error.strerror or '').lower()}", hint="check path") from error
     lock = lock_directory(store)
     try:
-        store.chmod(0o700)
         _create_files(store, name, size=size, source=source, tap=tap, created_ns=clock())
+        store.chmod(0o700)
     except BaseException:
-        if made:
-            store.rmdir()
+        for path in made:
+            path.rmdir()
         raise
     finally:
         os.close(lock)
@@ -183,14 +196,19 @@ def _check_store(store: Path, name: str) -> None:
     if (store / name).exists():
         raise ExistsError(f"volume {name} already exists in {store}", hint="choose another volume name")
     names = volume_names(store)
-    ours = {*names, *(f".{known}.new" for known in [*names, name]), SOCKET_NAME, CONFIGURATION_NAME, "lost+found"}
-    foreign = sorted({entry.name for entry in store.iterdir()} - ours)
+    ours = {*names, SOCKET_NAME, CONFIGURATION_NAME, "lost+found"}
+    foreign = sorted(entry.name for entry in store.iterdir() if entry.name not in ours and not _in_making(entry.name))
     if foreign:
         raise ExistsError(
             f"store {store} is not empty: it has {foreign[0]}", hint="give an empty or a new directory, or a store"
         )
     if len(names) >= VOLUMES_MAX:
         raise InputError(f"store {store} has {VOLUMES_MAX} volumes, which is the limit", hint="make another store")
+
+
+def _in_making(name: str) -> bool:
+    """Say whether a directory of that name holds a volume in the making, or one whose creation was cut off."""
+    return name.startswith(".") and name.endswith(".new") and valid_name(name[1:-4])
 
 
 def is_inside(inner: Path, outer: Path) -> bool:
@@ -262,4 +280,4 @@ def mounted_writable(source: Path) -> Iterator[str]:
         major, _, minor = fields[2].partition(":")
         options = fields[-1].split(",")
         if int(major) and "rw" in options and lies_on(os.makedev(int(major), int(minor)), source, through_files=False):
-            yield fields[4]
+            yield _OCTAL.sub(lambda match: chr(int(match[1], 8)), fields[4])

@@ -76,10 +76,9 @@ async def test_group_commit(engine: Engine) -> None:
 async def test_a_flush_with_nothing_to_do_costs_nothing(engine: Engine) -> None:
     """Flushing twice syncs the files once."""
     engine.tap.write(0, sector("once"))
-    first = await engine.flush()
+    await engine.flush()
     records = engine.volume.journal.segments[-1].records
-    second = await engine.flush()
-    assert first == second
+    await engine.flush()
     assert engine.volume.journal.segments[-1].records == records
 
 

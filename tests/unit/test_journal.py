@@ -252,9 +252,9 @@ def test_extents_of_a_range(bench: Bench) -> None:
 # --- releasing
 
 
-@pytest.mark.parametrize(("tail", "left"), [(0, 3), (3, 3), (4, 2), (7, 2), (8, 1), (12, 1)])
+@pytest.mark.parametrize(("tail", "left"), [(0, 3), (3, 3), (4, 2), (7, 2), (8, 1), (11, 1), (12, 0)])
 def test_release_takes_what_is_wholly_behind_the_tail(bench: Bench, tail: int, left: int) -> None:
-    """Segments all of whose events are at or before the tail are let go, but never the last."""
+    """Segments all of whose events are at or before the tail are let go."""
     journal = long_journal(bench)
     released = journal.release(tail)
     assert [segment.header.first for segment in released + journal.segments] == [1, 5, 9]
@@ -265,6 +265,18 @@ def test_release_takes_what_is_wholly_behind_the_tail(bench: Bench, tail: int, l
     journal.check()
     again = bench.recover(tail=tail, durable=12)
     assert seqs(again) == list(range(13 - 4 * left, 13))
+
+
+@pytest.mark.parametrize("flag", [Flag.MARK, Flag.GAP])
+def test_a_last_segment_of_use_stays(bench: Bench, flag: Flag) -> None:
+    """A mark at the tail, and a gap that begins there, keep the last segment."""
+    journal = long_journal(bench)
+    journal.indicate(flag, "name" if flag == Flag.MARK else "")
+    last = journal.segments[-1]
+    journal.release(12)
+    assert journal.segments == [last]
+    assert [mark.name for mark in journal.marks()] == (["name"] if flag == Flag.MARK else [])
+    assert len(journal.gaps) == (flag == Flag.GAP)
 
 
 def test_interrupted_release_is_finished(bench: Bench) -> None:
