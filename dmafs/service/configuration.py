@@ -76,7 +76,10 @@ def load_configuration(store: Path) -> Configuration:
 
 def _checked(path: Path, key: str, value: Any, default: Any) -> Any:  # noqa: ANN401 - of the default's type
     if key in _SIZE_KEYS and isinstance(value, str):
-        value = parse_bytes(value)
+        try:
+            value = parse_bytes(value)
+        except InputError as error:
+            raise InputError(f"configuration {path}: {key}: {error.message}", hint=error.hint) from error
     if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if type(value) is not type(default) or (key in _MINIMA and value < _MINIMA[key]):

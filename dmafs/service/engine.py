@@ -217,8 +217,8 @@ class Engine:
             if self._committed >= mine and flag in (Flag.FLUSH, Flag.TICK):
                 return None
             upto = self._requested
+            self.commits += not self.volume.journal.is_clean()
             indicator = await self._drive(self.volume.flush(self.tap.primary, flag=flag))
-            self.commits += 1
             self._committed = upto
             return indicator
 

@@ -62,6 +62,8 @@ def status_of(volume: Volume) -> Report:
         "syncs": volume.statistics.syncs,
         "sync_saved_bytes": volume.statistics.saved_sectors * SECTOR,
         "sync_applied_bytes": volume.statistics.applied_sectors * SECTOR,
+        "syncing": False,
+        "commits": 0,
     }
 
 

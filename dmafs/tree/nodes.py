@@ -133,8 +133,17 @@ class InodeTable:
             return
         self._lookups.pop(inode, None)
         node = self._nodes.pop(inode, None)
-        if node is not None:
+        if node is not None and self._inodes.get(node) == inode:
             del self._inodes[node]
+
+    def retire(self, node: Node) -> None:
+        """Take the number from a node that was removed: one of the same name gets a new one.
+
+        The kernel finds nothing more in a directory it has removed, as long as anybody uses anything in it.
+        """
+        number = self._inodes.pop(node, None)
+        if number is not None and number not in self._lookups:
+            del self._nodes[number]
 
     def drop_unknown(self, node: Node) -> None:
         """Forget a node whose number was only listed, never looked up."""

@@ -3,8 +3,8 @@
 - Images of the past never change: ``keep_cache``, long attribute timeouts, EROFS for every change.
 - ``live`` follows the primary: read past the page cache (``direct_io``), no timeouts.
 - ``tap`` is the primary. The kernel writes through its page cache; truncation is ignored as on a disk.
-- Names below ``at`` and ``snapshots`` are looked up each time (no entry timeout): what they mean may coarsen with a
-  sync.
+- Names are looked up each time (no entry timeout): what a time means may coarsen with a sync, and a snapshot's name may
+  become another snapshot's.
 - Handlers raise only FUSEError; ``guarded`` translates everything else, since any other exception would end the mount.
 """
 
@@ -246,7 +246,7 @@ class Tree(pyfuse3.Operations):
             case PastImage(volume, seq):
                 image = self._backend.image(volume, seq)
                 self._file(entry, IMAGE_MODE, volume, self._backend.allocated(image))
-                entry.entry_timeout = entry.attr_timeout = PAST_TIMEOUT_S
+                entry.attr_timeout = PAST_TIMEOUT_S
                 time_ns = image.time_ns
             case LiveFile(volume):
                 image = self._backend.live(volume)
@@ -402,6 +402,7 @@ class Tree(pyfuse3.Operations):
         if self._table.node(parent_inode) != Directory("snapshots"):
             raise FUSEError(errno.EROFS)
         await self._backend.drop_snapshot(_text(name))
+        self._table.retire(SnapshotFolder(_text(name)))
 
     # -- files --------------------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -369,6 +369,3 @@ def fails(code: int, function: Callable[[], object]) -> None:
         function()
     assert caught.value.errno == code, caught.value
 
-
-def lines_of(done: subprocess.CompletedProcess[str]) -> Sequence[str]:
-    return done.stdout.splitlines()

@@ -400,13 +400,16 @@ def test_snapshots_come_and_go(rig: Rig) -> None:
     rig.dmafs("sync", rig.store)
     forget(rig.snapshot("one"))
     assert rig.snapshot("one").read_bytes()[:512] == b"x" * 512
+    assert rig.snapshot("two").read_bytes()[:512] == b"y" * 512
     (folder / "two").rmdir()
     assert os.readlink(folder / "latest") == "one"
     fails(errno.ENOENT, lambda: (folder / "two").lstat())
     fails(errno.ENOENT, lambda: os.rmdir(folder / "two"))
     fails(errno.ENOENT, lambda: os.rmdir(folder / "never"))
+    pwrite(rig.tap(), b"z" * 512, 0)
     (folder / "two").mkdir()
-    assert rig.snapshot("two").read_bytes()[:512] == b"y" * 512
+    assert rig.snapshot("two").read_bytes()[:512] == b"z" * 512, "the name means the new one"
+    assert rig.snapshot("two").samefile(rig.at("two"))
 
 
 # --- the tap

@@ -119,7 +119,7 @@ def test_interrupted_copy_resumes_at_the_saved_position(tmp_path: Path, monkeypa
         call = work.send(call())
     volume.close()
     source.close()
-    changed = NOISE[: 40 * SECTOR] + bytes(24 * SECTOR)
+    changed = NOISE[: 32 * SECTOR] + bytes(32 * SECTOR)
     primary.write_bytes(changed)  # behind the position what had been copied is out of date
 
     again = opened(tmp_path / "v")

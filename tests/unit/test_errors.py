@@ -21,9 +21,7 @@ def documented() -> list[tuple[int, str, int, str]]:
 
 
 def classes() -> list[type[DmafsError]]:
-    return [
-        value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, DmafsError)
-    ]
+    return [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, DmafsError)]
 
 
 def test_every_class_is_in_the_tree_and_nothing_else() -> None:
@@ -60,5 +58,9 @@ def test_exit_codes_are_distinct_and_not_the_command_lines() -> None:
 def test_message_and_hint_are_kept() -> None:
     """An error keeps what happened and what to do about it apart; its text is the message."""
     error = errors.NoStoreError("directory /x is no store", hint="make one")
-    assert (str(error), error.message, error.hint) == ("directory /x is no store", "directory /x is no store", "make one")
+    assert (str(error), error.message, error.hint) == (
+        "directory /x is no store",
+        "directory /x is no store",
+        "make one",
+    )
     assert DmafsError("a").hint == ""

@@ -1,4 +1,4 @@
-"""Claims about dmafs.core.journal: after any unclean stop the journal is a prefix, and damage is told from a torn end."""
+"""Claims about dmafs.core.journal: after an unclean stop it is a prefix, and damage is told from a torn end."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def seqs(journal: ForwardJournal) -> list[int]:
 
 
 def long_journal(bench: Bench, *, flushed: int = 10) -> ForwardJournal:
-    """Return twelve events in segments from 1, 5 and 9, the first *flushed* of them durable, none claimed by a record."""
+    """Return twelve events in segments from 1, 5 and 9; *flushed* are durable, but no record says so."""
     journal = bench.recover()
     append(journal, 12)
     journal.take_dirty()()
@@ -316,7 +316,7 @@ Tear = Callable[[Bench, int, int], None]
 @pytest.mark.parametrize("tear", TEARS)
 @pytest.mark.parametrize("seq", [1, 2, 4, 5, 8, 9, 12])
 def test_torn_event_that_was_not_durable_ends_the_journal(bench: Bench, tear: Tear, seq: int) -> None:
-    """Wherever the torn event is, the journal ends before it; later segments are unlinked; a second time changes nothing."""
+    """The journal ends before the torn event; later segments are unlinked; a second time changes nothing."""
     long_journal(bench).close()
     first = (seq - 1) // 4 * 4 + 1
     tear(bench, first, seq - first)
@@ -426,8 +426,8 @@ def test_stale_bytes_are_not_resurrected(bench: Bench) -> None:
     tear_record(bench, 9, 1)  # 10 is torn, 11 and 12 are still whole behind it
     journal = bench.recover()
     assert journal.head == 9
-    journal.append(100, 1, fill(100))
-    flush(journal)
+    journal.append(100, 1, fill(100))  # takes the place of 10, right before the old 11
+    journal.take_dirty()()
     again = bench.recover()
     assert [start for start, *_ in contents(again)] == [*range(1, 10), 100]
 
@@ -456,7 +456,7 @@ def test_foreign_name_is_refused(bench: Bench) -> None:
     long_journal(bench).close()
     (bench.path / "notes.ext").write_text("mine")
     before = tree(bench.path)
-    with pytest.raises(DmafsError, match="notes.ext"):
+    with pytest.raises(DmafsError, match=r"notes\.ext"):
         bench.recover(tail=8)
     assert tree(bench.path) == before
 

@@ -282,6 +282,42 @@ def test_batch_is_published_as_a_whole(bench: Bench) -> None:
     assert state(bench.open(Kind.BACKWARD)) == state(segment)
 
 
+def test_batch_has_its_data_durable_before_its_descriptors(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A descriptor whose data a power cut took can't be there: write, sync the data; write, sync the descriptors."""
+    segment = bench.create(Kind.BACKWARD)
+    calls: list[str] = []
+
+    def watch(file: Any, name: str, method: str) -> None:
+        real = getattr(file, method)
+
+        def watched(*arguments: Any) -> Any:
+            calls.append(f"{name} {method}")
+            return real(*arguments)
+
+        monkeypatch.setattr(file, method, watched)
+
+    for file, name in ((segment.dat, "dat"), (segment.ext, "ext")):
+        for method in ("write", "datasync"):
+            watch(file, name, method)
+    segment.write_batch([(4, 2, fill(1, 2))], 7)
+    assert calls == ["dat write", "dat datasync", "ext write", "ext datasync"]
+
+
+def test_sealed_entries_are_never_taken_for_torn(bench: Bench) -> None:
+    """Once entries are sealed a damaged one is an error; before that it is only the end of the queue."""
+    segment = bench.create(Kind.BACKWARD)
+    segment.publish(segment.write_batch([(4, 1, fill(1)), (8, 1, fill(2))], 7))
+    opened = [bench.open(Kind.BACKWARD)]
+    segment.seal()
+    opened.append(bench.open(Kind.BACKWARD))
+    for one in opened:
+        one.require_sealed()
+    assert [one.unsealed for one in (*opened, segment)] == [True, False, False]
+    flip(bench.ext, HEADER_SIZE + RECORD_SIZE)
+    with pytest.raises(CorruptionError, match=r"s\.ext or its data ends at entry 11, but 12 had been made durable"):
+        bench.open(Kind.BACKWARD).require_sealed()
+
+
 def test_unpublished_batch_is_replaced(bench: Bench) -> None:
     """A batch that was never published leaves no trace under the next one."""
     segment = bench.create(Kind.BACKWARD)

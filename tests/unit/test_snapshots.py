@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -232,8 +233,6 @@ def test_name_of_a_doomed_twin_belongs_to_the_living_one(bench: Bench) -> None:
 
 def copies_at_each_cut(bench: Bench, tmp_path: Path) -> Iterator[Path]:
     """Drop the middle one of three snapshots; yield the store as it is before and after each call."""
-    import shutil  # noqa: PLC0415 - only here
-
     snapshots = three(bench)
     victim = snapshots.find("mid")
     assert victim is not None
@@ -258,7 +257,7 @@ def copies_at_each_cut(bench: Bench, tmp_path: Path) -> Iterator[Path]:
 
 
 def test_drop_is_finished_after_a_cut_anywhere(bench: Bench, tmp_path: Path) -> None:
-    """After a cut between any two calls of a drop it hasn't begun, or is finished after reopening; images stay the same."""
+    """After a cut between any two calls of a drop it hasn't begun or is finished later; images stay the same."""
     seen = set()
     for place in copies_at_each_cut(bench, tmp_path):
         snapshots = Snapshots(RealStorage(place), OURS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import stat
@@ -107,7 +108,7 @@ def test_zeros_are_written_where_holes_are_unknown(
 
     class Library:
         def fallocate(self, *_: Any) -> int:
-            module.ctypes.set_errno(errno.EOPNOTSUPP)
+            ctypes.set_errno(errno.EOPNOTSUPP)
             return -1
 
     content = b"x" * (3 << 20)
@@ -124,7 +125,7 @@ def test_failed_zeroing_is_an_error(file: RealFile, monkeypatch: pytest.MonkeyPa
 
     class Library:
         def fallocate(self, *_: Any) -> int:
-            module.ctypes.set_errno(errno.ENOSPC)
+            ctypes.set_errno(errno.ENOSPC)
             return -1
 
     monkeypatch.setattr(module, "_libc", Library())

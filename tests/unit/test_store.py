@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +62,8 @@ class Bench:
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> Iterator[Bench]:
-    return Bench(tmp_path)  # type: ignore[return-value]
+def bench(tmp_path: Path) -> Bench:
+    return Bench(tmp_path)
 
 
 def mode(path: Path) -> int:
@@ -152,7 +151,9 @@ def test_odd_size_is_refused(bench: Bench, size: int) -> None:
     bench.refuse(SourceError, f"has {size} bytes")
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "a/b", ".hidden", "-x", "a" * 65, "latest", "2026-07-28", "x.img", "ä"])
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "a/b", ".hidden", "-x", "a" * 65, "latest", "2026-07-28", "x.img", "ä"]
+)
 def test_bad_name_is_refused(bench: Bench, name: str) -> None:
     """What can't name a folder and a file of the tree can't name a volume."""
     bench.refuse(InputError, "volume name", name)
@@ -218,9 +219,7 @@ def test_store_in_use_is_refused(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("existing", ["nothing", "parent", "directory", "store"])
-def test_failure_in_the_middle_leaves_nothing(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch, existing: str
-) -> None:
+def test_failure_in_the_middle_leaves_nothing(bench: Bench, monkeypatch: pytest.MonkeyPatch, existing: str) -> None:
     """When a file can't be written everything made so far is removed, made parents too, and modes stay."""
     store = bench.root / "a" / "store"
     if existing == "parent":

@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dmafs.core.ondisk import Flag
+from dmafs.core.ondisk import HEADER_SIZE, Flag
+from dmafs.core.segment import Segment
 from dmafs.core.snapshots import Snapshot
 from dmafs.core.storage import RealStorage
 from dmafs.core.store import open_volume
 from dmafs.core.sync import finish, next_stop, plan_leg, sync, sync_target
 from dmafs.core.volume import Volume
 from dmafs.core.work import Work, run
-from dmafs.errors import CorruptionError, NoSuchPointError
+from dmafs.errors import CorruptionError, NoSuchPointError, StoreFullError
 from dmafs.units import SECTOR
 from tests.unit.tools import TINY, Ticking, all_images, copied_volume, fill, flip, image_bytes, new_volume, tree
 
@@ -89,7 +90,7 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
 
 
 def test_planning_changes_nothing(bench: Bench) -> None:
-    """A plan of a leg can be made any number of times: no file, map or pointer is changed, and it is the same each time."""
+    """A plan can be made any number of times: no file, map or pointer is changed, and it is the same."""
     bench.write(3, b"abc")
     bench.flush()
     bench.sync()
@@ -101,7 +102,9 @@ def test_planning_changes_nothing(bench: Bench) -> None:
     assert tree(bench.path) == files
     assert bench.volume.pointers.now == pointers
     assert (one.base, one.target, one.snapshot) == (two.base, two.target, two.snapshot) == (1, 3, one.snapshot)
-    for mine, other in zip((one.save_starts, one.save_stops, *one.moves), (two.save_starts, two.save_stops, *two.moves), strict=True):
+    for mine, other in zip(
+        (one.save_starts, one.save_stops, *one.moves), (two.save_starts, two.save_stops, *two.moves), strict=True
+    ):
         assert np.array_equal(mine, other)
     bench.check()
 
@@ -280,6 +283,41 @@ def test_damaged_event_stops_the_sync_and_is_never_applied(bench: Bench) -> None
         run(sync(bench.volume))
     assert image_bytes(bench.volume, 0)[::SECTOR] == BASE
     assert (bench.path / "mirror.img").read_bytes()[9 * SECTOR : 10 * SECTOR] == fill(9)
+
+
+def test_damaged_snapshot_is_an_error_and_not_the_mirror(bench: Bench) -> None:
+    """A descriptor that a sync has written and that is damaged now doesn't let the mirror's newer data through."""
+    bench.write(8, b"abcd")
+    bench.flush()
+    bench.sync()
+    bench.volume.close()
+    flip(bench.path / "backward" / f"{0:020d}.ext", HEADER_SIZE + 16)
+    volume = open_volume(bench.path, limits=TINY, clock=Ticking())
+    with pytest.raises(CorruptionError, match=f"{0:020d}.ext"):
+        volume.image(0)
+    volume.close()
+
+
+@pytest.mark.parametrize("step", ["save", "overwrite"])
+def test_sync_that_ran_out_of_space_is_taken_up_again(bench: Bench, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    """When the store is full in the middle of a sync all images stay right, and the next sync finishes it."""
+    scene(bench)
+    before = set(bench.check())
+
+    def fail(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    target = bench.volume.mirror if step == "overwrite" else Segment
+    with monkeypatch.context() as patch:
+        patch.setattr(target, "write" if step == "overwrite" else "write_batch", fail)
+        with pytest.raises(StoreFullError):
+            run(sync(bench.volume))
+    assert (bench.volume.pointers.now.sync_target == 0) == (step == "save")
+    assert {0, 9} <= set(bench.check()) <= before
+    bench.write(33, b"on")
+    head = bench.flush()
+    assert bench.sync() == head
+    assert {0, 9, head} <= set(bench.check())
 
 
 # --- cuts
