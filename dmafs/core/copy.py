@@ -20,6 +20,7 @@ from dmafs.core.storage import File
 from dmafs.core.sync import any_set
 from dmafs.core.volume import Volume
 from dmafs.core.work import Work
+from dmafs.errors import SourceError
 from dmafs.units import SECTOR
 
 CHUNK_SECTORS: Final = (4 << 20) // SECTOR
@@ -79,6 +80,11 @@ def _save_position(volume: Volume, sectors: int) -> None:
 
 def _copy_chunk(volume: Volume, primary: File, start: int, stop: int) -> None:
     """Copy sectors, leaving out holes and zeros: behind the position the mirror is a hole."""
+    if primary.size() != volume.info.size_sectors * SECTOR:
+        raise SourceError(
+            f"source {primary.name} has {primary.size()} bytes instead of {volume.info.size_sectors * SECTOR}",
+            hint="a source must keep its size",
+        )
     for begin, end in primary.data_ranges(start * SECTOR, stop * SECTOR):
         data = bytearray(end - begin)
         primary.read_into(data, begin)

@@ -29,9 +29,10 @@ from uuid import UUID
 
 import numpy as np
 
+from dmafs.core.columns import Indicator
 from dmafs.core.extent import MAX_EXTENT_SECTORS, MAX_ZERO_SECTORS, Ints
 from dmafs.core.ondisk import HEADER_SIZE, Flag, Header, Kind
-from dmafs.core.segment import Indicator, Segment, new_salt
+from dmafs.core.segment import Segment, new_salt
 from dmafs.core.storage import Storage, close_all
 from dmafs.errors import CorruptionError
 from dmafs.units import SECTOR

@@ -17,15 +17,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Final
 from uuid import UUID
 
 import numpy as np
 
-from dmafs.core.extent import Ints
+from dmafs.core.columns import Columns, Indicator
 from dmafs.core.ondisk import (
     EVENT_FLAGS,
     HEADER_SIZE,
@@ -33,7 +31,6 @@ from dmafs.core.ondisk import (
     Flag,
     Header,
     Kind,
-    Records,
     checksum,
     decode_records,
     encode_record,
@@ -46,40 +43,17 @@ SCAN_BYTES: Final = 4 << 20
 """How much of a descriptor queue is decoded at once: bounds the memory of opening."""
 
 
-@dataclass(frozen=True, slots=True)
-class Indicator:
-    """A sync indicator: a point of the primary that was flushed, ticked or named (fig. 7, 710)."""
-
-    seq: int
-    time_ns: int
-    flag: Flag
-    name: str = ""
-
-
-class Segment:
+class Segment(Columns):
     """One ``.ext``/``.dat`` pair, with its descriptors in memory. Made by ``create`` or ``open``."""
 
     def __init__(self, storage: Storage, stem: str, header: Header, ext: File, dat: File) -> None:
         """Take ownership of two open files."""
+        super().__init__(header.first)
         self._storage = storage
         self.stem = stem
         self.header = header
         self.ext = ext
         self.dat = dat
-        self.starts = array("q")
-        self.lengths = array("q")
-        self.physicals = array("q")
-        self.times = array("q")
-        self._checksums = array("Q")
-        self._flags = bytearray()  # of each event
-        self._verified = bytearray()  # 1 once the checksum of the event's data was right
-        self.indicator_seqs = array("q")
-        self.indicator_times = array("q")
-        self.indicator_flags = bytearray()
-        self._mark_places: dict[int, tuple[int, int, int]] = {}  # indicator index -> physical, length, checksum
-        self.records = 0
-        self.data_sectors = 0
-        self.claimed_durable = 0
 
     @classmethod
     def create(cls, storage: Storage, stem: str, header: Header, *, suffix: str = ".ext") -> Segment:
@@ -114,15 +88,6 @@ class Segment:
             raise
         return segment
 
-    def __len__(self) -> int:
-        """Return the number of events."""
-        return len(self.starts)
-
-    @property
-    def next_seq(self) -> int:
-        """Return the seq that the next event will have."""
-        return self.header.first + len(self.starts)
-
     @property
     def ext_size(self) -> int:
         """Return the number of bytes of the descriptor queue that count."""
@@ -137,42 +102,11 @@ class Segment:
             data = bytearray(min(SCAN_BYTES, (size - begin) // RECORD_SIZE * RECORD_SIZE))
             self.ext.read_into(data, begin)
             records = decode_records(data, self.header.salt, next_seq=self.next_seq)
-            self._absorb(records)
+            self.absorb(records)
             if len(records) * RECORD_SIZE < len(data):
                 break
         if self.data_sectors * SECTOR > self.dat.size():
             self._cut_to_data()
-
-    def _absorb(self, records: Records) -> None:
-        """Add decoded records to the columns."""
-        if not len(records):
-            return
-        event = np.isin(records["flags"], EVENT_FLAGS)
-        events = records[event]
-        for column, field in (
-            (self.starts, "start"),
-            (self.lengths, "length"),
-            (self.physicals, "physical"),
-            (self.times, "time_ns"),
-        ):
-            column.frombytes(events[field].astype(np.int64).tobytes())
-        self._checksums.frombytes(events["data_checksum"].tobytes())
-        self._flags += events["flags"].astype(np.uint8).tobytes()
-        self._verified += bytes(len(events))
-        indicators = records[~event]
-        names = np.flatnonzero(indicators["flags"] == int(Flag.MARK)).tolist()
-        for index in names:
-            place = indicators[index]
-            where = len(self.indicator_seqs) + index
-            self._mark_places[where] = int(place["physical"]), int(place["length"]), int(place["data_checksum"])
-        self.indicator_seqs.frombytes(indicators["seq"].astype(np.int64).tobytes())
-        self.indicator_times.frombytes(indicators["time_ns"].astype(np.int64).tobytes())
-        self.indicator_flags += indicators["flags"].astype(np.uint8).tobytes()
-        with_data = np.isin(records["flags"], (int(Flag.DATA), int(Flag.MARK)))
-        ends = np.where(with_data, records["physical"] + records["length"], 0)
-        self.data_sectors = max(self.data_sectors, int(ends.max()))
-        self.claimed_durable = max(self.claimed_durable, int(records["durable"].max()))
-        self.records += len(records)
 
     def _cut_to_data(self) -> None:
         """Forget what lies past the end of the data file, in memory only.
@@ -181,12 +115,12 @@ class Segment:
         """
         available = self.dat.size() // SECTOR
         for index in range(len(self)):
-            if self._flags[index] == Flag.DATA and self.physicals[index] + self.lengths[index] > available:
-                self._forget(self.header.first + index)
+            if self.flags[index] == Flag.DATA and self.physicals[index] + self.lengths[index] > available:
+                self.forget(self.header.first + index)
                 break
-        for index, (physical, length, _) in self._mark_places.items():
+        for index, (physical, length, _) in self.mark_places.items():
             if physical + length > available:
-                self._forget(self.indicator_seqs[index] + 1, indicators=index)
+                self.forget(self.indicator_seqs[index] + 1, indicators=index)
                 break
 
     def claims_beyond_end(self) -> int:
@@ -220,7 +154,7 @@ class Segment:
             except CorruptionError:
                 torn = self.header.first + index
                 break
-        for index in list(self._mark_places):
+        for index in list(self.mark_places):
             seq = self.indicator_seqs[index]
             if after_seq <= seq < torn:
                 try:
@@ -238,28 +172,8 @@ class Segment:
 
         The files are truncated and synced: leftovers must not look valid once new records have been appended.
         """
-        self._forget(seq, indicators=indicators)
+        self.forget(seq, indicators=indicators)
         self.trim()
-
-    def _forget(self, seq: int, *, indicators: int | None = None) -> None:
-        """Cut the columns."""
-        keep = seq - self.header.first
-        assert 0 <= keep <= len(self)
-        marks = int(np.searchsorted(np.array(self.indicator_seqs, np.int64), seq, "left"))
-        if indicators is not None:
-            marks = min(marks, indicators)
-        for column in (self.starts, self.lengths, self.physicals, self.times, self._checksums):
-            del column[keep:]
-        del self._flags[keep:]
-        del self._verified[keep:]
-        del self.indicator_seqs[marks:]
-        del self.indicator_times[marks:]
-        del self.indicator_flags[marks:]
-        self._mark_places = {index: place for index, place in self._mark_places.items() if index < marks}
-        self.records = keep + marks
-        ends = [place[0] + place[1] for place in self._mark_places.values()]
-        data = [index for index in range(keep - 1, -1, -1) if self._flags[index] == Flag.DATA][:1]
-        self.data_sectors = max([self.physicals[index] + self.lengths[index] for index in data] + ends, default=0)
 
     def trim(self) -> None:
         """Truncate both files to what counts, durably."""
@@ -293,19 +207,7 @@ class Segment:
             durable=durable,
         )
         self.ext.write([record], self.ext_size)
-        self._add(time_ns, start, length, flag, digest)
-
-    def _add(self, time_ns: int, start: int, length: int, flag: Flag, digest: int) -> None:
-        self.starts.append(start)
-        self.lengths.append(length)
-        self.physicals.append(self.data_sectors)
-        self.times.append(time_ns)
-        self._checksums.append(digest)
-        self._flags.append(flag)
-        self._verified.append(0)
-        self.records += 1
-        if flag == Flag.DATA:
-            self.data_sectors += length
+        self.add_event(time_ns, start, length, flag, digest)
 
     def append_indicator(self, flag: Flag, *, time_ns: int, durable: int, name: str = "") -> None:
         """Append a sync indicator; a name is kept as one sector of data."""
@@ -327,13 +229,7 @@ class Segment:
             durable=durable,
         )
         self.ext.write([record], self.ext_size)
-        if flag == Flag.MARK:
-            self._mark_places[len(self.indicator_seqs)] = self.data_sectors, length, digest
-        self.indicator_seqs.append(self.next_seq - 1)
-        self.indicator_times.append(time_ns)
-        self.indicator_flags.append(flag)
-        self.records += 1
-        self.data_sectors += length
+        self.add_indicator(time_ns, flag, length, digest)
 
     def write_batch(self, extents: Sequence[tuple[int, int, Buffer | None]], time_ns: int) -> Batch:
         """Write (start, length, data or None) extents durably, data before descriptors, without publishing them.
@@ -365,7 +261,7 @@ class Segment:
     def publish(self, batch: Batch) -> None:
         """Add what ``write_batch`` wrote to the columns."""
         for start, length, flag, digest in batch.entries:
-            self._add(batch.time_ns, start, length, flag, digest)
+            self.add_event(batch.time_ns, start, length, flag, digest)
 
     def seal(self) -> None:
         """Append a record that calls all published batches durable; it is durable itself after the next datasync.
@@ -397,10 +293,6 @@ class Segment:
 
     # -- reading ------------------------------------------------------------------------------------------------
 
-    def is_zero(self, index: int) -> bool:
-        """Say whether event number *index* has no data and reads as zeros."""
-        return self._flags[index] == Flag.ZERO
-
     def read_into(self, index: int, skip: int, buffer: memoryview, *, nowait: bool = False) -> None:
         """Fill *buffer* from event number *index*, beginning *skip* sectors into it.
 
@@ -409,7 +301,7 @@ class Segment:
         """
         if self.is_zero(index):
             buffer[:] = bytes(len(buffer))
-        elif self._verified[index]:
+        elif self.verified[index]:
             offset = (self.physicals[index] + skip) * SECTOR
             if nowait:
                 self.dat.read_into_nowait(buffer, offset)
@@ -429,14 +321,14 @@ class Segment:
             self.dat.read_into_nowait(whole, offset)
         else:
             self.dat.read_into(whole, offset)
-        if checksum(whole) != self._checksums[index]:
+        if checksum(whole) != self.checksums[index]:
             start = self.starts[index]
             raise CorruptionError(
                 f"checksum of {self.dat.name} at byte {offset} doesn't match "
                 f"(extent {start}+{self.lengths[index]} sectors, seq {self.header.first + index})",
                 hint="the storage below the store is damaged; moments that need this extent can't be read",
             )
-        self._verified[index] = 1
+        self.verified[index] = 1
         return whole
 
     def indicators(self) -> Iterator[Indicator]:
@@ -447,8 +339,8 @@ class Segment:
     def indicator(self, index: int) -> Indicator:
         """Return one indicator."""
         name = ""
-        if index in self._mark_places:
-            physical, length, digest = self._mark_places[index]
+        if index in self.mark_places:
+            physical, length, digest = self.mark_places[index]
             text = bytearray(length * SECTOR)
             self.dat.read_into(text, physical * SECTOR)
             if length and checksum(text) != digest:
@@ -460,19 +352,10 @@ class Segment:
         flag = Flag(self.indicator_flags[index])
         return Indicator(self.indicator_seqs[index], self.indicator_times[index], flag, name)
 
-    def indicators_of(self, *flags: Flag) -> list[int]:
-        """Return the numbers of the indicators of some kinds."""
-        return np.flatnonzero(np.isin(np.frombuffer(bytes(self.indicator_flags), np.uint8), flags)).tolist()
-
     def marks(self) -> Iterator[Indicator]:
         """Yield the named marks."""
-        for index in list(self._mark_places):
+        for index in list(self.mark_places):
             yield self.indicator(index)
-
-    def extents(self, begin: int = 0, end: int | None = None) -> tuple[Ints, Ints]:
-        """Return copies of starts and stops of the events ``[begin, end)``."""
-        starts = np.array(self.starts[begin:end], np.int64)
-        return starts, starts + np.array(self.lengths[begin:end], np.int64)
 
     # -- housekeeping -------------------------------------------------------------------------------------------
 
@@ -487,15 +370,10 @@ class Segment:
         self._storage.unlink(self.stem + ".dat")
 
     def check(self) -> None:
-        """Assert the invariants of the columns."""
-        count = len(self.starts)
-        columns = self.lengths, self.physicals, self.times, self._checksums, self._flags, self._verified
-        assert all(len(column) == count for column in columns)
-        assert self.records == count + len(self.indicator_seqs)
+        """Assert the invariants of the columns, and that the files hold what they describe."""
+        super().check()
         assert self.ext.size() >= self.ext_size
         assert self.dat.size() >= self.data_sectors * SECTOR
-        physical = np.array(self.physicals, np.int64)
-        assert np.all(np.diff(physical) >= 0), "physical addresses never decrease"
         if self.header.kind == Kind.FORWARD:
             assert np.all(np.diff(np.array(self.times, np.int64)) >= 0), "times never decrease"
 

@@ -31,12 +31,13 @@ import numpy as np
 
 from dmafs.core import journal as forward
 from dmafs.core import snapshots as backward
+from dmafs.core.columns import Indicator
 from dmafs.core.image import Image, locate
 from dmafs.core.journal import ForwardJournal, SegmentLimits
 from dmafs.core.mirror import Mirror
 from dmafs.core.ondisk import RECORD_SIZE, VOLUME_JSON_LIMIT, Flag, Pointers, VolumeInfo
 from dmafs.core.pointers import PointerFile
-from dmafs.core.segment import Indicator, Segment
+from dmafs.core.segment import Segment
 from dmafs.core.snapshots import Snapshot, Snapshots
 from dmafs.core.storage import File, Storage, write_whole
 from dmafs.core.vrmo import Vrmo

@@ -27,11 +27,11 @@ from uuid import UUID
 import trio
 import xxhash
 
+from dmafs.core.columns import Indicator
 from dmafs.core.copy import initial_copy
 from dmafs.core.image import Image
 from dmafs.core.ondisk import Flag
 from dmafs.core.resync import begin_after_stop, needs_resync, resync
-from dmafs.core.segment import Indicator
 from dmafs.core.snapshots import Snapshot
 from dmafs.core.sync import sync
 from dmafs.core.volume import Volume

@@ -1,6 +1,6 @@
 """Reports: what ``status`` and ``ls`` say, as JSON-able dictionaries made from volumes alone.
 
-The daemon and the commands that work without one make the same reports; the daemon adds what only it knows.
+The daemon and the commands that work without one make the same reports; the daemon fills in what only it knows.
 """
 
 from __future__ import annotations

@@ -18,9 +18,7 @@ def rig() -> Iterator[Rig]:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(
-    item: pytest.Item, call: pytest.CallInfo[None]
-) -> Iterator[Any]:
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[Any]:
     """Show the daemon's log with a failure."""
     report = yield
     if call.when == "call" and report.failed:

@@ -368,4 +368,3 @@ def fails(code: int, function: Callable[[], object]) -> None:
     with pytest.raises(OSError) as caught:  # noqa: PT011 - the errno is what matters
         function()
     assert caught.value.errno == code, caught.value
-

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.mount.harness import MIB, REDONE, Rig, assert_same, fails, forget, moment, pwrite, run, spelled, wait_until
+from tests.mount.harness import MIB, REDONE, Rig, assert_same, fails, forget, moment, run, spelled, wait_until
 
 pytestmark = pytest.mark.mount
 

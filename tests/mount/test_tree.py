@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta, timezone
-from pathlib import Path
 
 import pytest
 import xxhash
@@ -129,7 +128,14 @@ def test_bytes_are_those_of_the_moment(told: Told) -> None:
         rig.tap(): told.last,
     }.items():
         assert path.read_bytes() == expected, path
-        for offset, length in ((0, 1), (MIB + 511, 3), (MIB + 70_000, 1025), (SIZE - 1, 4096), (SIZE, 10), (SIZE + 9, 1)):
+        for offset, length in (
+            (0, 1),
+            (MIB + 511, 3),
+            (MIB + 70_000, 1025),
+            (SIZE - 1, 4096),
+            (SIZE, 10),
+            (SIZE + 9, 1),
+        ):
             assert pread(path, length, offset) == expected[offset : offset + length]
 
 
@@ -344,7 +350,15 @@ def test_the_tree_has_no_other_changes(told: Told) -> None:
     """Making, removing, renaming and linking anything is EROFS everywhere."""
     rig = told.rig
     mnt = rig.mnt
-    folders = [mnt, mnt / "at", mnt / "live", mnt / "tap", mnt / "snapshots", mnt / "at" / "kept", mnt / "snapshots/kept"]
+    folders = [
+        mnt,
+        mnt / "at",
+        mnt / "live",
+        mnt / "tap",
+        mnt / "snapshots",
+        mnt / "at" / "kept",
+        mnt / "snapshots/kept",
+    ]
     for folder in folders:
         new = folder / "new"
         changes: list[Callable[[], object]] = [
