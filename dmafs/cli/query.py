@@ -76,9 +76,8 @@ def _volume_lines(volume: dict[str, Any]) -> list[str]:
         end = gap["end"]["time"] if gap["end"] else "now: a resync is under way"
         lines.append(f"  gap       {gap['begin']['time']} to {end}")
     forward = volume["forward"]
-    lines.append(
-        f"  forward   {forward['events']} events, {format_bytes(forward['bytes'])} in {forward['segments']} segments"
-    )
+    segments = "1 segment" if forward["segments"] == 1 else f"{forward['segments']} segments"
+    lines.append(f"  forward   {forward['events']} events, {format_bytes(forward['bytes'])} in {segments}")
     lines.append(f"  snapshots {volume['snapshots']}")
     return lines
 
