@@ -11,7 +11,7 @@ DMAFS_REPO="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 DMAFS_VENV="$(realpath -m "${DMAFS_VENV:-$DMAFS_REPO/.venv}")"
 DMAFS_PACKAGES=(
     fuse3 libfuse3-dev pkg-config gcc libc6-dev python3-dev python3-venv # to build pyfuse3, which has no binary packages
-    e2fsprogs mount util-linux attr # file systems on loop devices
+    e2fsprogs btrfs-progs mount util-linux attr # file systems on loop devices
     sqlite3 git tar # what runs on the protected disks in tests
     groff-base mandoc # to check the man pages
 )

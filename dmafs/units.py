@@ -45,8 +45,6 @@ from whenever import SYSTEM_TZ, Date, Instant, PlainDateTime, RepeatedTime, Skip
 
 from dmafs.errors import InputError, NoSuchPointError
 
-Sector = NewType("Sector", int)
-"""An address or a count of sectors of 512 bytes."""
 Seq = NewType("Seq", int)
 """The number of a write event in its volume."""
 TimeNs = NewType("TimeNs", int)
@@ -77,15 +75,6 @@ _NAME_HINT: Final = (
 
 
 # --- sizes
-
-
-def sectors(nbytes: int) -> Sector:
-    """Return *nbytes* bytes as sectors; InputError when it is negative or not a multiple of 512."""
-    count, rest = divmod(nbytes, SECTOR)
-    if rest or nbytes < 0:
-        raise InputError(f"{nbytes} bytes are not whole sectors", hint=f"use a multiple of {SECTOR} bytes")
-    return Sector(count)
-
 
 _IEC_UNITS: Final = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 _BYTES: Final = re.compile(r"([0-9]{1,19}) ?(?:B|([KMGTPE])(?:iB?)?)?", re.IGNORECASE | re.ASCII)

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dmafs.cli.output import say
 from dmafs.service.client import session
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def run_snapshot(options: argparse.Namespace) -> int:
     """Take the snapshot."""
     with session(options.store) as asked:
         report = asked.take_snapshot(options.name)
-    print(f"snapshot {report['name']} taken")
+    say(f"snapshot {report['name']} taken")
     return 0
 
 
@@ -46,5 +47,5 @@ def run_sync(options: argparse.Namespace) -> int:
     with session(options.store) as asked:
         report = asked.sync()
     for volume in report["volumes"]:
-        print(f"volume {volume['name']}: mirror at seq {volume['mirror_seq']}; before it only snapshots remain")
+        say(f"volume {volume['name']}: mirror at seq {volume['mirror_seq']}; before it only snapshots remain")
     return 0

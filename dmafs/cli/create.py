@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dmafs.cli.output import say
 from dmafs.core.store import create_volume
 
 if TYPE_CHECKING:
@@ -37,5 +38,5 @@ def run(options: argparse.Namespace) -> int:
     warnings = create_volume(options.store, options.volume, source=options.source, tap=options.tap, force=options.force)
     for warning in warnings:
         print(f"dmafs: warning: {warning}", file=sys.stderr)
-    print(f"volume {options.volume} made in {options.store}; now run: dmafs serve {options.store} MOUNTPOINT")
+    say(f"volume {options.volume} made in {options.store}; now run: dmafs serve {options.store} MOUNTPOINT")
     return 1 if warnings else 0

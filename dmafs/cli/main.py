@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Final
 
-from dmafs.cli import change, create, query, serve
+from dmafs.cli import change, create, output, query, serve
 from dmafs.errors import DmafsError
 
-EXIT_OK: Final = 0
-EXIT_WARNING: Final = 1
 _SIGPIPE_EXIT: Final = 128 + 13
 _SIGINT_EXIT: Final = 128 + 2
 
@@ -58,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
         status: int = options.run(options)
-        sys.stdout.flush()
+        output.flush()
     except DmafsError as error:
         return _report(error)
     except BaseExceptionGroup as group:
@@ -67,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return _report(_first(matching))
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more to flush at exit
+        output.abandon()
         return _SIGPIPE_EXIT
     except KeyboardInterrupt:
         return _SIGINT_EXIT

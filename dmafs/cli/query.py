@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dmafs.cli.output import say, write
 from dmafs.service.client import session
 from dmafs.units import format_bytes
 
@@ -51,12 +51,12 @@ def run_status(options: argparse.Namespace) -> int:
     with session(options.store) as asked:
         report = asked.status()
     if options.json:
-        print(json.dumps(report, indent=2))
+        say(json.dumps(report, indent=2))
     else:
         daemon = report["daemon"]
-        print(f"store {options.store}: " + (f"served by process {daemon['pid']}" if daemon else "no daemon"))
+        say(f"store {options.store}: " + (f"served by process {daemon['pid']}" if daemon else "no daemon"))
         for volume in report["volumes"]:
-            print("\n".join(_volume_lines(volume)))
+            say("\n".join(_volume_lines(volume)))
     return 1 if any(volume["state"] == "read-only" for volume in report["volumes"]) else 0
 
 
@@ -87,12 +87,12 @@ def run_ls(options: argparse.Namespace) -> int:
     with session(options.store) as asked:
         report = asked.points()
     if options.json:
-        print(json.dumps(report, indent=2))
+        say(json.dumps(report, indent=2))
         return 0
-    print(f"{'TIME':<28}  {'VOLUME':<10}  {'SEQ':>10}  {'KIND':<8}  NAME")
+    say(f"{'TIME':<28}  {'VOLUME':<10}  {'SEQ':>10}  {'KIND':<8}  NAME")
     for point in report["points"]:
         line = f"{point['at']}  {point['volume']:<10}  {point['seq']:>10}  {point['kind']:<8}  {point['name']}"
-        print(line.rstrip())
+        say(line.rstrip())
     return 0
 
 
@@ -100,5 +100,5 @@ def run_read(options: argparse.Namespace) -> int:
     """Write the bytes."""
     with session(options.store) as asked:
         for part in asked.read(options.volume, at=options.at, offset=options.offset, length=options.length):
-            sys.stdout.buffer.write(part)
+            write(part)
     return 0

@@ -13,7 +13,7 @@ import numpy as np
 
 from dmafs.core.extent import Ints
 from dmafs.core.segment import Segment
-from dmafs.core.vrmo import BACKWARD, MIRROR, Vrmo, split_reference
+from dmafs.core.vrmo import MIRROR, Vrmo
 from dmafs.units import SECTOR
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ class Image:
         self.time_ns = time_ns
         self.vrmo = vrmo
         self.pins = 0
+        self.exact = False  # whether it ends at a sync indicator; set when it is made, since syncs forget indicators
 
     @property
     def size(self) -> int:
@@ -122,12 +123,3 @@ def _joined(vrmo: Vrmo) -> tuple[Ints, ...]:
     new = np.append(True, (starts[1:] != stops[:-1]) | (references[1:] != references[:-1]))
     begin = np.flatnonzero(new)
     return starts[begin], stops[np.append(begin[1:], len(starts)) - 1], references[begin]
-
-
-def locate(volume: Volume, reference: int) -> tuple[Segment, int]:
-    """Return the journal and the entry number that a reference other than MIRROR means."""
-    if reference >= BACKWARD:
-        serial, index = split_reference(reference)
-        return volume.snapshots.segment(volume.snapshots.of_serial(serial)), index
-    segment = volume.journal.segment_of(reference)
-    return segment, reference - segment.header.first

@@ -22,7 +22,7 @@ _GRID_STEPS_S: Final = (1, 5, 15, 60, 300, 900, 3600, 4 * 3600, 86400, 7 * 86400
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One recoverable moment; *kind* is origin, snapshot, mark, grid or newest."""
+    """One recoverable moment; *kind* is origin, mirror, snapshot, mark, grid or newest."""
 
     seq: int
     time_ns: int
@@ -110,12 +110,6 @@ def _grid(volume: Volume, first: int) -> Iterator[int]:
         indicator = volume.journal.last_indicator(volume.journal.seq_at(time_ns, default=first))
         if indicator is not None and volume.recoverable(indicator.seq):
             yield indicator.seq
-
-
-def consistency(volume: Volume, seq: int) -> str:
-    """Return ``exact`` if the image ends at a sync indicator (a flush, tick or mark of the primary), else ``crash``."""
-    at_indicator = seq <= volume.floor or seq == volume.pointers.now.origin_seq or volume.journal.is_indicated(seq)
-    return "exact" if at_indicator else "crash"
 
 
 def _shown(time_ns: int) -> str:

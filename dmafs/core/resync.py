@@ -12,6 +12,7 @@ anything in between, and that decides.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 from uuid import UUID
 
@@ -21,7 +22,7 @@ from dmafs.core.extent import MAX_EXTENT_SECTORS, Ints, chop, join
 from dmafs.core.image import Piece
 from dmafs.core.ondisk import Flag
 from dmafs.core.storage import File
-from dmafs.core.sync import any_set
+from dmafs.core.sync import any_set, remove_all
 from dmafs.core.volume import Volume
 from dmafs.core.work import Work
 from dmafs.units import SECTOR
@@ -39,7 +40,8 @@ def needs_resync(volume: Volume) -> bool:
 def begin_after_stop(volume: Volume, boot_id: UUID, flush: Callable[[Flag], Work[object]]) -> Work[None]:
     """Begin a gap if the kernel stopped while the volume was open; an initial copy then starts again from nothing.
 
-    *boot_id* is the running kernel's. After a mere kill of the process the page cache has kept journal and primary.
+    The primary has been brought up to the journal before (redo), which made both durable up to the head. *boot_id* is
+    the running kernel's. After a mere kill of the process the page cache has kept journal and primary.
     """
     now = volume.pointers.now
     if now.clean or now.boot_id == boot_id or needs_resync(volume):
@@ -47,8 +49,20 @@ def begin_after_stop(volume: Volume, boot_id: UUID, flush: Callable[[Flag], Work
     if now.copied:
         yield from flush(Flag.GAP)
     else:
-        with volume.gate(fatal=True):
-            yield lambda: volume.pointers.update(copied_sectors=0)
+        yield from _start_again(volume)
+
+
+def _start_again(volume: Volume) -> Work[None]:
+    """Have the initial copy begin anew, without the events until now: the copy will hold what they left."""
+    seq, time_ns = volume.journal.head, volume.journal.head_time_ns
+    with volume.gate(fatal=True):
+        yield lambda: volume.pointers.update(copied_sectors=0, mirror_seq=seq, mirror_time_ns=time_ns, durable=seq)
+    volume.floor = seq
+    volume.live.vrmo.forget(seq)
+    released = volume.journal.release(seq)
+    volume.discard_segments(released)
+    with volume.gate():
+        yield partial(remove_all, released)
 
 
 def resync(

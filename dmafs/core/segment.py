@@ -61,9 +61,13 @@ class Segment(Columns):
         for leftover in (suffix, ".dat"):
             with contextlib.suppress(FileNotFoundError):
                 storage.unlink(stem + leftover)
-        dat = storage.create(stem + ".dat")
-        ext = storage.create(stem + suffix)
-        ext.write([header.encode()], 0)
+        with contextlib.ExitStack() as undo:
+            dat = storage.create(stem + ".dat")
+            undo.callback(dat.close)
+            ext = storage.create(stem + suffix)
+            undo.callback(ext.close)
+            ext.write([header.encode()], 0)
+            undo.pop_all()
         return cls(storage, stem, header, ext, dat)
 
     @classmethod
@@ -332,9 +336,8 @@ class Segment(Columns):
         return whole
 
     def indicators(self) -> Iterator[Indicator]:
-        """Yield all indicators in order; the name of a mark is read from the data."""
-        for index in range(len(self.indicator_seqs)):
-            yield self.indicator(index)
+        """Yield all indicators in order."""
+        return (self.indicator(index) for index in range(len(self.indicator_seqs)))
 
     def indicator(self, index: int) -> Indicator:
         """Return one indicator."""

@@ -275,7 +275,14 @@ class Snapshots:
             snapshot.gone = True
             if self._names.get(snapshot.name) is snapshot:
                 del self._names[snapshot.name]
-            yield rename
+            try:
+                yield rename
+            except BaseException:
+                if self._storage.exists(snapshot.stem + ".ext"):  # not even the rename was done
+                    snapshot.gone = False
+                    if snapshot.name:
+                        self._names.setdefault(snapshot.name, snapshot)
+                raise
 
     def merge(self, snapshot: Snapshot) -> Work[Segment]:
         """Finish dropping a doomed snapshot (steps 2 and 3); return its journal, for the caller to close.

@@ -25,7 +25,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Final, Protocol
 
-from dmafs.errors import CorruptionError, ExistsError, NoStoreError, SourceBusyError, SourceError, StoreBusyError
+from dmafs.errors import (
+    CorruptionError,
+    ExistsError,
+    NoStoreError,
+    SourceBusyError,
+    SourceError,
+    StoreBusyError,
+    StoreError,
+)
 from dmafs.units import SECTOR
 
 Buffer = bytes | bytearray | memoryview
@@ -128,7 +136,13 @@ class RealFile:
         """See ``File``."""
         view = memoryview(buffer)
         while view:
-            count = os.preadv(self._fd, [view], offset)
+            try:
+                count = os.preadv(self._fd, [view], offset)
+            except OSError as error:
+                raise StoreError(
+                    f"{self.name} can't be read at byte {offset}: {(error.strerror or '').lower()}",
+                    hint="look at the disk it is on",
+                ) from error
             if count == 0:
                 raise CorruptionError(
                     f"file {self.name} ends at byte {offset}, {len(view)} bytes before the expected end",
@@ -154,7 +168,10 @@ class RealFile:
         """See ``File``."""
         rest = [memoryview(buffer) for buffer in buffers if len(buffer)]
         while rest:
-            count = os.pwritev(self._fd, rest[:_IOV_MAX], offset)
+            try:
+                count = os.pwritev(self._fd, rest[:_IOV_MAX], offset)
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, self.name) from None
             offset += count
             while rest and count >= len(rest[0]):
                 count -= len(rest.pop(0))
@@ -211,7 +228,10 @@ class RealFile:
 
     def datasync(self) -> None:
         """See ``File``."""
-        os.fdatasync(self._fd)
+        try:
+            os.fdatasync(self._fd)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, self.name) from None
 
     def close(self) -> None:
         """See ``File``."""
@@ -282,7 +302,9 @@ class RealStorage:
 
 
 def open_source(path: Path, *, writable: bool) -> RealFile:
-    """Open a primary: a block device (exclusively when *writable*, so that nobody can mount it) or a regular file.
+    """Open a primary: a block device or a regular file.
+
+    When *writable* a device is opened exclusively, so that nobody can mount it, and a file is locked.
 
     Raises SourceError when it is neither, missing or not accessible, SourceBusyError when somebody else has it.
     """
@@ -294,12 +316,29 @@ def open_source(path: Path, *, writable: bool) -> RealFile:
             )
         exclusive = os.O_EXCL if writable and stat.S_ISBLK(kind) else 0
         flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | exclusive
-        return RealFile(os.open(path, flags), str(path))
+        fd = os.open(path, flags)
+        if writable and not exclusive:
+            _lock_source(fd, path)
+        return RealFile(fd, str(path))
     except OSError as error:
         message = f"source {path} can't be opened: {os.strerror(error.errno or 0).lower()}"
         if error.errno == errno.EBUSY:
             raise SourceBusyError(message, hint="unmount it: it is to be used through the tap only") from error
         raise SourceError(message, hint="check the path and the permissions") from error
+
+
+def _lock_source(fd: int, path: Path) -> None:
+    """Lock a regular file as long as it is open; it is closed on an error."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(fd)
+        raise SourceBusyError(
+            f"source {path} is in use by another daemon or volume", hint="let one volume of one store have it"
+        ) from error
+    except OSError:
+        os.close(fd)
+        raise
 
 
 def lock_directory(path: Path) -> int:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
-import re
 import stat
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
+from dmafs.core.mounts import devices_below, mounts
+from dmafs.core.ondisk import VOLUME_JSON_LIMIT, VolumeInfo
 from dmafs.core.storage import RealStorage, lock_directory, open_source
 from dmafs.core.sync import finish
 from dmafs.core.volume import INFO_NAME, Volume, VolumeLimits
@@ -20,7 +22,6 @@ from dmafs.errors import (
     ExistsError,
     InputError,
     NoStoreError,
-    NoSuchVolumeError,
     PlacementError,
     SourceBusyError,
     SourceError,
@@ -31,8 +32,6 @@ from dmafs.units import SECTOR, check_name, valid_name
 SOCKET_NAME: Final = "control.sock"
 CONFIGURATION_NAME: Final = "dmafs.conf"
 VOLUMES_MAX: Final = 64
-_MOUNTINFO: Final = Path("/proc/self/mountinfo")
-_OCTAL: Final = re.compile(r"\\([0-7]{3})")  # how mountinfo writes blanks and backslashes
 _SYSFS_DEVICES: Final = Path("/sys/dev/block")
 _NOT_OURS: Final = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)  # missing, or something else in its place
 
@@ -58,14 +57,6 @@ class Store:
             self.close()
             raise
 
-    def volume(self, name: str) -> Volume:
-        """Return the volume called *name*."""
-        try:
-            return self.volumes[name]
-        except KeyError:
-            known = ", ".join(self.volumes)
-            raise NoSuchVolumeError(f"store {self.path} has no volume {name}", hint=f"it has: {known}") from None
-
     def close(self) -> None:
         """Close all volumes and unlock."""
         for volume in self.volumes.values():
@@ -81,11 +72,7 @@ def open_volume(path: Path, *, limits: VolumeLimits | None = None, clock: Callab
     try:
         volume = Volume(RealStorage(path), limits=limits, clock=clock)
     except OSError as error:
-        kind = CorruptionError if error.errno in _NOT_OURS else StoreError
-        raise kind(
-            f"file {error.filename or path} can't be opened: {(error.strerror or '').lower()}",
-            hint="restore it, or look at the store's disk",
-        ) from error
+        raise _unreadable(error, path) from error
     try:
         if volume.pointers.now.sync_target:
             run(finish(volume))
@@ -94,6 +81,14 @@ def open_volume(path: Path, *, limits: VolumeLimits | None = None, clock: Callab
         volume.close()
         raise
     return volume
+
+
+def _unreadable(error: OSError, path: Path) -> StoreError:
+    kind = CorruptionError if error.errno in _NOT_OURS else StoreError
+    return kind(
+        f"file {error.filename or path} can't be opened: {(error.strerror or '').lower()}",
+        hint="restore it, or look at the store's disk",
+    )
 
 
 def volume_names(path: Path) -> list[str]:
@@ -124,29 +119,52 @@ def create_volume(
             )
         warnings.append(message + ": writes that don't go through the tap are missed")
     _check_store(store, name)
-    made = [path for path in (store, *store.parents) if not path.exists()]
-    try:
-        store.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"store {store} can't be made: {(error.strerror or '').lower()}", hint="check path") from error
-    lock = lock_directory(store)
-    try:
-        _create_files(store, name, size=size, source=source, tap=tap, created_ns=clock())
-        store.chmod(0o700)
-    except BaseException:
-        for path in made:
-            path.rmdir()
-        raise
-    finally:
-        os.close(lock)
+    with _directories(store):
+        lock = lock_directory(store)
+        try:
+            _check_unprotected(store, source)
+            _create_files(store, name, size=size, source=source, tap=tap, created_ns=clock())
+        finally:
+            os.close(lock)
     return warnings
+
+
+@contextlib.contextmanager
+def _directories(store: Path) -> Iterator[None]:
+    """Make a store's directory and its parents where they are missing; on any error remove what was made."""
+    with contextlib.ExitStack() as undo:
+        try:
+            for path in (*reversed(store.parents), store):
+                if not _exists(path):
+                    path.mkdir(mode=0o700 if path == store else 0o777)
+                    undo.callback(_remove_directory, path)
+        except OSError as error:
+            raise InputError(
+                f"store {store} can't be made: {(error.strerror or '').lower()}", hint="check the path"
+            ) from error
+        yield
+        undo.pop_all()
+
+
+def _remove_directory(path: Path) -> None:
+    with contextlib.suppress(OSError):  # somebody put something there meanwhile; the first error is what counts
+        path.rmdir()
+
+
+def _exists(path: Path) -> bool:
+    """Say whether *path* is there; unlike the method, False also for what can't be: too long a name, say."""
+    try:
+        path.stat()
+    except OSError:
+        return False
+    return True
 
 
 def _create_files(store: Path, name: str, *, size: int, source: Path, tap: str, created_ns: int) -> None:
     """Make the files under a temporary name first: a volume is there wholly or not at all."""
     temporary = store / f".{name}.new"
-    _remove_tree(temporary)
     try:
+        _remove_tree(temporary)
         temporary.mkdir(mode=0o700)
         Volume.create(
             RealStorage(temporary),
@@ -156,10 +174,14 @@ def _create_files(store: Path, name: str, *, size: int, source: Path, tap: str, 
             tap=tap,
             created_ns=created_ns,
         )
+        store.chmod(0o700)
         temporary.rename(store / name)
         RealStorage(store).sync_directory("")
     except OSError as error:
-        raise InputError(f"volume {name} can't be made in {store}: {(error.strerror or '').lower()}") from error
+        raise InputError(
+            f"volume {name} can't be made in {store}: {(error.strerror or '').lower()}",
+            hint="check the space and the permissions there",
+        ) from error
     finally:
         _remove_tree(temporary)
 
@@ -189,7 +211,7 @@ def _check_source(source: Path) -> int:
 
 def _check_store(store: Path, name: str) -> None:
     """Refuse directories that hold something else, and volumes that are there already."""
-    if not store.exists():
+    if not _exists(store):
         return
     if not store.is_dir():
         raise InputError(f"store {store} is not a directory", hint="give the path of a directory")
@@ -206,6 +228,20 @@ def _check_store(store: Path, name: str) -> None:
         raise InputError(f"store {store} has {VOLUMES_MAX} volumes, which is the limit", hint="make another store")
 
 
+def _check_unprotected(store: Path, source: Path) -> None:
+    """Refuse a source that a volume of the store has already: two taps would miss each other's writes."""
+    for name in volume_names(store):
+        path = store / name / INFO_NAME
+        try:
+            content = RealStorage(path.parent).read_bytes(INFO_NAME, VOLUME_JSON_LIMIT)
+        except OSError as error:
+            raise _unreadable(error, path) from error
+        if _same_file(Path(VolumeInfo.decode(content, str(path)).source), source):
+            raise ExistsError(
+                f"source {source} is already the source of volume {name} in {store}", hint="give another source"
+            )
+
+
 def _in_making(name: str) -> bool:
     """Say whether a directory of that name holds a volume in the making, or one whose creation was cut off."""
     return name.startswith(".") and name.endswith(".new") and valid_name(name[1:-4])
@@ -213,18 +249,23 @@ def _in_making(name: str) -> bool:
 
 def is_inside(inner: Path, outer: Path) -> bool:
     """Say whether *inner* is *outer* or below it, symbolic links resolved."""
-    return inner.resolve().is_relative_to(outer.resolve())
+    return Path(os.path.realpath(inner)).is_relative_to(os.path.realpath(outer))
 
 
 def _check_placement(store: Path, source: Path) -> None:
     """Refuse a source inside the store and a store on its own source."""
     if is_inside(source, store):
         raise PlacementError(f"source {source} is inside the store {store}", hint="keep them on different disks")
-    parent = next(path for path in [store, *store.parents] if path.exists())
-    if lies_on(parent.stat().st_dev, source):
+    parent = next(path for path in [store, *store.parents] if _exists(path))
+    if path_lies_on(parent, source):
         raise PlacementError(
             f"store {store} is on its own source {source}", hint="put the store on another disk than the one protected"
         )
+
+
+def path_lies_on(path: Path, source: Path) -> bool:
+    """Say whether the filesystem of an existing *path* lies on *source*, in whatever way ``lies_on`` knows."""
+    return any(lies_on(device, source) for device in devices_below(path))
 
 
 def lies_on(device: int, source: Path, *, through_files: bool = True) -> bool:
@@ -251,7 +292,7 @@ def lies_on(device: int, source: Path, *, through_files: bool = True) -> bool:
             if _same_file(file, source):
                 return True
             if through_files and file.exists():
-                queue.append(file.stat().st_dev)
+                queue += devices_below(file)
     return False
 
 
@@ -265,19 +306,20 @@ def _entries(directory: Path) -> list[Path]:
 
 
 def _same_file(one: Path, other: Path) -> bool:
+    """Say whether two paths lead to one file, or to nodes of one block device."""
     try:
-        return one.samefile(other)
+        infos = one.stat(), other.stat()
+        if all(stat.S_ISBLK(info.st_mode) for info in infos):
+            return infos[0].st_rdev == infos[1].st_rdev
+        return os.path.samestat(*infos)
     except OSError as error:
-        if error.errno in {errno.ENOENT, errno.ENOTDIR, errno.EACCES}:
+        if error.errno in {errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.ELOOP}:
             return False
         raise
 
 
 def mounted_writable(source: Path) -> Iterator[str]:
     """Yield the mount points where *source* or something on top of it is mounted read-write."""
-    for line in _MOUNTINFO.read_text().splitlines():
-        fields = line.split(" ")
-        major, _, minor = fields[2].partition(":")
-        options = fields[-1].split(",")
-        if int(major) and "rw" in options and lies_on(os.makedev(int(major), int(minor)), source, through_files=False):
-            yield _OCTAL.sub(lambda match: chr(int(match[1], 8)), fields[4])
+    for mount in mounts():
+        if mount.writable and any(lies_on(device, source, through_files=False) for device in mount.devices()):
+            yield mount.point

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -76,11 +77,11 @@ def sync(volume: Volume, *, open_snapshot: bool = True) -> Work[int]:
         yield from finish(volume)
     target = sync_target(volume)
     opens = open_snapshot
-    while target is not None and volume.pointers.now.mirror_seq < target:
+    while target is not None and volume.pointers.now.mirror_seq < min(target, volume.sync_limit):
         seq = volume.pointers.now.mirror_seq
         if seq >= volume.pointers.now.origin_seq:
             yield from _open_snapshot(volume, seq, automatic=opens)
-        yield from _leg(volume, plan_leg(volume, next_stop(volume, target)))
+        yield from _leg(volume, plan_leg(volume, next_stop(volume, min(target, volume.sync_limit))))
         opens = open_snapshot and volume.pointers.now.mirror_seq == volume.pointers.now.origin_seq
     yield from volume.drop_unheld()
     return volume.pointers.now.mirror_seq
@@ -129,6 +130,8 @@ def _leg(volume: Volume, plan: SyncPlan) -> Work[None]:
         yield from _save(volume, plan, plan.snapshot)
     if volume.pinned_between(plan.base, plan.target) or volume.snapshots.seqs_between(plan.base, plan.target):
         return  # the next leg will stop there
+    if plan.target > volume.sync_limit:
+        return  # somebody is about to take a snapshot on the way
     held = volume.pinned_between(plan.base - 1, plan.base + 1)
     if held and (plan.snapshot is None or plan.snapshot.seq != plan.base):
         return  # opened at the mirror's own moment meanwhile; the next leg makes that a snapshot
@@ -151,9 +154,10 @@ def _save(volume: Volume, plan: SyncPlan, snapshot: Snapshot) -> Work[None]:
     The copies are true as long as the mirror is unchanged, so giving up afterwards does no harm.
     """
     segment = volume.snapshots.segment(snapshot)
-    for part in _batches(plan):
+    extents = list(zip(plan.save_starts.tolist(), plan.save_stops.tolist(), strict=True))
+    for begin, end in _parts(plan.save_stops - plan.save_starts):
 
-        def write(part: list[tuple[int, int]] = part) -> Batch:
+        def write(part: list[tuple[int, int]] = extents[begin:end]) -> Batch:
             return segment.write_batch([_saved(volume, start, stop) for start, stop in part], plan.target_time_ns)
 
         with volume.gate():
@@ -184,8 +188,12 @@ def finish(volume: Volume) -> Work[None]:
 
 def _apply(volume: Volume, plan: SyncPlan) -> Work[None]:
     """Overwrite the mirror, advance the pointers, and let go of what is behind the tail."""
-    with volume.gate():
-        yield lambda: _overwrite(volume, plan)
+    for first, last in _parts(plan.moves[1] - plan.moves[0]):
+        moves = [column[first:last].tolist() for column in plan.moves]
+        with volume.gate():
+            yield partial(_overwrite, volume, moves)
+    with volume.gate(fatal=True):
+        yield volume.mirror.datasync
     with volume.gate(fatal=True):
         yield lambda: volume.pointers.update(
             mirror_seq=plan.target, mirror_time_ns=plan.target_time_ns, sync_target=0, sync_time_ns=0
@@ -200,26 +208,24 @@ def _apply(volume: Volume, plan: SyncPlan) -> Work[None]:
     volume.statistics.saved_sectors += int((plan.save_stops - plan.save_starts).sum())
     volume.statistics.applied_sectors += int((plan.moves[1] - plan.moves[0]).sum())
     with volume.gate():
-        yield lambda: _remove(released)
+        yield lambda: remove_all(released)
 
 
-def _remove(segments: list[Segment]) -> None:
+def remove_all(segments: list[Segment]) -> None:
+    """Unlink the files of segments that were taken out of a journal."""
     for segment in segments:
         segment.remove()
 
 
-def _batches(plan: SyncPlan) -> Iterator[list[tuple[int, int]]]:
-    """Yield the extents to save in parts of bounded size."""
-    part: list[tuple[int, int]] = []
-    size = 0
-    for start, stop in zip(plan.save_starts.tolist(), plan.save_stops.tolist(), strict=True):
-        part.append((start, stop))
-        size += (stop - start) * SECTOR + RECORD_SIZE
-        if size >= BATCH_BYTES:
-            yield part
-            part, size = [], 0
-    if part:
-        yield part
+def _parts(lengths: Ints) -> Iterator[tuple[int, int]]:
+    """Cut a list of extents into parts ``[first, last)`` of bounded size: nothing takes long in one step."""
+    cost = np.cumsum(lengths * SECTOR + RECORD_SIZE)
+    first = 0
+    while first < len(lengths):
+        limit = (cost[first - 1] if first else 0) + BATCH_BYTES
+        last = max(int(np.searchsorted(cost, limit, "right")), first + 1)
+        yield first, last
+        first = last
 
 
 def _saved(volume: Volume, start: int, stop: int) -> tuple[int, int, Buffer | None]:
@@ -234,9 +240,9 @@ def any_set(data: bytearray | memoryview) -> bool:
     return bool(np.frombuffer(data, np.uint64).any())
 
 
-def _overwrite(volume: Volume, plan: SyncPlan) -> None:
-    """Copy the net change to the mirror, each event's data checked once, and make it durable."""
-    for start, stop, seq in zip(*(column.tolist() for column in plan.moves), strict=True):
+def _overwrite(volume: Volume, moves: list[list[int]]) -> None:
+    """Copy moves (starts, stops, seqs) from the forward journal to the mirror, each event's data checked once."""
+    for start, stop, seq in zip(*moves, strict=True):
         segment = volume.journal.segment_of(seq)
         index = seq - segment.header.first
         if segment.is_zero(index):
@@ -247,4 +253,3 @@ def _overwrite(volume: Volume, plan: SyncPlan) -> None:
             part = bytearray((stop - start) * SECTOR)
             segment.read_into(index, start - segment.starts[index], memoryview(part))
             volume.mirror.write(part, start)
-    volume.mirror.datasync()

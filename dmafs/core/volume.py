@@ -21,7 +21,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +34,7 @@ import numpy as np
 from dmafs.core import journal as forward
 from dmafs.core import snapshots as backward
 from dmafs.core.columns import Indicator
-from dmafs.core.image import Image, locate
+from dmafs.core.image import Image
 from dmafs.core.journal import ForwardJournal, SegmentLimits
 from dmafs.core.mirror import Mirror
 from dmafs.core.ondisk import RECORD_SIZE, VOLUME_JSON_LIMIT, Flag, Pointers, VolumeInfo
@@ -40,9 +42,11 @@ from dmafs.core.pointers import PointerFile
 from dmafs.core.segment import Segment
 from dmafs.core.snapshots import Snapshot, Snapshots
 from dmafs.core.storage import File, Storage, write_whole
-from dmafs.core.vrmo import Vrmo
+from dmafs.core.vrmo import BACKWARD, Vrmo, split_reference
 from dmafs.core.work import Work
 from dmafs.errors import CorruptionError, NoSuchPointError, ReadOnlyError, StoreError, StoreFullError
+
+log = logging.getLogger(__name__)
 
 INFO_NAME = "volume.json"
 
@@ -92,9 +96,9 @@ class Volume:
                 )
             undo.pop_all()
         self.floor = max(now.mirror_seq, now.sync_target)
-        self.was_clean = now.clean
         self.statistics = Statistics()
         self._images: dict[int, Image] = {}  # least recently used first
+        self._reserved: Counter[int] = Counter()  # seqs that are about to become snapshots
         self._garbage: list[Segment] = []
         self._allowance = 0
         self.live = Image(self, self.journal.head, self.journal.head_time_ns, self.build_vrmo(self.journal.head))
@@ -153,12 +157,8 @@ class Volume:
 
         One flush at a time: a second one would find nothing left to sync and return before the first.
         """
-        with self.gate():
-            clean = self.journal.is_clean() and flag in {Flag.FLUSH, Flag.TICK}
-            if not clean:
-                self.journal.indicate(flag, name)
-            indicator = self.journal.last_indicator(self.journal.head)
-            assert indicator is not None
+        clean = self.journal.is_clean() and flag in {Flag.FLUSH, Flag.TICK}
+        indicator = self.indicate(flag, name)
         if clean:
             return indicator
         datasync = self.journal.take_dirty()
@@ -171,6 +171,14 @@ class Volume:
         with self.gate(fatal=True):
             yield durable
         self.journal.durable = max(self.journal.durable, indicator.seq)
+        return indicator
+
+    def indicate(self, flag: Flag = Flag.FLUSH, name: str = "") -> Indicator:
+        """Set a sync indicator at the newest event, or return the one that stands there; durable after ``flush``."""
+        with self.gate():
+            self.journal.indicate(flag, name)
+        indicator = self.journal.last_indicator(self.journal.head)
+        assert indicator is not None
         return indicator
 
     @contextlib.contextmanager
@@ -192,8 +200,9 @@ class Volume:
                 raise StoreFullError(
                     f"store of volume {self.info.name} is full", hint="make space, sync, or drop old snapshots"
                 ) from error
-            self.failure = text
-            raise StoreError(f"volume {self.info.name}: {text}", hint="look at the store's disk") from error
+            if error.errno not in {errno.EMFILE, errno.ENFILE} or fatal:
+                self.failure = text
+            raise StoreError(f"volume {self.info.name}: {text}", hint="look at the disk it is on") from error
 
     # -- images -------------------------------------------------------------------------------------------------
 
@@ -204,8 +213,33 @@ class Volume:
             return False
         if seq >= self.floor:
             return seq <= self.journal.head and self.journal.gap_around(seq) is None
-        held = seq in self._images and self._images[seq].pins > 0
-        return held or self.snapshots.visible_at(seq) is not None
+        return self.is_held(seq) or self.snapshots.visible_at(seq) is not None
+
+    def is_held(self, seq: int) -> bool:
+        """Say whether somebody needs the image at *seq* to stay as it is."""
+        return seq in self._images and self._images[seq].pins > 0
+
+    @contextlib.contextmanager
+    def reserved(self, seq: int) -> Iterator[None]:
+        """Have syncs not pass a seq that is about to become a snapshot."""
+        self._reserved[seq] += 1
+        try:
+            yield
+        finally:
+            self._reserved[seq] -= 1
+            self._reserved += Counter()  # forget what is zero
+
+    @property
+    def sync_limit(self) -> int:
+        """Return the seq that a sync may not pass now."""
+        return min((seq for seq, count in self._reserved.items() if count), default=self.journal.head)
+
+    def is_exact(self, seq: int) -> bool:
+        """Say whether the image at a recoverable *seq* ends at a sync indicator."""
+        now = self.pointers.now
+        if seq < self.floor:
+            return self.snapshots.visible_at(seq) is not None
+        return seq in {now.origin_seq, now.mirror_seq} or self.journal.is_indicated(seq)
 
     def time_of(self, seq: int) -> int:
         """Return the canonical time of the image at *seq*: of its last event, or of the origin."""
@@ -228,7 +262,10 @@ class Volume:
                 f"volume {self.info.name} has no recoverable point at seq {seq}",
                 hint="list the points with: dmafs ls STORE",
             )
-        image = self._images.pop(seq, None) or Image(self, seq, self.time_of(seq), self.build_vrmo(seq))
+        image = self._images.pop(seq, None)
+        if image is None:
+            image = Image(self, seq, self.time_of(seq), self.build_vrmo(seq))
+            image.exact = self.is_exact(seq)
         self._images[seq] = image
         self._evict()
         return image
@@ -248,8 +285,12 @@ class Volume:
         return Vrmo.build(starts, stops, np.arange(mirror_seq + 1, seq + 1, dtype=np.int64))
 
     def descriptor(self, reference: int) -> tuple[Segment, int]:
-        """Return the journal and the entry number that a reference means."""
-        return locate(self, reference)
+        """Return the journal and the entry number that a reference other than MIRROR means."""
+        if reference >= BACKWARD:
+            serial, index = split_reference(reference)
+            return self.snapshots.segment(self.snapshots.of_serial(serial)), index
+        segment = self.journal.segment_of(reference)
+        return segment, reference - segment.header.first
 
     def images(self) -> list[Image]:
         """Return all images in memory but the live one."""
@@ -257,7 +298,7 @@ class Volume:
 
     def pinned_between(self, after: int, before: int) -> list[int]:
         """Return the seqs of held images with *after* < seq < *before*, ascending."""
-        return sorted(seq for seq, image in self._images.items() if image.pins and after < seq < before)
+        return sorted(seq for seq in self._images if after < seq < before and self.is_held(seq))
 
     def rebuild_images(self, seqs: range) -> None:
         """Let go of the images in *seqs* that nobody holds; those held get maps built anew from the descriptors."""
@@ -273,7 +314,7 @@ class Volume:
         """Flush, and make the newest durable moment a snapshot."""
         self.require_snapshot(name)
         indicator = yield from self.flush(primary)
-        return (yield from self.snapshot_at(indicator, name))
+        return (yield from self.snapshot_at(indicator.seq, name))
 
     def require_snapshot(self, name: str) -> None:
         """Raise what taking a snapshot of that name would raise, before anything is done for it."""
@@ -284,15 +325,15 @@ class Volume:
                 hint="wait until dmafs status says protected",
             )
 
-    def snapshot_at(self, indicator: Indicator, name: str) -> Work[Snapshot]:
+    def snapshot_at(self, seq: int, name: str) -> Work[Snapshot]:
         """Make the moment of a durable sync indicator a snapshot."""
-        if not self.recoverable(indicator.seq):
+        if not self.recoverable(seq):
             raise NoSuchPointError(
-                f"volume {self.info.name} can't be kept at seq {indicator.seq}: a gap lasts, or a sync has passed",
+                f"volume {self.info.name} can't be kept at seq {seq}: a gap lasts, or a sync has passed",
                 hint="see dmafs status, and try again later",
             )
         with self.gate():
-            return (yield from self.snapshots.create(indicator.seq, self.time_of(indicator.seq), name))
+            return (yield from self.snapshots.create(seq, self.time_of(seq), name))
 
     def drop_snapshot(self, snapshot: Snapshot) -> Work[None]:
         """Hide a snapshot and, unless its image is held, merge its entries into the next older one."""
@@ -303,16 +344,21 @@ class Volume:
     def drop_unheld(self) -> Work[None]:
         """Finish dropping the hidden snapshots whose images nobody holds any more."""
         for snapshot in self.snapshots.all():
-            held = snapshot.seq in self._images and self._images[snapshot.seq].pins
-            if not snapshot.hidden or held:
+            if not snapshot.hidden or self.is_held(snapshot.seq):
                 continue
-            with self.gate():
-                yield from self.snapshots.doom(snapshot)
-                if self.pointers.now.open_snapshot == snapshot.seq:
-                    yield lambda: self.pointers.update(open_snapshot=0)
-                garbage = yield from self.snapshots.merge(snapshot)
-            self.rebuild_images(range(self.floor))
-            self._garbage.append(garbage)
+            try:
+                yield from self._drop(snapshot)
+            except CorruptionError as error:  # it stays hidden: what an older image may need of it isn't thrown away
+                log.error("volume %s: snapshot %s can't be dropped: %s", self.info.name, snapshot.seq, error.message)
+
+    def _drop(self, snapshot: Snapshot) -> Work[None]:
+        with self.gate():
+            yield from self.snapshots.doom(snapshot)
+            if self.pointers.now.open_snapshot == snapshot.seq:
+                yield lambda: self.pointers.update(open_snapshot=0)
+            garbage = yield from self.snapshots.merge(snapshot)
+        self.rebuild_images(range(self.floor))
+        self._garbage.append(garbage)
 
     # -- housekeeping -------------------------------------------------------------------------------------------
 
@@ -332,12 +378,14 @@ class Volume:
 
     def mark_open(self, boot_id: UUID) -> None:
         """Record durably that the volume is in use under this boot of the kernel."""
-        self.pointers.update(clean=False, boot_id=boot_id)
+        with self.gate(fatal=True):
+            self.pointers.update(clean=False, boot_id=boot_id)
 
     def mark_clean(self) -> None:
         """Record durably that journal and primary agree up to the head: an orderly stop."""
         assert self.journal.durable == self.journal.head
-        self.pointers.update(clean=True, durable=self.journal.durable)
+        with self.gate(fatal=True):
+            self.pointers.update(clean=True, durable=self.journal.durable)
 
     def close(self) -> None:
         """Close all files."""

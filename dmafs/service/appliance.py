@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Mapping
+
+import trio
 
 from dmafs.core.image import Image
 from dmafs.core.moments import (
@@ -14,12 +17,12 @@ from dmafs.core.moments import (
     snapshot_group,
     snapshot_groups,
 )
-from dmafs.core.points import consistency
+from dmafs.core.snapshots import Snapshot
 from dmafs.core.store import Store
 from dmafs.core.volume import Volume
 from dmafs.errors import NoSuchPointError, NoSuchVolumeError
 from dmafs.service.engine import Engine
-from dmafs.service.report import Report, image_at, points_of, status_of
+from dmafs.service.report import READ_CHUNK, Report, image_at, points_of, status_of
 from dmafs.tree.backend import Space
 from dmafs.units import SECTOR, TimeNs, check_name
 
@@ -77,12 +80,21 @@ class Appliance:
         return canonical(self._volumes, max(snapshot.time_ns for snapshot in group.values()))
 
     async def take_snapshot(self, name: str) -> None:
-        """See ``Backend``. Nothing is taken if any volume can't take it."""
+        """See ``Backend``. All volumes at one instant; none is taken if any volume can't take it."""
         check_name(name, "snapshot")
         for engine in self._engines.values():
             engine.volume.require_snapshot(name)
-        for engine in self._engines.values():
-            await engine.take_snapshot(name)
+        taken: list[tuple[Engine, Snapshot]] = []
+        with contextlib.ExitStack() as marks:
+            marked = [(engine, marks.enter_context(engine.marked())) for engine in self._engines.values()]
+            try:
+                for engine, seq in marked:
+                    taken.append((engine, await engine.snapshot_at(seq, name)))
+            except BaseException:
+                with trio.CancelScope(shield=True):
+                    for engine, snapshot in taken:
+                        await engine.drop_snapshot(snapshot)
+                raise
 
     async def drop_snapshot(self, identifier: str) -> None:
         """See ``Backend``."""
@@ -104,7 +116,8 @@ class Appliance:
 
     def consistency(self, image: Image) -> str:
         """See ``Backend``."""
-        return consistency(image.volume, image.seq)
+        exact = image.volume.is_exact(image.seq) if image is image.volume.live else image.exact
+        return "exact" if exact else "crash"
 
     def allocated(self, image: Image) -> int:
         """See ``Backend``. The live image's is the primary's: it changes all the time, and that is cheap to ask."""
@@ -182,11 +195,15 @@ class Appliance:
             "volumes": [{"name": name, "mirror_seq": await engine.sync()} for name, engine in self._engines.items()]
         }
 
-    async def read_at(self, volume: str, at: str, offset: int, length: int) -> memoryview:
-        """Return bytes of a volume at a moment."""
-        image = image_at(self._volumes, volume, at)
+    async def read_at(self, image: Image, offset: int, length: int) -> AsyncGenerator[bytes]:
+        """Yield bytes of an image in parts; it is held from the first to the last."""
         self.hold(image)
         try:
-            return await self.read(image, offset, length)
+            for begin in range(offset, offset + length, READ_CHUNK):
+                yield bytes(await self.read(image, begin, min(READ_CHUNK, offset + length - begin)))
         finally:
             self.release(image)
+
+    def image_at(self, volume: str, at: str) -> Image:
+        """Return a volume's image at the moment that a spelling means."""
+        return image_at(self._volumes, volume, at)

@@ -19,14 +19,13 @@ from dmafs.core.moments import Volumes
 from dmafs.core.store import SOCKET_NAME, Store
 from dmafs.core.sync import sync
 from dmafs.core.work import run
-from dmafs.errors import ControlError, DmafsError, InputError, StoreBusyError, StoreError
+from dmafs.errors import ControlError, DmafsError, StoreBusyError, StoreError
 from dmafs.service.configuration import load_configuration
-from dmafs.service.report import Report, image_at, points_of, status_of
-from dmafs.units import SECTOR, check_name
+from dmafs.service.report import READ_CHUNK, Report, check_range, image_at, points_of, status_of
+from dmafs.units import check_name
 
 TIMEOUT_S: Final = 10.0
 """For answers that are ready at once."""
-READ_CHUNK: Final = 4 << 20
 
 
 class Session(Protocol):
@@ -104,7 +103,7 @@ class LocalSession:
     def read(self, volume: str, *, at: str, offset: int, length: int) -> Iterator[bytes]:
         """See ``Session``."""
         image = image_at(self._volumes, volume, at)
-        _check_range(volume, image.size, offset, length)
+        check_range(image, offset, length)
         for begin in range(offset, offset + length, READ_CHUNK):
             yield bytes(image.read(begin, min(READ_CHUNK, offset + length - begin)))
 
@@ -121,10 +120,7 @@ class RemoteSession:
         try:
             response = self._client.request(method, what, params=query, timeout=timeout)
         except httpx.HTTPError as error:
-            raise ControlError(
-                f"the daemon of store {self._path} doesn't answer: {type(error).__name__}: {error}",
-                hint="is another command just working on the store? try again",
-            ) from error
+            raise _no_answer(self._path, error) from error
         if response.is_success:
             return response
         raise _error(response, self._path)
@@ -151,20 +147,15 @@ class RemoteSession:
 
     def read(self, volume: str, *, at: str, offset: int, length: int) -> Iterator[bytes]:
         """See ``Session``."""
-        sizes = {report["name"]: report["size_bytes"] for report in self.status()["volumes"]}
-        if volume in sizes:
-            _check_range(volume, sizes[volume], offset, length)
-        for begin in range(offset, offset + max(length, 1), READ_CHUNK):
-            count = min(READ_CHUNK, offset + length - begin)
-            yield self._ask("GET", "/read", volume=volume, at=at, offset=begin, length=count).content
-
-
-def _check_range(volume: str, size: int, offset: int, length: int) -> None:
-    if not 0 <= offset <= offset + length <= size:
-        raise InputError(
-            f"range {offset}+{length} is not within the {size} bytes of volume {volume}",
-            hint=f"offset and length in bytes; the volume has {size // SECTOR} sectors of {SECTOR}",
-        )
+        query: dict[str, str | int] = {"volume": volume, "at": at, "offset": offset, "length": length}
+        try:
+            with self._client.stream("GET", "/read", params=query, timeout=None) as response:
+                if not response.is_success:
+                    response.read()
+                    raise _error(response, self._path)
+                yield from response.iter_raw()
+        except httpx.HTTPError as error:
+            raise _no_answer(self._path, error) from error
 
 
 @contextlib.contextmanager
@@ -177,6 +168,13 @@ def _connected(path: Path) -> Iterator[httpx.Client]:
             yield client
     finally:
         os.close(directory)
+
+
+def _no_answer(path: Path, error: httpx.HTTPError) -> ControlError:
+    return ControlError(
+        f"the daemon of store {path} doesn't answer: {type(error).__name__}: {error}",
+        hint="look at its log; or another command is just working on the store, then try again",
+    )
 
 
 def _error(response: httpx.Response, path: Path) -> DmafsError:

@@ -5,6 +5,7 @@ Every limit of the program has a name here (invariant 7 of the design). Unknown 
 
 from __future__ import annotations
 
+import math
 import tomllib
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -62,7 +63,7 @@ def load_configuration(store: Path) -> Configuration:
     path = store / CONFIGURATION_NAME
     try:
         values = tomllib.loads(path.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # the store itself says what is wrong with its path
         return Configuration()
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise InputError(f"configuration {path} can't be read: {error}", hint="see dmafs.conf(5)") from error
@@ -81,8 +82,8 @@ def _checked(path: Path, key: str, value: Any, default: Any) -> Any:  # noqa: AN
         except InputError as error:
             raise InputError(f"configuration {path}: {key}: {error.message}", hint=error.hint) from error
     if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if type(value) is not type(default) or (key in _MINIMA and value < _MINIMA[key]):
+        value = float(value) if abs(value) < 1 << 63 else math.inf
+    if type(value) is not type(default) or (key in _MINIMA and not _MINIMA[key] <= value < math.inf):
         least = f", at least {_MINIMA[key]:g}" if key in _MINIMA else ""
         raise InputError(
             f"configuration {path}: {key} = {value!r} is not right", hint=f"a {type(default).__name__}{least}"

@@ -7,7 +7,7 @@ GET      /status                                                               J
 GET      /points                                                               JSON
 POST     /snapshots        name                                                JSON
 POST     /sync                                                                 JSON
-GET      /read             volume, at, offset, length (at most READ_MAX)       bytes
+GET      /read             volume, at, offset, length                          bytes, all of one moment
 =======  ================  ==================================================  =============================
 
 An error is a JSON object {error, message, hint}: the class's name in the error tree and its texts; status 400 for
@@ -20,7 +20,8 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -30,18 +31,17 @@ from hypercorn.config import Config
 from hypercorn.trio import serve
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from dmafs.errors import DmafsError, InputError, NotFoundError
 from dmafs.service.appliance import Appliance
+from dmafs.service.report import check_range
 from dmafs.units import check_name
 
 log = logging.getLogger(__name__)
 
 NUMBER_DIGITS_MAX: Final = 18  # fits 63 bits
-READ_MAX: Final = 16 << 20
-"""Most bytes that one read returns; the client asks again for more."""
 
 
 def application(appliance: Appliance) -> Starlette:
@@ -64,10 +64,12 @@ def application(appliance: Appliance) -> Starlette:
     async def read(request: Request) -> Response:
         query = request.query_params
         offset, length = _number(query.get("offset")), _number(query.get("length"))
-        if length > READ_MAX:
-            raise InputError(f"length {length} is more than {READ_MAX}", hint="read in parts")
-        data = await appliance.read_at(query.get("volume", ""), query.get("at", ""), offset, length)
-        return Response(bytes(data), media_type="application/octet-stream")
+        image = appliance.image_at(query.get("volume", ""), query.get("at", ""))
+        check_range(image, offset, length)
+        parts = appliance.read_at(image, offset, length)
+        first = await anext(parts, b"")  # from here on the image is held, and most errors would have come
+        headers = {"content-length": str(length)}
+        return StreamingResponse(_joined(first, parts), headers=headers, media_type="application/octet-stream")
 
     return Starlette(
         routes=[
@@ -78,6 +80,13 @@ def application(appliance: Appliance) -> Starlette:
             Route("/read", _answering(read), methods=["GET"]),
         ]
     )
+
+
+async def _joined(first: bytes, rest: AsyncGenerator[bytes]) -> AsyncIterator[bytes]:
+    async with aclosing(rest):
+        yield first
+        async for part in rest:
+            yield part
 
 
 def _number(text: str | None) -> int:
@@ -134,6 +143,20 @@ def socket_of(path: Path) -> socket.socket:
     finally:
         os.close(directory)
     return listener
+
+
+def close_connections(path: Path) -> None:
+    """Shut down all connections of the control socket: a client that doesn't read can't hold up the daemon's end."""
+    for entry in list(Path("/proc/self/fd").iterdir()):
+        try:
+            if not os.readlink(entry).startswith("socket:"):  # noqa: PTH115 - not a path
+                continue
+            with socket.socket(fileno=os.dup(int(entry.name))) as connection:
+                name = connection.getsockname() if connection.family == socket.AF_UNIX else ""
+                if isinstance(name, str) and name.endswith(f"/{path.name}"):
+                    connection.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            continue  # gone meanwhile, or not connected: the listening socket itself
 
 
 class _Ready:

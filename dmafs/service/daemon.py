@@ -7,9 +7,10 @@ on SIGTERM, SIGINT or an unmount from outside: unmount, control socket, engines'
 from __future__ import annotations
 
 import logging
+import resource
 import signal
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Final
 from uuid import UUID
@@ -23,7 +24,7 @@ from dmafs.core.store import SOCKET_NAME, Store, is_inside, lies_on
 from dmafs.errors import MountError, PlacementError
 from dmafs.service.appliance import Appliance
 from dmafs.service.configuration import Configuration, load_configuration
-from dmafs.service.control import serve_control
+from dmafs.service.control import close_connections, serve_control
 from dmafs.service.engine import Engine
 from dmafs.service.mounting import mount_source, prepare_mount_point, tune
 from dmafs.service.progress import show_progress
@@ -41,6 +42,8 @@ def serve(store_path: Path, mount_point: Path) -> None:
     """Serve a store at a mount point until SIGTERM, SIGINT or unmounting."""
     mount_point = mount_point.resolve()  # by lstat: a dead mount there does no harm
     configuration = load_configuration(store_path)
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each segment of a journal is two open files
     store = Store(store_path, limits=configuration.volume_limits())
     try:
         prepare_mount_point(store.path, mount_point)
@@ -68,55 +71,71 @@ async def _run(store: Store, mount_point: Path, configuration: Configuration) ->
     for name, volume in store.volumes.items():
         tap = PassThroughTap(volume, open_source(Path(volume.info.source), writable=True))
         engines[name] = Engine(volume, tap, tick_s=configuration.tick_s, limiter=limiter)
-    appliance = Appliance(store, engines)
-    for name, engine in engines.items():
-        redone = await engine.recover(UUID(BOOT_ID.read_text().strip()))
-        if redone:
-            log.warning("volume %s: not closed in order; %d events written to its source again", name, redone)
-        if needs_resync(engine.volume):
-            log.warning("volume %s: the machine stopped while it was in use; a gap lasts until the resync ends", name)
-    try:
-        await _serve_until_asked(store, appliance, engines, mount_point, configuration)
-    finally:
-        for engine in engines.values():
-            await engine.close()
-
-
-async def _serve_until_asked(
-    store: Store,
-    appliance: Appliance,
-    engines: dict[str, Engine],
-    mount_point: Path,
-    configuration: Configuration,
-) -> None:
-    options = {"default_permissions", f"fsname={mount_source(store.path)}", "subtype=dmafs", "auto_unmount"}
-    if configuration.allow_other:
-        options.add("allow_other")
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async with trio.open_nursery() as nursery:
-            for engine in engines.values():
-                await nursery.start(engine.run)
-            await nursery.start(serve_control, appliance, store.path / SOCKET_NAME)
+            ending = Ending(nursery.cancel_scope.cancel)
+            nursery.start_soon(ending.watch, signals)
             try:
-                pyfuse3.init(Tree(appliance, appliance.started_ns), str(mount_point), options)
-            except RuntimeError as error:
-                raise MountError(
-                    f"mount point {mount_point} can't be mounted on: {error}", hint="is fuse3 installed, and /dev/fuse?"
-                ) from error
-            try:
-                nursery.start_soon(_terminate_on, signals)
-                nursery.start_soon(trio.to_thread.run_sync, tune, mount_point)
-                nursery.start_soon(show_progress, engines)
-                print(f"dmafs: serving {store.path} at {mount_point}", file=sys.stderr, flush=True)  # noqa: T201
-                await pyfuse3.main(min_tasks=1, max_tasks=FUSE_TASKS)
+                for name, engine in engines.items():
+                    await _recover(name, engine)
+                await _serve_mount(store, engines, mount_point, configuration, ending)
             finally:
-                pyfuse3.close(unmount=True)
+                for engine in engines.values():
+                    await engine.close()
             nursery.cancel_scope.cancel()
 
 
-async def _terminate_on(signals: AsyncIterator[int]) -> None:
-    """End the mount at the first signal."""
-    async for number in signals:
-        log.info("ending on %s", signal.Signals(number).name)
-        pyfuse3.terminate()
-        return
+class Ending:
+    """How the daemon is asked to end: once; what that does depends on how far it is. Later signals change nothing."""
+
+    def __init__(self, act: Callable[[], object]) -> None:
+        """Do *act* at the first signal."""
+        self.act = act
+
+    async def watch(self, signals: AsyncIterator[int]) -> None:
+        """Take all signals until cancelled."""
+        asked = False
+        async for number in signals:
+            log.info("ending on %s", signal.Signals(number).name)
+            if not asked:
+                self.act()
+            asked = True
+
+
+async def _recover(name: str, engine: Engine) -> None:
+    redone = await engine.recover(UUID(BOOT_ID.read_text().strip()))
+    if redone:
+        log.warning("volume %s: not closed in order; %d events written to its source again", name, redone)
+    if needs_resync(engine.volume):
+        log.warning("volume %s: the machine stopped while it was in use; a gap lasts until the resync ends", name)
+
+
+async def _serve_mount(
+    store: Store, engines: dict[str, Engine], mount_point: Path, configuration: Configuration, ending: Ending
+) -> None:
+    """Run the engines, the control interface and the mount until the mount ends."""
+    options = {"default_permissions", f"fsname={mount_source(store.path)}", "subtype=dmafs", "auto_unmount"}
+    if configuration.allow_other:
+        options.add("allow_other")
+    appliance = Appliance(store, engines)
+    socket_path = store.path / SOCKET_NAME
+    async with trio.open_nursery() as nursery:
+        for engine in engines.values():
+            await nursery.start(engine.run)
+        await nursery.start(serve_control, appliance, socket_path)
+        try:
+            pyfuse3.init(Tree(appliance, appliance.started_ns), str(mount_point), options)
+        except RuntimeError as error:
+            raise MountError(
+                f"mount point {mount_point} can't be mounted on: {error}", hint="is fuse3 installed, and /dev/fuse?"
+            ) from error
+        try:
+            ending.act = pyfuse3.terminate
+            nursery.start_soon(trio.to_thread.run_sync, tune, mount_point)
+            nursery.start_soon(show_progress, engines)
+            print(f"dmafs: serving {store.path} at {mount_point}", file=sys.stderr, flush=True)  # noqa: T201
+            await pyfuse3.main(min_tasks=1, max_tasks=FUSE_TASKS)
+        finally:
+            pyfuse3.close(unmount=True)
+            close_connections(socket_path)
+        nursery.cancel_scope.cancel()

@@ -9,12 +9,13 @@ Rules:
 2. Syncs, snapshots and drops exclude each other (``_maintenance``), not capture and not reads.
 3. Before each step of a sync or a drop, readers that resolved before are waited for: nothing is overwritten or closed
    under a reader.
-4. Commits are never abandoned half-way: threads can't be cancelled, and a cancelled sync stops between two steps, which
-   is as safe as a power cut there.
+4. Work isn't cancelled, but for syncs, copies and resyncs: these may stop between two steps when the daemon ends.
+   Opening the store again finishes or forgets what they began.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -46,6 +47,8 @@ Result = TypeVar("Result")
 
 DIGEST_CHUNK: Final = 1 << 20
 RETRY_S: Final = 10.0
+TROUBLE: Final = (DmafsError, OSError)
+"""What a task survives: it is logged, and the task goes on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +115,7 @@ class Engine:
         """
         redone: int = await self._drive(self.tap.redo())
         await self._drive(begin_after_stop(self.volume, boot_id, self._flush_step))
-        await trio.to_thread.run_sync(self.volume.mark_open, boot_id, limiter=self._limiter)
+        await self._call(partial(self.volume.mark_open, boot_id))
         return redone
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -131,8 +134,8 @@ class Engine:
             if self.volume.journal.durable < self.volume.journal.head and not self.volume.failure:
                 try:
                     await self.flush(Flag.TICK)
-                except DmafsError as error:
-                    log.error("volume %s: tick failed: %s", self.volume.info.name, error.message)
+                except TROUBLE as error:
+                    log.error("volume %s: tick failed: %s", self.volume.info.name, error)
 
     async def _drop_unheld(self) -> None:
         """Finish drops when the last holder of an image is gone."""
@@ -143,8 +146,8 @@ class Engine:
                 try:
                     await self._drive(self.volume.drop_unheld(), drain=True)
                     await self._sweep()
-                except DmafsError as error:
-                    log.error("volume %s: drop failed: %s", self.volume.info.name, error.message)
+                except TROUBLE as error:
+                    log.error("volume %s: drop failed: %s", self.volume.info.name, error)
 
     async def _copy(self) -> None:
         """Make the initial copy, or go on with it."""
@@ -152,9 +155,9 @@ class Engine:
         while not self.volume.pointers.now.copied:
             work = initial_copy(self.volume, self.tap.primary, self._flush_step, self.progress.update)
             try:
-                await self._drive(work)
-            except DmafsError as error:
-                log.error("volume %s: initial copy failed: %s; trying again", self.volume.info.name, error.message)
+                await self._drive(work, stoppable=True)
+            except TROUBLE as error:
+                log.error("volume %s: initial copy failed: %s; trying again", self.volume.info.name, error)
                 await trio.sleep(RETRY_S)
                 continue
             log.info(
@@ -172,9 +175,9 @@ class Engine:
             self.progress.begin(0)
             work = resync(self.volume, self.tap.primary, self._flush_step, self.progress.update)
             try:
-                differing = await self._drive(work)
-            except DmafsError as error:
-                log.error("volume %s: resync failed: %s; trying again", name, error.message)
+                differing = await self._drive(work, reads=True, stoppable=True)
+            except TROUBLE as error:
+                log.error("volume %s: resync failed: %s; trying again", name, error)
                 await trio.sleep(RETRY_S)
                 continue
             log.warning("volume %s: gap ended, %s of the source differed", name, format_bytes(differing * SECTOR))
@@ -182,18 +185,27 @@ class Engine:
     def _flush_step(self, flag: Flag) -> Work[object]:
         return (yield _Await(partial(self.flush, flag)))
 
-    async def _drive(self, work: Work[Result], *, drain: bool = False) -> Result:
-        """Drive work of the core: each call it yields in a thread, this thread free for everything else meanwhile."""
+    async def _drive(
+        self, work: Work[Result], *, drain: bool = False, reads: bool = False, stoppable: bool = False
+    ) -> Result:
+        """Drive work of the core: each call it yields in a thread, this thread free for everything else meanwhile.
+
+        With *drain* readers are waited for before each call; with *reads* each call is a reader itself. Only
+        *stoppable* work can be cancelled, and that between two calls.
+        """
+        with trio.CancelScope(shield=not stoppable):
+            result = await self._drive_calls(work, drain=drain, reads=reads)
+        return result  # noqa: RET504 - not inside: for all mypy knows a scope swallows exceptions
+
+    async def _drive_calls(self, work: Work[Result], *, drain: bool, reads: bool) -> Result:
         try:
             call = next(work)
             while True:
-                if drain:
-                    await self._drain()
                 try:
-                    if isinstance(call, _Await):
-                        answer = await call.function()
-                    else:
-                        answer = await trio.to_thread.run_sync(call, limiter=self._limiter)
+                    with self._reading() if reads else contextlib.nullcontext():
+                        if drain:
+                            await self._drain()
+                        answer = await self._call(call)
                 except Exception as error:  # noqa: BLE001 - passed on: the work decides
                     call = work.throw(error)
                 else:
@@ -203,6 +215,16 @@ class Engine:
             return result
         finally:
             work.close()
+
+    async def _call(self, call: Callable[[], Any]) -> object:
+        """Run a call in a thread; once begun it is waited for."""
+        await trio.lowlevel.checkpoint_if_cancelled()
+        with trio.CancelScope(shield=True):
+            if isinstance(call, _Await):
+                answer = await call.function()
+            else:
+                answer = await trio.to_thread.run_sync(call, limiter=self._limiter)
+        return answer
 
     # -- capture ------------------------------------------------------------------------------------------------
 
@@ -290,7 +312,7 @@ class Engine:
             await self.flush()
             self.syncing = True
             try:
-                seq: int = await self._drive(sync(self.volume), drain=True)
+                seq: int = await self._drive(sync(self.volume), drain=True, stoppable=True)
             finally:
                 self.syncing = False
             await self._sweep()
@@ -299,10 +321,20 @@ class Engine:
     async def take_snapshot(self, name: str) -> Snapshot:
         """Flush, and make that moment a snapshot. Doesn't wait for a sync that is under way."""
         self.volume.require_snapshot(name)
-        indicator = None
-        while indicator is None:  # somebody else's commit may have covered an earlier moment only
-            indicator = await self.flush(Flag.FLUSH)
-        return await self._drive(self.volume.snapshot_at(indicator, name))
+        with self.marked() as seq:
+            return await self.snapshot_at(seq, name)
+
+    @contextmanager
+    def marked(self) -> Iterator[int]:
+        """Set a sync indicator now, and have syncs not pass it; yields its seq."""
+        seq = self.volume.indicate().seq
+        with self.volume.reserved(seq):
+            yield seq
+
+    async def snapshot_at(self, seq: int, name: str) -> Snapshot:
+        """Make a marked moment durable and a snapshot."""
+        await self.flush()
+        return await self._drive(self.volume.snapshot_at(seq, name))
 
     async def drop_snapshot(self, snapshot: Snapshot) -> None:
         """Drop a snapshot, or hide it until its image is closed."""
@@ -323,8 +355,8 @@ class Engine:
         with trio.CancelScope(shield=True):
             try:
                 await self.flush()
-                await trio.to_thread.run_sync(self.volume.mark_clean, limiter=self._limiter)
-            except DmafsError as error:
-                log.error("volume %s: not closed in order: %s", self.volume.info.name, error.message)
+                await self._call(self.volume.mark_clean)
+            except TROUBLE as error:
+                log.error("volume %s: not closed in order: %s", self.volume.info.name, error)
             self.volume.close()
             self.tap.primary.close()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final
 
+from dmafs.core.mounts import mounts
 from dmafs.core.store import is_inside
 from dmafs.errors import MountError, PlacementError
 
@@ -15,34 +17,8 @@ READ_AHEAD_KB: Final = 1024
 """Measured before the project began: raising the default of 128 doubles sequential speed."""
 MAX_BACKGROUND: Final = 64
 
-_MOUNTINFO: Final = Path("/proc/self/mountinfo")
 _BDI: Final = Path("/sys/class/bdi")
 _CONNECTIONS: Final = Path("/sys/fs/fuse/connections")
-
-
-class Mount(NamedTuple):
-    """A line of mountinfo."""
-
-    device: str
-    point: str
-    kind: str
-    source: str
-
-
-def mounts() -> list[Mount]:
-    """Return all mounts, the topmost of a place last."""
-    found = []
-    for line in _MOUNTINFO.read_text().splitlines():
-        left, _, right = line.partition(" - ")
-        fields, more = left.split(" "), right.split(" ")
-        found.append(Mount(fields[2], _unescaped(fields[4]), more[0], _unescaped(more[1])))
-    return found
-
-
-def _unescaped(text: str) -> str:
-    for code, character in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
-        text = text.replace(code, character)
-    return text
 
 
 def mount_source(store: Path) -> str:
@@ -92,8 +68,8 @@ def tune(point: Path) -> None:
     """Raise the readahead and the number of background requests of our mount, where we may. Doesn't touch the mount."""
     for mount in mounts():
         if mount.point == str(point) and mount.kind == FILESYSTEM_TYPE:
-            minor = mount.device.partition(":")[2]
+            minor = os.minor(mount.device)
             with contextlib.suppress(OSError):
-                (_BDI / mount.device / "read_ahead_kb").write_text(str(READ_AHEAD_KB))
+                (_BDI / f"{os.major(mount.device)}:{minor}" / "read_ahead_kb").write_text(str(READ_AHEAD_KB))
             with contextlib.suppress(OSError):
-                (_CONNECTIONS / minor / "max_background").write_text(str(MAX_BACKGROUND))
+                (_CONNECTIONS / str(minor) / "max_background").write_text(str(MAX_BACKGROUND))

@@ -22,10 +22,13 @@ async def show_progress(engines: Mapping[str, Engine]) -> None:
     copying = {name: engine for name, engine in engines.items() if not engine.volume.pointers.now.copied}
     if not copying:
         return
-    if sys.stderr.isatty():
-        await _show_bars(copying)
-    else:
+    if not sys.stderr.isatty():
         await _log_tenths(copying)
+        return
+    try:
+        await _show_bars(copying)
+    except OSError:  # the terminal is gone; the daemon isn't
+        log.warning("the terminal can't be written any more; progress is in dmafs status")
 
 
 async def _show_bars(copying: dict[str, Engine]) -> None:

@@ -6,17 +6,20 @@ The daemon and the commands that work without one make the same reports; the dae
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 from dmafs.core.image import Image
 from dmafs.core.moments import resolve, seqs_at, snapshot_groups
 from dmafs.core.points import landmarks, oldest_point
 from dmafs.core.resync import needs_resync
 from dmafs.core.volume import Volume
-from dmafs.errors import NoSuchPointError, NoSuchVolumeError
+from dmafs.errors import InputError, NoSuchPointError, NoSuchVolumeError
 from dmafs.units import SECTOR, format_rfc3339, format_time
 
 Report = dict[str, Any]
+
+READ_CHUNK: Final = 1 << 20
+"""What is read of an image at once for a command."""
 
 
 def point(seq: int, time_ns: int) -> Report:
@@ -98,6 +101,15 @@ def points_of(volumes: Mapping[str, Volume]) -> Report:
             for identifier, group in snapshot_groups(volumes).items()
         ],
     }
+
+
+def check_range(image: Image, offset: int, length: int) -> None:
+    """Raise InputError unless a range of bytes is within an image."""
+    if not 0 <= offset <= offset + length <= image.size:
+        raise InputError(
+            f"range {offset}+{length} is not within the {image.size} bytes of volume {image.volume.info.name}",
+            hint="offset and length are bytes",
+        )
 
 
 def image_at(volumes: Mapping[str, Volume], volume: str, text: str) -> Image:

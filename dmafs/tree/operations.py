@@ -298,7 +298,6 @@ class Tree(pyfuse3.Operations):
         return self._attributes(node)
 
     @guarded
-    @with_deadline
     async def getxattr(self, inode: pyfuse3.InodeT, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
         """Return ``user.dmafs.seq``, ``.time``, ``.volume``, ``.consistency`` or ``.digest`` of an image."""
         node = self._table.node(inode)

@@ -1,7 +1,7 @@
 """A rig: a scratch folder with primaries, a store, a daemon in a process of its own, loop devices and mounts on top.
 
-Nothing here can hang for ever. Commands have timeouts, and a watchdog kills a daemon that is still there after its time:
-then whatever waits for its mount, in this process or in the kernel, gets an error.
+Nothing here can hang for ever. Commands have timeouts, and a watchdog kills a daemon that is still there after its
+time: then whatever waits for its mount, in this process or in the kernel, gets an error.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import pytest
 
+from dmafs.core.mounts import mounts
 from dmafs.service.client import session
-from dmafs.service.mounting import mounts
 
 DMAFS: Final = Path(sys.executable).with_name("dmafs")
 MIB: Final = 1 << 20
@@ -253,7 +253,7 @@ class Rig:
             self._watchdog.cancel()
         self._watchdog = self.daemon = None
 
-    # -- what stands on the tree ----------------------------------------------------------------------------------------
+    # -- what stands on the tree ---------------------------------------------------------------------------------------
 
     def attach(self, path: Path, *options: str) -> str:
         """Return a loop device over a file. Others on the machine take free ones too: try again."""
@@ -288,7 +288,7 @@ class Rig:
         run("umount", *options, folder)
         self._mounts.remove(folder)
 
-    # -- the daemon's log ------------------------------------------------------------------------------------------------
+    # -- the daemon's log ----------------------------------------------------------------------------------------------
 
     def allow(self, *patterns: str) -> None:
         """Say which trouble in the daemon's log this test brings about."""
@@ -303,9 +303,9 @@ class Rig:
         lines = [line for line in self.log().splitlines() if _TROUBLE.search(line)]
         return [line for line in lines if not any(re.search(pattern, line) for pattern in self._allowed)]
 
-    # -- the end ---------------------------------------------------------------------------------------------------------
+    # -- the end -------------------------------------------------------------------------------------------------------
 
-    def __enter__(self) -> Rig:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -314,7 +314,8 @@ class Rig:
         finally:
             if self._watchdog is not None:
                 self._watchdog.cancel()
-        assert not any(mount.point.startswith(f"{self.root}/") for mount in mounts()), f"mounts are left in {self.root}"
+        left = [mount.point for mount in mounts() if mount.point.startswith(f"{self.root}/")]
+        assert not left, f"mounts are left: {left}"
         trouble = self.trouble()
         shutil.rmtree(self.root)
         assert not trouble, "unexpected in the daemon's log:\n" + "\n".join(trouble)
@@ -363,8 +364,8 @@ class Rig:
             return False
 
 
-def fails(code: int, function: Callable[[], object]) -> None:
-    """Assert that the kernel answers with errno *code*."""
+def fails(code: int, function: Callable[..., object], *arguments: object) -> None:
+    """Assert that the kernel answers a call with errno *code*."""
     with pytest.raises(OSError) as caught:  # noqa: PT011 - the errno is what matters
-        function()
+        function(*arguments)
     assert caught.value.errno == code, caught.value

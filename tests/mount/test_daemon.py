@@ -76,6 +76,10 @@ class Loader(threading.Thread):
         except OSError as error:
             self.error = error
 
+    def wait_flushed(self, count: int) -> None:
+        """Wait until at least so many blocks are flushed."""
+        wait_until(lambda: len(self.flushed) >= count, "flushed writes")
+
     def end(self) -> None:
         """Wait until it has ended."""
         self._asked_to_end.set()
@@ -151,18 +155,35 @@ def test_a_loop_device_does_not_keep_the_daemon(rig: Rig) -> None:
     run("e2fsck", "-fn", rig.primary())
 
 
+def test_mounts_of_any_name_do_not_matter(rig: Rig) -> None:
+    """A mount elsewhere on the machine whose name isn't UTF-8, or has line breaks in it, hinders nothing."""
+    folder = Path(os.fsdecode(os.fsencode(rig.root) + b"/\xff\xfe \xe2\x80\xa8\x0c\n\\"))
+    folder.mkdir()
+    rig.mkfs(device := rig.attach(source(rig, "other", 16 * MIB)))
+    rig.mount(device, folder)
+    done = rig.dmafs("create", rig.store, "--source", device, code=5)
+    assert "is mounted read-write" in done.stderr
+    rig.create()
+    rig.start()
+    rig.kill()
+    rig.start()
+    rig.stop()
+    rig.umount(folder)
+    rig.detach(device)
+
+
 # --- being killed
 
 
 def test_a_killed_daemon_loses_nothing_flushed(rig: Rig) -> None:
-    """Kill -9 under load, three times: the next daemon clears the stale mount, and every flushed write is everywhere."""
+    """Kill -9 under load, three times: the next daemon clears the stale mount, and what was flushed is everywhere."""
     rig.allow(REDONE)
     rig.create(size=64 * MIB)
     for _ in range(3):
         rig.start()
         loader = Loader(rig, blocks=SIZE // BLOCK, flush_every=3)
         loader.start()
-        wait_until(lambda loader=loader: len(loader.flushed) >= 60, "flushed writes")
+        loader.wait_flushed(60)
         rig.kill()
         loader.end()
         assert loader.error is not None, "the daemon was killed while it was written to"
@@ -210,6 +231,11 @@ def without_daemon(rig: Rig) -> dict[str, Any]:
     return volume
 
 
+def wait_copied(rig: Rig, fraction: float) -> None:
+    """Wait until so much of the initial copy is done."""
+    wait_until(lambda: rig.status()["copy_fraction"] >= fraction, "the copy to go on", every=0.005)
+
+
 @pytest.mark.slow
 def test_an_interrupted_initial_copy_goes_on(rig: Rig) -> None:
     """Kill -9 and then SIGTERM in the midst of the copy of a full source: it goes on where it was, and ends exact.
@@ -232,10 +258,8 @@ def test_an_interrupted_initial_copy_goes_on(rig: Rig) -> None:
         loader = Loader(rig, blocks=200 * MIB // BLOCK, flush_every=8)
         loader.start()
         loaders.append(loader)
-        wanted = positions[-1] + 0.3  # a position is saved every 256 MiB
-        status = wait_until(
-            lambda wanted=wanted: (found := rig.status())["copy_fraction"] >= wanted and found, "the copy to go on"
-        )
+        wait_copied(rig, positions[-1] + 0.3)  # a position is saved every 256 MiB
+        status = rig.status()
         assert os.listdir(rig.mnt / "live") == os.listdir(rig.mnt / "at") == []
         assert loader.flushed
         end()
@@ -563,7 +587,7 @@ def test_bad_input_is_refused_without_a_daemon(stopped: Rig, name: str) -> None:
 
 @pytest.mark.parametrize("name", STOPPED)
 def test_bad_circumstances_are_refused(rig: Rig, name: str) -> None:
-    """A store, a source, a mount point or a configuration that can't be: exit code, message and hint; nothing changes."""
+    """A store, source, mount point or configuration that can't be: exit code, message and hint; nothing changes."""
     rig.create()
     assert_refused(rig, STOPPED[name])
 

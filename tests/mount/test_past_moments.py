@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import signal
 import subprocess
@@ -60,14 +61,11 @@ class Work:
         run("sh", "-c", f"tar -C '{STDLIB}' -c {' '.join(TREES)} | tar -C '{folder}' -x")
 
     def _insert(self, number: int) -> None:
-        lines = "".join(f"insert into t values ({number}, {row}, hex(randomblob(200)));" for row in range(ROWS))
+        rows = "".join(f"({number}, {row}, hex(randomblob(200)))," for row in range(ROWS))[:-1]
         database = self._files / "database"
-        run(
-            "sqlite3",
-            database,
-            "pragma journal_mode=delete; create table if not exists t (a, b, c);"
-            f"begin; {lines} commit; begin; delete from t; rollback;",
-        )
+        run("sqlite3", database, "create table if not exists t (a, b, c)")
+        insert = f"insert into t values {rows}"  # noqa: S608 - our own numbers
+        run("sqlite3", database, "begin", insert, "commit", "begin", "delete from t", "rollback")
         self.rows += ROWS
 
     def _commit(self, number: int) -> None:
@@ -109,7 +107,9 @@ def assert_recovers(rig: Rig, image: Path) -> None:
     run("cp", "--sparse=always", image, copy)
     replayed = run("e2fsck", "-fy", copy, code=None)
     assert replayed.returncode in (0, 1), replayed.stdout
-    assert not [line for line in replayed.stdout.splitlines() if line.endswith("? yes")], replayed.stdout
+    # The superblock's totals are no part of the journal; every mount counts them anew.
+    rest = re.sub(r"Free (blocks|inodes) count wrong \(\d+, counted=\d+\)\.\nFix\? yes\n", "", replayed.stdout)
+    assert "? yes" not in rest, replayed.stdout
     run("e2fsck", "-fn", copy)
     copy.unlink()
 

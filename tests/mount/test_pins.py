@@ -1,4 +1,4 @@
-"""An image that is open never changes, whatever is synced or dropped; at the last close what was kept for it goes away."""
+"""An open image never changes, whatever is synced or dropped; at the last close what was kept for it goes away."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def begun(rig: Rig, rng: random.Random) -> None:
 
 
 def test_an_open_file_outlives_syncs(rig: Rig) -> None:
-    """A moment that is no snapshot stays the same through its descriptor over several syncs, then isn't there any more."""
+    """A moment that is no snapshot stays the same through its descriptor over syncs, then isn't there any more."""
     rng = random.Random(SEED)
     begun(rig, rng)
     copy, when = copied(rig, "copy"), moment()
@@ -86,7 +86,7 @@ def test_an_open_file_outlives_syncs(rig: Rig) -> None:
         assert seq in backward_seqs(rig)
         assert seq not in snapshot_seqs(rig)
     wait_nothing_left(rig)
-    fails(errno.ENOENT, lambda: rig.at(f"seq:{seq}").stat())
+    fails(errno.ENOENT, rig.at(f"seq:{seq}").stat)
     assert rig.live().read_bytes() == rig.primary().read_bytes()
 
 
@@ -127,7 +127,7 @@ def test_a_mounted_image_outlives_syncs(rig: Rig) -> None:
 
 
 def test_a_dropped_snapshot_stays_for_who_has_it_open(rig: Rig) -> None:
-    """Rmdir hides a snapshot at once, its open image keeps its bytes, its neighbours keep theirs, and its files go last."""
+    """Rmdir hides a snapshot at once; its open image and its neighbours keep their bytes; its files go at the close."""
     rng = random.Random(SEED)
     begun(rig, rng)
     copies = {}
@@ -138,7 +138,7 @@ def test_a_dropped_snapshot_stays_for_who_has_it_open(rig: Rig) -> None:
     with rig.snapshot("dropped").open("rb", buffering=0) as held:
         (rig.mnt / "snapshots" / "dropped").rmdir()
         assert sorted(set(os.listdir(rig.mnt / "snapshots")) & {*copies}) == ["older", "younger"]
-        fails(errno.ENOENT, lambda: rig.snapshot("dropped").stat())
+        fails(errno.ENOENT, rig.snapshot("dropped").stat)
         sync(rig, rng)
         assert_reads(held.fileno(), copies["dropped"])
         assert backward_seqs(rig) != snapshot_seqs(rig)

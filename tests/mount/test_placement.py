@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -11,7 +13,7 @@ import pytest
 
 from dmafs.core.storage import open_source
 from dmafs.core.store import create_volume, lies_on, mounted_writable, volume_names
-from dmafs.errors import DmafsError, PlacementError, SourceBusyError
+from dmafs.errors import DmafsError, ExistsError, PlacementError, SourceBusyError
 
 pytestmark = pytest.mark.mount
 
@@ -31,12 +33,12 @@ class Disks:
         self.path = path
         self.undo = undo
 
-    def image(self, name: str, *, at: Path | None = None, size: int = SIZE) -> Path:
-        """Return a file with an ext4 filesystem."""
+    def image(self, name: str, *, at: Path | None = None, size: int = SIZE, kind: str = "ext4") -> Path:
+        """Return a file with a filesystem, ext4 if none is said."""
         path = (at or self.path) / name
         with path.open("wb") as file:
             file.truncate(size)
-        command("mkfs.ext4", "-q", "-F", "-m", "0", path)
+        command(f"mkfs.{kind}", *{"ext4": ["-q", "-F", "-m", "0"], "btrfs": ["-q"]}[kind], path)
         return path
 
     def loop(self, image: Path, *options: str) -> Path:
@@ -117,6 +119,33 @@ def test_store_on_a_partition_of_its_source_is_refused(disks: Disks) -> None:
     assert create(place / "store", two) == []
     assert list(mounted_writable(device)) == [str(place)], "a disk is in use if a partition of it is"
     assert list(mounted_writable(two)) == []
+
+
+@pytest.mark.skipif("btrfs" not in Path("/proc/filesystems").read_text(), reason="the kernel has no Btrfs")
+def test_btrfs_is_known_by_its_source(disks: Disks) -> None:
+    """The device numbers of Btrfs, one for each subvolume, are no device's; what it was mounted from is."""
+    image = disks.image("a.img", size=8 * SIZE, kind="btrfs")
+    device = disks.loop(image)
+    place = disks.mount(device, "mnt")
+    command("btrfs", "subvolume", "create", place / "sub")
+    inner = disks.mount(disks.loop(disks.image("inner.img", at=place)), "inner")
+    for source in (device, image):
+        assert list(mounted_writable(source)) == [str(place)]
+        for folder in (place, place / "sub", inner):
+            refuse(PlacementError, "is on its own source", folder / "store", source, force=True)
+        refuse(SourceBusyError, f"source {source} is mounted read-write at {place}", disks.path / "store", source)
+
+
+def test_device_in_another_volume_is_refused(disks: Disks) -> None:
+    """One device is one source, whichever of its nodes is named."""
+    device = disks.loop(disks.image("a.img"))
+    create(disks.path / "store", device)
+    node = disks.path / "node"
+    os.mknod(node, stat.S_IFBLK | 0o600, device.stat().st_rdev)
+    for source in (device, node):
+        with pytest.raises(ExistsError, match=f"source {source} is already the source of volume disk"):
+            create_volume(disks.path / "store", "other", source=source, tap="fuse")
+    assert volume_names(disks.path / "store") == ["disk"]
 
 
 def test_store_on_another_disk_is_fine(disks: Disks) -> None:

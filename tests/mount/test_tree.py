@@ -153,7 +153,7 @@ def test_mtime_is_the_last_events_time(told: Told) -> None:
 
 
 def test_extended_attributes(told: Told) -> None:
-    """Images carry seq, time, volume and consistency; the digest is the content's xxh3-128 and equal for all spellings."""
+    """Images carry seq, time, volume, consistency; the digest is the content's xxh3-128, equal for all spellings."""
     rig = told.rig
     image = rig.at(told.first_ns)
     names = ["user.dmafs.seq", "user.dmafs.time", "user.dmafs.volume", "user.dmafs.consistency"]
@@ -168,9 +168,9 @@ def test_extended_attributes(told: Told) -> None:
     kept = os.getxattr(rig.snapshot("kept"), "user.dmafs.digest").decode()
     assert kept == os.getxattr(rig.at("kept"), "user.dmafs.digest").decode() == xxhash.xxh3_128_hexdigest(told.kept)
     assert os.getxattr(rig.live(), "user.dmafs.seq") == os.getxattr(rig.at(told.last_ns), "user.dmafs.seq")
-    fails(errno.ENODATA, lambda: os.getxattr(image, "user.dmafs.nothing"))
-    fails(errno.ENODATA, lambda: os.getxattr(image, "user.other"))
-    fails(errno.EROFS, lambda: os.setxattr(image, "user.dmafs.seq", b"1"))
+    fails(errno.ENODATA, os.getxattr, image, "user.dmafs.nothing")
+    fails(errno.ENODATA, os.getxattr, image, "user.other")
+    fails(errno.EROFS, os.setxattr, image, "user.dmafs.seq", b"1")
 
 
 def test_an_unflushed_moment_is_crash_consistent(rig: Rig) -> None:
@@ -249,8 +249,8 @@ def test_relative_spellings(told: Told) -> None:
     rig = told.rig
     for spelling in ("1ms ago", "0s ago", "1us ago~0s"):
         assert rig.at(spelling).samefile(rig.at(told.last_ns))
-    fails(errno.ENOENT, lambda: rig.at("1h ago").stat())
-    fails(errno.ENOENT, lambda: rig.at("yesterday 14:00").stat())
+    fails(errno.ENOENT, rig.at("1h ago").stat)
+    fails(errno.ENOENT, rig.at("yesterday 14:00").stat)
 
 
 BAD_NAMES = [
@@ -293,7 +293,7 @@ BAD_NAMES = [
     "...",
     "-",
     "é",
-    "２０２６-07-28T00:00Z",
+    "\uff12\uff10\uff12\uff16-07-28T00:00Z",
     "時間",
     "\u202e",
     "\udcff\udcfe",
@@ -309,8 +309,8 @@ def test_bad_names_are_not_there(told: Told, name: str) -> None:
     """What is no point is ENOENT below at/ and snapshots/, and beside the image."""
     rig = told.rig
     for folder in (rig.mnt / "at", rig.mnt / "snapshots", rig.mnt, rig.mnt / "live", rig.mnt / "at" / "kept"):
-        fails(errno.ENOENT, lambda path=folder / name: path.lstat())  # type: ignore[misc]
-    fails(errno.ENOENT, lambda: rig.at(name).stat())
+        fails(errno.ENOENT, (folder / name).lstat)
+    fails(errno.ENOENT, rig.at(name).stat)
 
 
 def test_names_at_the_edges(told: Told) -> None:
@@ -321,13 +321,13 @@ def test_names_at_the_edges(told: Told) -> None:
     assert os.stat(at / "kept" / "..").st_ino == at.stat().st_ino
     assert os.stat(at / ".").st_ino == at.stat().st_ino
     assert os.stat(rig.mnt / "..").st_ino == rig.root.stat().st_ino
-    fails(errno.ENOENT, lambda: os.stat(at / ("x" * 256)))
-    fails(errno.ENAMETOOLONG, lambda: os.stat(at / ("x" * 4096)))
-    fails(errno.ENOTDIR, lambda: os.stat(at / "kept" / "disk.img" / "x"))
-    fails(errno.ENOENT, lambda: os.stat(rig.at(time.time_ns() + 60 * 10**9)))
-    fails(errno.ENOENT, lambda: os.stat(rig.at(told.before_ns)))
-    fails(errno.ENOENT, lambda: os.stat(at / "kept" / "other.img"))
-    fails(errno.ENOENT, lambda: os.stat(at / "kept" / "disk"))
+    fails(errno.ENOENT, os.stat, at / ("x" * 256))
+    fails(errno.ENAMETOOLONG, os.stat, at / ("x" * 4096))
+    fails(errno.ENOTDIR, os.stat, at / "kept" / "disk.img" / "x")
+    fails(errno.ENOENT, os.stat, rig.at(time.time_ns() + 60 * 10**9))
+    fails(errno.ENOENT, os.stat, rig.at(told.before_ns))
+    fails(errno.ENOENT, os.stat, at / "kept" / "other.img")
+    fails(errno.ENOENT, os.stat, at / "kept" / "disk")
 
 
 # --- refusals
@@ -339,10 +339,10 @@ def test_past_and_live_cannot_be_written(told: Told) -> None:
     for path in (rig.at(told.first_ns), rig.snapshot("kept"), rig.live()):
         before = path.read_bytes()
         for flags in (os.O_WRONLY, os.O_RDWR, os.O_WRONLY | os.O_TRUNC, os.O_RDWR | os.O_APPEND):
-            fails(errno.EROFS, lambda path=path, flags=flags: os.open(path, flags))  # type: ignore[misc]
-        fails(errno.EROFS, lambda path=path: os.truncate(path, 0))  # type: ignore[misc]
-        fails(errno.EROFS, lambda path=path: os.chmod(path, 0o777))  # type: ignore[misc]
-        fails(errno.EROFS, lambda path=path: os.utime(path))  # type: ignore[misc]
+            fails(errno.EROFS, os.open, path, flags)
+        fails(errno.EROFS, os.truncate, path, 0)
+        fails(errno.EROFS, os.chmod, path, 0o600)
+        fails(errno.EROFS, os.utime, path)
         assert path.read_bytes() == before
 
 
@@ -361,27 +361,23 @@ def test_the_tree_has_no_other_changes(told: Told) -> None:
     ]
     for folder in folders:
         new = folder / "new"
-        changes: list[Callable[[], object]] = [
-            lambda new=new: os.open(new, os.O_CREAT | os.O_WRONLY),  # type: ignore[misc]
-            lambda new=new: os.mknod(new),  # type: ignore[misc]
-            lambda new=new: os.mkfifo(new),  # type: ignore[misc]
-            lambda new=new: os.symlink("x", new),  # type: ignore[misc]
-            lambda new=new: os.link(rig.tap(), new),  # type: ignore[misc]
-        ]
+        fails(errno.EROFS, os.open, new, os.O_CREAT | os.O_WRONLY)
+        fails(errno.EROFS, os.mknod, new)
+        fails(errno.EROFS, os.mkfifo, new)
+        fails(errno.EROFS, os.symlink, "x", new)
+        fails(errno.EROFS, os.link, rig.tap(), new)
         if folder != mnt / "snapshots":
-            changes.append(lambda new=new: os.mkdir(new))  # type: ignore[misc]
-        for change in changes:
-            fails(errno.EROFS, change)
+            fails(errno.EROFS, os.mkdir, new)
     for path in (rig.tap(), rig.live(), rig.snapshot("kept"), rig.at("kept")):
-        fails(errno.EROFS, lambda path=path: os.unlink(path))  # type: ignore[misc]
-        fails(errno.EROFS, lambda path=path: os.rename(path, path.parent / "new"))  # type: ignore[misc]
+        fails(errno.EROFS, os.unlink, path)
+        fails(errno.EROFS, os.rename, path, path.parent / "new")
     for path in (mnt / "at" / "kept", mnt / "snapshots" / "latest"):
-        fails(errno.EROFS, lambda path=path: os.unlink(path))  # type: ignore[misc]
-    fails(errno.EROFS, lambda: os.rename(mnt / "snapshots" / "kept", mnt / "snapshots" / "new"))
+        fails(errno.EROFS, os.unlink, path)
+    fails(errno.EROFS, os.rename, mnt / "snapshots" / "kept", mnt / "snapshots" / "new")
     for path in (mnt / "at", mnt / "tap", rig.at(told.first_ns).parent.resolve()):
-        fails(errno.EROFS, lambda path=path: os.rmdir(path))  # type: ignore[misc]
-    for change in (lambda: os.chmod(rig.tap(), 0o644), lambda: os.chown(rig.tap(), 1, 1)):
-        fails(errno.EPERM, change)
+        fails(errno.EROFS, os.rmdir, path)
+    fails(errno.EPERM, os.chmod, rig.tap(), 0o644)
+    fails(errno.EPERM, os.chown, rig.tap(), 1, 1)
 
 
 # --- snapshots
@@ -393,7 +389,7 @@ def test_the_tree_has_no_other_changes(told: Told) -> None:
 def test_snapshots_with_bad_names_are_refused(told: Told, name: str) -> None:
     """A name that could be mistaken is EINVAL, or EEXIST where it is one already; no snapshot appears."""
     code = errno.EEXIST if name == "latest" else errno.EINVAL
-    fails(code, lambda: os.mkdir(told.rig.mnt / "snapshots" / name))
+    fails(code, os.mkdir, told.rig.mnt / "snapshots" / name)
     assert sorted(os.listdir(told.rig.mnt / "snapshots")) == ["kept", "latest"]
 
 
@@ -402,11 +398,11 @@ def test_snapshots_come_and_go(rig: Rig) -> None:
     rig.create()
     rig.start()
     folder = rig.mnt / "snapshots"
-    fails(errno.ENOENT, lambda: (folder / "latest").lstat())
+    fails(errno.ENOENT, (folder / "latest").lstat)
     pwrite(rig.tap(), b"x" * 512, 0)
     (folder / "one").mkdir()
     pwrite(rig.tap(), b"y" * 512, 0)
-    fails(errno.EEXIST, lambda: os.mkdir(folder / "one"))
+    fails(errno.EEXIST, os.mkdir, folder / "one")
     assert rig.snapshot("one").read_bytes()[:512] == b"x" * 512
     (folder / "two").mkdir()
     assert os.readlink(folder / "latest") == "two"
@@ -417,9 +413,9 @@ def test_snapshots_come_and_go(rig: Rig) -> None:
     assert rig.snapshot("two").read_bytes()[:512] == b"y" * 512
     (folder / "two").rmdir()
     assert os.readlink(folder / "latest") == "one"
-    fails(errno.ENOENT, lambda: (folder / "two").lstat())
-    fails(errno.ENOENT, lambda: os.rmdir(folder / "two"))
-    fails(errno.ENOENT, lambda: os.rmdir(folder / "never"))
+    fails(errno.ENOENT, (folder / "two").lstat)
+    fails(errno.ENOENT, os.rmdir, folder / "two")
+    fails(errno.ENOENT, os.rmdir, folder / "never")
     pwrite(rig.tap(), b"z" * 512, 0)
     (folder / "two").mkdir()
     assert rig.snapshot("two").read_bytes()[:512] == b"z" * 512, "the name means the new one"
@@ -481,13 +477,13 @@ def test_truncation_leaves_a_disk_as_it_is(rig: Rig) -> None:
     assert tap.read_bytes() == content.ljust(SIZE, b"\0")
     os.truncate(tap, SIZE)
     for size in (1, SIZE - 1, SIZE + 1, 2 * SIZE):
-        fails(errno.EINVAL, lambda size=size: os.truncate(tap, size))  # type: ignore[misc]
+        fails(errno.EINVAL, os.truncate, tap, size)
     for offset in (SIZE, SIZE + 4096):
-        fails(errno.ENOSPC, lambda offset=offset: pwrite(tap, b"x", offset))  # type: ignore[misc]
+        fails(errno.ENOSPC, pwrite, tap, b"x", offset)
     with tap.open("r+b", buffering=0) as file:
         file.seek(SIZE - 1)
         assert file.write(b"xy") == 1, "what fits is written"
-        fails(errno.ENOSPC, lambda: file.write(b"y"))
+        fails(errno.ENOSPC, file.write, b"y")
     assert tap.stat().st_size == SIZE
     assert pread(rig.live(), 2, SIZE - 1) == b"x"
     assert_same(rig.primary(), rig.live())
@@ -553,7 +549,7 @@ def test_volumes_of_one_store_are_one_moment(rig: Rig) -> None:
     for number, between, after in points:
         assert first_bytes(between) == (number - 1, number)
         assert first_bytes(after) == (number, number)
-    fails(errno.ENOENT, lambda: rig.at("seq:1", "data").stat())  # another moment in each volume
+    fails(errno.ENOENT, rig.at("seq:1", "data").stat)  # another moment in each volume
     pwrite(rig.tap("log"), b"later" * 512, 0)
     rig.dmafs("sync", rig.store)
     for volume in ("data", "log"):
@@ -608,7 +604,7 @@ def test_a_storm_of_garbage_ends_nothing(told: Told) -> None:
         try:
             rng.choice(operations)(path)
         except OSError as error:
-            seen.add(error.errno)
+            seen.add(error.errno or 0)
     assert errno.ENOENT in seen
     assert seen <= usual, {errno.errorcode[number] for number in seen}
     assert told.rig.status()["state"] == "protected"

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from dmafs.errors import InputError
+from dmafs.errors import InputError, NoStoreError
+from dmafs.service.client import session
 from dmafs.service.configuration import Configuration, load_configuration
 
 
@@ -25,6 +26,15 @@ def test_values(tmp_path: Path) -> None:
     assert found.volume_limits().segments.data_sectors == 16384
 
 
+def test_store_that_is_a_file_is_left_to_the_store(tmp_path: Path) -> None:
+    """What is wrong with the store's path isn't an error of the configuration."""
+    path = tmp_path / "file"
+    path.write_bytes(b"")
+    assert load_configuration(path) == Configuration()
+    with pytest.raises(NoStoreError, match=f"store {path}"), session(path):
+        pass
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -32,6 +42,9 @@ def test_values(tmp_path: Path) -> None:
         "tick_s = true",
         "tick_s = 0",
         'tick_s = "1"',
+        "tick_s = nan",
+        "tick_s = inf",
+        pytest.param(f"tick_s = 1{'0' * 400}", id="tick_s = 1e400"),
         "threads = 1.5",
         "threads = 1",
         "threads = -4",

@@ -16,7 +16,7 @@ import pytest
 
 from dmafs.core import storage as module
 from dmafs.core.storage import RealFile, RealStorage, close_all, lock_directory, open_source, write_whole
-from dmafs.errors import CorruptionError, ExistsError, NoStoreError, SourceError, StoreBusyError
+from dmafs.errors import CorruptionError, ExistsError, NoStoreError, SourceBusyError, SourceError, StoreBusyError
 from dmafs.units import SECTOR
 from tests.unit.tools import files, fill
 
@@ -329,6 +329,23 @@ def test_source_is_opened(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="Bad file descriptor"):
         two.write([fill(3)], 0)
     two.close()
+
+
+def test_source_is_written_by_one(tmp_path: Path) -> None:
+    """A regular file is open for writing once at a time; who only reads is no trouble, and nothing stays open."""
+    path = tmp_path / "s"
+    path.write_bytes(fill(1))
+    reader = open_source(path, writable=False)
+    one = open_source(path, writable=True)
+    descriptors = len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - counted
+    with pytest.raises(SourceBusyError, match=f"source {path} is in use by another daemon or volume") as caught:
+        open_source(path, writable=True)
+    assert caught.value.hint
+    assert len(os.listdir("/proc/self/fd")) == descriptors  # noqa: PTH208 - counted
+    open_source(path, writable=False).close()
+    one.close()
+    open_source(path, writable=True).close()
+    reader.close()
 
 
 @pytest.mark.parametrize("kind", ["missing", "directory", "fifo", "socket", "loop", "below a file"])

@@ -29,7 +29,6 @@ from dmafs.errors import (
     ExistsError,
     InputError,
     NoStoreError,
-    NoSuchVolumeError,
     PlacementError,
     SourceBusyError,
     SourceError,
@@ -46,6 +45,10 @@ class Bench:
         self.root = path
         self.source = path / "disk.raw"
         self.source.write_bytes(fill(1, 8))
+        self.second = path / "second.raw"
+        self.second.write_bytes(fill(2, 8))
+        self.third = path / "third.raw"
+        self.third.write_bytes(fill(3, 8))
         self.store = path / "store"
 
     def create(self, name: str = "disk", **changes: Any) -> list[str]:
@@ -58,6 +61,7 @@ class Bench:
         with pytest.raises(kind, match=match) as caught:
             self.create(name, **changes)
         assert type(caught.value) is kind
+        assert caught.value.hint
         assert tree(self.root) == before
 
 
@@ -80,7 +84,7 @@ def test_created_volume_can_be_opened(bench: Bench) -> None:
     assert mode(bench.store) == mode(bench.store / "disk") == 0o700
     assert all(mode(path) in {0o600, 0o700} for path in bench.store.rglob("*"))
     store = Store(bench.store)
-    info = store.volume("disk").info
+    info = store.volumes["disk"].info
     assert (info.name, info.size_sectors, info.source, info.tap, info.created_ns) == (
         "disk",
         8,
@@ -88,7 +92,7 @@ def test_created_volume_can_be_opened(bench: Bench) -> None:
         "fuse",
         77,
     )
-    store.volume("disk").check()
+    store.volumes["disk"].check()
     store.close()
 
 
@@ -111,13 +115,10 @@ def test_second_volume_joins_the_store(bench: Bench) -> None:
     bench.create("a")
     for name in (SOCKET_NAME, CONFIGURATION_NAME):
         (bench.store / name).write_bytes(b"")
-    bench.create("b")
+    bench.create("b", source=bench.second)
     store = Store(bench.store)
     assert sorted(store.volumes) == ["a", "b"]
-    assert store.volume("a").info.uuid != store.volume("b").info.uuid
-    with pytest.raises(NoSuchVolumeError, match="no volume c") as caught:
-        store.volume("c")
-    assert caught.value.hint == "it has: a, b"
+    assert store.volumes["a"].info.uuid != store.volumes["b"].info.uuid
     store.close()
 
 
@@ -126,7 +127,7 @@ def test_relative_paths_are_kept_absolute(bench: Bench, monkeypatch: pytest.Monk
     monkeypatch.chdir(bench.root)
     bench.create(store=Path("store"), source=Path("disk.raw"))
     store = Store(Path("store"))
-    assert store.volume("disk").info.source == str(bench.source)
+    assert store.volumes["disk"].info.source == str(bench.source)
     store.close()
 
 
@@ -213,9 +214,9 @@ def test_store_in_use_is_refused(bench: Bench) -> None:
     """While a daemon has the store no volume is made in it."""
     bench.create("a")
     lock = lock_directory(bench.store)
-    bench.refuse(StoreBusyError, "in use by another process", "b")
+    bench.refuse(StoreBusyError, "in use by another process", "b", source=bench.second)
     os.close(lock)
-    bench.create("b")
+    bench.create("b", source=bench.second)
 
 
 @pytest.mark.parametrize("existing", ["nothing", "parent", "directory", "store"])
@@ -227,13 +228,47 @@ def test_failure_in_the_middle_leaves_nothing(bench: Bench, monkeypatch: pytest.
     elif existing == "directory":
         store.mkdir(mode=0o755, parents=True)
     elif existing == "store":
-        bench.create("other", store=store)
+        bench.create("other", store=store, source=bench.second)
 
     def fail(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("dmafs.core.volume.write_whole", fail)
     bench.refuse(InputError, "volume disk can't be made in .*: no space left", store=store)
+
+
+@pytest.mark.parametrize("place", ["a" * 256, "a/b/" + "c" * 256, "a/../" + "b" * 256], ids=["name", "parents", "dots"])
+def test_store_that_cannot_be_made_leaves_no_parents(bench: Bench, place: str) -> None:
+    """When the last folder of a path can't be made, those before it are taken away again."""
+    bench.refuse(InputError, "can't be made: file name too long", store=bench.root / place)
+
+
+@pytest.mark.parametrize("through", ["path", "link", "hard link"])
+def test_source_of_another_volume_is_refused(bench: Bench, through: str) -> None:
+    """A source is in one volume of a store, by whatever name; one whose file is away stands in nobody's way."""
+    bench.create("a")
+    again = bench.root / "again"
+    if through == "path":
+        again = bench.source
+    elif through == "link":
+        again.symlink_to(bench.source)
+    else:
+        again.hardlink_to(bench.source)
+    bench.refuse(ExistsError, f"source {again} is already the source of volume a in {bench.store}", "b", source=again)
+    bench.create("b", source=bench.second)
+    bench.second.unlink()
+    bench.create("c", source=bench.third)
+
+
+def test_damaged_volume_is_named_when_another_joins(bench: Bench) -> None:
+    """A volume whose source can't be told hinders others, with an error that names the file."""
+    bench.create("a")
+    info = bench.store / "a" / INFO_NAME
+    info.write_bytes(b"{}")
+    bench.refuse(CorruptionError, str(info), "b", source=bench.second)
+    info.unlink()
+    info.symlink_to(bench.source)
+    bench.refuse(CorruptionError, str(info), "b", source=bench.second)
 
 
 def test_interrupted_creation_is_not_a_volume(bench: Bench) -> None:
@@ -244,7 +279,7 @@ def test_interrupted_creation_is_not_a_volume(bench: Bench) -> None:
     assert volume_names(bench.store) == []
     with pytest.raises(NoStoreError, match="has no volume"):
         Store(bench.store)
-    bench.create("c")
+    bench.create("c", source=bench.second)
     assert volume_names(bench.store) == ["c"]
     bench.create("b")
     assert files(bench.store) == ["b", "c"]

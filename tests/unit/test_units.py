@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from dmafs.errors import InputError, NoSuchPointError
 from dmafs.units import (
-    SECTOR,
     AtName,
     AtSeq,
     AtTime,
@@ -27,7 +26,6 @@ from dmafs.units import (
     parse_bytes,
     parse_canonical,
     parse_spelling,
-    sectors,
     valid_name,
 )
 
@@ -68,15 +66,6 @@ def refuse(text: str, pattern: str = "", *, timezone: str | None = BERLIN) -> No
     assert caught.value.message[0].islower()
     assert caught.value.hint
     return caught.value
-
-
-@given(st.integers(0, 2**60))
-def test_sectors_whole(count: int) -> None:
-    """Whole sectors convert; one byte more or less is an InputError, and so is less than nothing."""
-    assert sectors(count * SECTOR) == count
-    for nbytes in (count * SECTOR + 1, count * SECTOR + 511, -SECTOR * (count + 1)):
-        with pytest.raises(InputError, match=str(nbytes)):
-            sectors(nbytes)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,48 @@
+"""Claims about dmafs.cli: an output that can't be written is an error, not a traceback; nothing is said twice."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dmafs.core.store import create_volume
+
+ROOT = Path(__file__).parents[2]
+SIZE = 1 << 20
+
+
+def run(*arguments: object, output: str) -> tuple[int, str]:
+    """Run dmafs with its standard output in the file *output*; return the exit status and what it says."""
+    command = [sys.executable, "-c", "from dmafs.cli.main import entry; entry()", *map(str, arguments)]
+    with Path(output).open("wb") as file:
+        done = subprocess.run(command, stdout=file, stderr=subprocess.PIPE, text=True, check=False, cwd=ROOT)
+    return done.returncode, done.stderr
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    source = tmp_path / "disk.raw"
+    source.write_bytes(bytes(SIZE))
+    create_volume(tmp_path / "store", "disk", source=source, tap="fuse")
+    return tmp_path / "store"
+
+
+@pytest.mark.parametrize("arguments", [["status"], ["status", "--json"], ["ls"]], ids=" ".join)
+def test_full_standard_output_is_an_error(store: Path, arguments: list[str]) -> None:
+    """What can't be written is one error with a hint and exit status 2."""
+    status, said = run(*arguments, store, output="/dev/full")
+    assert status == 2
+    assert (
+        said == "dmafs: error: standard output can't be written: no space left on device\nhint: look at where it goes\n"
+    )
+    assert run(*arguments, store, output="/dev/null") == (0, "")
+
+
+def test_status_of_a_file_says_that_it_is_no_store(store: Path) -> None:
+    """The store's own check speaks, with its exit status."""
+    status, said = run("status", store.parent / "disk.raw", output="/dev/null")
+    assert status == 11
+    assert "can't be opened: not a directory" in said
