@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import stat
 import time
@@ -26,8 +27,11 @@ from dmafs.errors import (
     SourceBusyError,
     SourceError,
     StoreError,
+    StoreFullError,
 )
 from dmafs.units import SECTOR, check_name, valid_name
+
+log = logging.getLogger(__name__)
 
 SOCKET_NAME: Final = "control.sock"
 CONFIGURATION_NAME: Final = "dmafs.conf"
@@ -77,6 +81,8 @@ def open_volume(path: Path, *, limits: VolumeLimits | None = None, clock: Callab
         if volume.pointers.now.sync_target:
             run(finish(volume))
         run(volume.drop_unheld())
+    except (StoreFullError, CorruptionError) as error:  # the next sync or drop goes on with it; all images are right
+        log.error("volume %s is open, but work on it can't be finished: %s", volume.info.name, error.message)
     except BaseException:
         volume.close()
         raise

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
@@ -41,7 +42,7 @@ from dmafs.units import check_name
 
 log = logging.getLogger(__name__)
 
-NUMBER_DIGITS_MAX: Final = 18  # fits 63 bits
+_NUMBER: Final = re.compile(r"-?[0-9]{1,18}", re.ASCII)  # fits 63 bits
 
 
 def application(appliance: Appliance) -> Starlette:
@@ -90,7 +91,7 @@ async def _joined(first: bytes, rest: AsyncGenerator[bytes]) -> AsyncIterator[by
 
 
 def _number(text: str | None) -> int:
-    if text is None or not (text.isascii() and text.isdigit()) or len(text) > NUMBER_DIGITS_MAX:
+    if text is None or not _NUMBER.fullmatch(text):
         raise InputError(f"{text!r} is not a number of bytes", hint="give a decimal number")
     return int(text)
 

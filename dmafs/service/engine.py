@@ -94,7 +94,7 @@ class Engine:
         self.volume = volume
         self.tap = tap
         self._tick_s = tick_s
-        self._limiter = limiter
+        self.limiter = limiter
         self._commit = trio.Lock()
         self._requested = self._committed = 0
         self.commits = 0
@@ -223,7 +223,7 @@ class Engine:
             if isinstance(call, _Await):
                 answer = await call.function()
             else:
-                answer = await trio.to_thread.run_sync(call, limiter=self._limiter)
+                answer = await trio.to_thread.run_sync(call, limiter=self.limiter)
         return answer
 
     # -- capture ------------------------------------------------------------------------------------------------
@@ -256,14 +256,14 @@ class Engine:
             return image.read_pieces(pieces, offset, length, nowait=True)
         except BlockingIOError:
             with self._reading():
-                return await trio.to_thread.run_sync(image.read_pieces, pieces, offset, length, limiter=self._limiter)
+                return await trio.to_thread.run_sync(image.read_pieces, pieces, offset, length, limiter=self.limiter)
 
     async def read_tap(self, offset: int, length: int) -> bytearray:
         """Return bytes of the primary, fewer at its end."""
         try:
             return self.tap.read(offset, length, nowait=True)
         except BlockingIOError:
-            return await trio.to_thread.run_sync(self.tap.read, offset, length, limiter=self._limiter)
+            return await trio.to_thread.run_sync(self.tap.read, offset, length, limiter=self.limiter)
 
     async def digest(self, image: Image) -> str:
         """Return the xxh3-128 digest of a whole image."""

@@ -121,7 +121,6 @@ def test_store_on_a_partition_of_its_source_is_refused(disks: Disks) -> None:
     assert list(mounted_writable(two)) == []
 
 
-@pytest.mark.skipif("btrfs" not in Path("/proc/filesystems").read_text(), reason="the kernel has no Btrfs")
 def test_btrfs_is_known_by_its_source(disks: Disks) -> None:
     """The device numbers of Btrfs, one for each subvolume, are no device's; what it was mounted from is."""
     image = disks.image("a.img", size=8 * SIZE, kind="btrfs")

@@ -10,7 +10,9 @@ from uuid import UUID
 import pytest
 import trio
 
+from dmafs.core.journal import SegmentLimits
 from dmafs.core.ondisk import Flag
+from dmafs.core.segment import Segment
 from dmafs.core.storage import RealStorage, open_source
 from dmafs.core.store import open_volume
 from dmafs.core.volume import Volume, VolumeLimits
@@ -22,7 +24,7 @@ SECTORS = 256
 BOOT = UUID(int=1)
 
 
-def make_engine(folder: Path) -> Engine:
+def make_engine(folder: Path, *, threads: int = 4, segments: SegmentLimits | None = None) -> Engine:
     """Open the volume in *folder*, made if need be."""
     source = folder / "primary.img"
     disk = folder / "disk"
@@ -30,9 +32,10 @@ def make_engine(folder: Path) -> Engine:
         source.write_bytes(bytes(SECTORS * 512))
         disk.mkdir()
         Volume.create(RealStorage(disk), name="disk", size_sectors=SECTORS, source=source, tap="fuse", created_ns=1)
-    volume = open_volume(disk, limits=VolumeLimits(reserve_bytes=0))
+    limits = VolumeLimits(segments=segments or SegmentLimits(), reserve_bytes=0)
+    volume = open_volume(disk, limits=limits)
     tap = PassThroughTap(volume, open_source(source, writable=True))
-    return Engine(volume, tap, tick_s=0.02, limiter=trio.CapacityLimiter(4))
+    return Engine(volume, tap, tick_s=0.02, limiter=trio.CapacityLimiter(threads))
 
 
 async def until(condition: object) -> None:
@@ -175,6 +178,70 @@ async def test_a_failed_fsync_ends_all_writing(engine: Engine, monkeypatch: pyte
     with pytest.raises(StoreError, match="read-only"):
         await engine.flush(Flag.TICK)
     assert bytes(await engine.read(engine.volume.live, 0, 512)) == sector("before")
+
+
+async def test_a_cancelled_flush_forgets_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever gives up waiting for a flush doesn't take the journal's files from the next one."""
+    engine = make_engine(tmp_path, threads=1)
+    await engine.recover(BOOT)
+    synced = []
+    monkeypatch.setattr(Segment, "datasync", lambda segment: synced.append(segment.stem))
+    engine.tap.write(0, sector("x"))
+    await engine.limiter.acquire_on_behalf_of("somebody")
+    async with trio.open_nursery() as nursery:
+
+        async def give_up() -> None:
+            with trio.move_on_after(0.05):
+                await engine.flush()
+
+        nursery.start_soon(give_up)
+        await trio.sleep(0.1)
+        assert not synced
+        engine.limiter.release_on_behalf_of("somebody")
+    await engine.flush()
+    assert len(synced) == 1
+    assert engine.volume.journal.durable == engine.volume.journal.head
+    monkeypatch.undo()
+    await engine.close()
+
+
+async def test_a_sync_waits_for_the_readers_of_a_resync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The comparison of a resync reads through journals that a sync lets go: they stay open until it is done."""
+    engine = make_engine(tmp_path, segments=SegmentLimits(data_sectors=4, records=4))
+    await engine.recover(BOOT)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(engine.run)
+        await until(lambda: engine.volume.pointers.now.copied)
+        for number in range(40):
+            engine.tap.write(number * 512, sector(str(number)))
+        await engine.flush()
+        nursery.cancel_scope.cancel()
+    engine.volume.close()
+    engine.tap.primary.close()
+    engine = make_engine(tmp_path)
+    await engine.recover(UUID(int=2))
+    begun, go_on = threading.Event(), threading.Event()
+    plain_read = engine.tap.primary.read_into
+
+    def slow_read(buffer: bytearray | memoryview, offset: int) -> None:
+        begun.set()
+        assert go_on.wait(10)
+        plain_read(buffer, offset)
+
+    monkeypatch.setattr(engine.tap.primary, "read_into", slow_read)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(engine.run)
+        await until(begun.is_set)
+        nursery.start_soon(engine.sync)
+        await trio.sleep(0.1)
+        assert engine.volume.pointers.now.mirror_seq == 0, "the sync waits"
+        go_on.set()
+        await until(lambda: not engine.volume.journal.gaps and engine.volume.pointers.now.mirror_seq >= 40)
+        await engine.sync()
+        assert bytes(await engine.read(engine.volume.live, 39 * 512, 512)) == sector("39")
+        nursery.cancel_scope.cancel()
+    monkeypatch.undo()
+    await engine.close()
 
 
 async def test_digest(engine: Engine) -> None:

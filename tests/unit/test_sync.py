@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dmafs.core.mirror import Mirror
 from dmafs.core.ondisk import HEADER_SIZE, Flag
 from dmafs.core.segment import Segment
 from dmafs.core.snapshots import Snapshot
@@ -19,7 +22,7 @@ from dmafs.core.store import open_volume
 from dmafs.core.sync import finish, next_stop, plan_leg, sync, sync_target
 from dmafs.core.volume import Volume
 from dmafs.core.work import Work, run
-from dmafs.errors import CorruptionError, NoSuchPointError, StoreFullError
+from dmafs.errors import CorruptionError, NoSuchPointError, StoreError, StoreFullError
 from dmafs.units import SECTOR
 from tests.unit.tools import TINY, Ticking, all_images, copied_volume, fill, flip, image_bytes, new_volume, tree
 
@@ -436,3 +439,96 @@ def test_held_image_never_changes(bench: Bench) -> None:
     assert bench.check() == [0, 9, bench.volume.journal.head]
     hidden = [snapshot for snapshot in bench.volume.snapshots.all() if snapshot.hidden]
     assert hidden == list[Snapshot]()
+
+
+# --- trouble in the middle
+
+
+def fail_with(number: int) -> Callable[..., None]:
+    def fail(*_args: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+def test_a_full_store_stays_usable(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A committed sync that finds no space is finished later: meanwhile all images are right, after reopening too."""
+    for number in range(12):
+        bench.write(number, bytes([number + 100]))
+    bench.flush()
+    with monkeypatch.context() as patch:
+        patch.setattr(Mirror, "write", fail_with(errno.ENOSPC))
+        with pytest.raises(StoreFullError):
+            bench.sync()
+        assert bench.volume.pointers.now.sync_target
+        assert bench.check()
+        bench.volume.close()
+        bench.volume = open_volume(bench.path, limits=TINY, clock=Ticking(10**6))
+        assert bench.check()
+    bench.write(3, b"z")
+    bench.flush()
+    assert bench.sync() == bench.volume.journal.head
+    assert bench.check()
+
+
+def test_a_source_or_mirror_that_can_not_be_read_is_no_end_of_writing(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A read error ends the sync, not the capture."""
+    bench.write(1, b"x")
+    bench.flush()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "preadv", fail_with(errno.EIO))
+        with pytest.raises(StoreError, match="can't be read"):
+            bench.sync()
+    assert not bench.volume.failure
+    bench.write(2, b"y")
+    bench.flush()
+    bench.sync()
+    assert bench.check()
+
+
+def test_damage_in_a_dropped_snapshot_does_not_close_the_store(bench: Bench) -> None:
+    """What can't be merged stays hidden; syncs go on, and the store can be opened."""
+    for value in b"abc":
+        bench.write(5, bytes([value]))
+        run(bench.volume.take_snapshot(name=f"s{value}"))
+    bench.write(5, b"d")
+    bench.flush()
+    bench.sync()
+    snapshot = bench.volume.snapshots.find("s98")
+    assert snapshot is not None
+    flip(bench.path / f"{snapshot.stem}.dat", 0)
+    run(bench.volume.drop_snapshot(snapshot))
+    assert bench.volume.snapshots.find("s98") is None
+    bench.write(6, b"e")
+    bench.flush()
+    bench.sync()
+    bench.volume.close()
+    bench.volume = open_volume(bench.path, limits=TINY, clock=Ticking(10**6))
+    assert image_bytes(bench.volume, bench.volume.journal.head)
+
+
+def driven_on(work: Work[int], answer: object) -> object:
+    """Drive work that is under way to its end; return its result."""
+    try:
+        while True:
+            answer = work.send(answer)()
+    except StopIteration as stop:
+        return stop.value
+
+
+def test_a_sync_stops_at_a_reserved_seq(bench: Bench) -> None:
+    """While somebody takes a snapshot no sync passes its moment, also one that had been planned further."""
+    bench.write(1, b"x")
+    seq = bench.volume.indicate().seq
+    bench.write(2, b"y")
+    bench.flush()
+    with bench.volume.reserved(seq):
+        assert bench.sync() == seq
+    work = sync(bench.volume)
+    answer = next(work)()
+    with bench.volume.reserved(seq):
+        assert driven_on(work, answer) == seq
+    bench.sync()
+    assert bench.check()
