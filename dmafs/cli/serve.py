@@ -15,7 +15,7 @@ def add_commands(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
     command = commands.add_parser(
         "serve",
         help="capture writes and show the past at a mount point",
-        description="Serve a store at a mount point, in the foreground, until SIGTERM, SIGINT or umount.",
+        description="Serve a store at a mount point, in the foreground, until SIGTERM, SIGINT, SIGHUP or umount.",
     )
     command.add_argument("store", metavar="STORE", type=Path, help="directory of the store")
     command.add_argument("mount_point", metavar="MOUNTPOINT", type=Path, help="an empty directory")

@@ -1,11 +1,13 @@
 """The daemon: the composition root. Opens the store, mounts the tree, runs engines and control interface.
 
 Order of starting: lock and recovery, checks, redo onto the primaries, engines, control socket, mount. Order of ending,
-on SIGTERM, SIGINT or an unmount from outside: unmount, control socket, engines' tasks, last flush, clean mark, unlock.
+on SIGTERM, SIGINT, SIGHUP or an unmount from outside: unmount, control socket, engines' tasks, last flush, clean mark,
+unlock.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import resource
 import signal
@@ -39,7 +41,7 @@ FUSE_TASKS: Final = 32
 
 
 def serve(store_path: Path, mount_point: Path) -> None:
-    """Serve a store at a mount point until SIGTERM, SIGINT or unmounting."""
+    """Serve a store at a mount point until SIGTERM, SIGINT, SIGHUP or unmounting."""
     mount_point = mount_point.resolve()  # by lstat: a dead mount there does no harm
     configuration = load_configuration(store_path)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -71,7 +73,7 @@ async def _run(store: Store, mount_point: Path, configuration: Configuration) ->
     for name, volume in store.volumes.items():
         tap = PassThroughTap(volume, open_source(Path(volume.info.source), writable=True))
         engines[name] = Engine(volume, tap, tick_s=configuration.tick_s, limiter=limiter)
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+    with trio.open_signal_receiver(*_ending_signals()) as signals:
         async with trio.open_nursery() as nursery:
             ending = Ending(nursery.cancel_scope.cancel)
             nursery.start_soon(ending.watch, signals)
@@ -83,6 +85,12 @@ async def _run(store: Store, mount_point: Path, configuration: Configuration) ->
                 for engine in engines.values():
                     await engine.close()
             nursery.cancel_scope.cancel()
+
+
+def _ending_signals() -> list[signal.Signals]:
+    """Return the signals that end the daemon: a hang-up too, unless it was started to ignore that (nohup)."""
+    hang_up = [] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGHUP]
+    return [signal.SIGTERM, signal.SIGINT, *hang_up]
 
 
 class Ending:
@@ -133,7 +141,8 @@ async def _serve_mount(
             ending.act = pyfuse3.terminate
             nursery.start_soon(trio.to_thread.run_sync, tune, mount_point)
             nursery.start_soon(show_progress, engines)
-            print(f"dmafs: serving {store.path} at {mount_point}", file=sys.stderr, flush=True)  # noqa: T201
+            with contextlib.suppress(OSError):  # the terminal may be gone already
+                print(f"dmafs: serving {store.path} at {mount_point}", file=sys.stderr, flush=True)  # noqa: T201
             await pyfuse3.main(min_tasks=1, max_tasks=FUSE_TASKS)
         finally:
             pyfuse3.close(unmount=True)
