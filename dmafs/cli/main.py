@@ -87,4 +87,6 @@ def _first(error: BaseException) -> DmafsError:
 
 def entry() -> None:
     """Run the command of this process and exit."""
-    sys.exit(main())
+    status = main()
+    output.settle_errors()
+    sys.exit(status)

@@ -6,6 +6,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator
+from typing import TextIO
 
 from dmafs.errors import DmafsError
 
@@ -28,11 +29,19 @@ def flush() -> None:
         sys.stdout.flush()
 
 
-def abandon() -> None:
-    """Forget what is still in memory, so that nothing is left to fail at exit."""
+def abandon(stream: TextIO | None = None) -> None:
+    """Forget what is still in memory for a stream (standard output), so that nothing is left to fail at exit."""
     null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, sys.stdout.fileno())
+    os.dup2(null, (stream or sys.stdout).fileno())
     os.close(null)
+
+
+def settle_errors() -> None:
+    """Write out what is still in memory for standard error, or forget it if its terminal is gone."""
+    try:
+        sys.stderr.flush()
+    except OSError:
+        abandon(sys.stderr)
 
 
 @contextlib.contextmanager
