@@ -106,7 +106,7 @@ class VersionError(StoreError):
 
 
 class CorruptionError(StoreError):
-    """A checksum doesn't match, or a record or file is missing or foreign (invariant 5)."""
+    """A checksum doesn't match, or a record or file is missing or foreign (promise 5)."""
 
     exit_code = 14
 

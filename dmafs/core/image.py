@@ -98,7 +98,7 @@ class Image:
         return segment.is_zero(index)
 
     def check(self) -> None:
-        """Assert that the map equals one built anew from the descriptors (invariant 9 of the design)."""
+        """Assert that the map equals one built anew from the descriptors (promise 9)."""
         self.vrmo.check()
         fresh = self.volume.build_vrmo(self.seq)
         for mine, other in zip(_joined(self.vrmo), _joined(fresh), strict=True):

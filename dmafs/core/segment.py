@@ -316,7 +316,7 @@ class Segment(Columns):
             buffer[:] = memoryview(whole)[skip * SECTOR : skip * SECTOR + len(buffer)]
 
     def verify(self, index: int, *, nowait: bool = False) -> bytearray:
-        """Read all data of event number *index*, check it (invariant 5 of the design) and return it."""
+        """Read all data of event number *index*, check it (promise 5) and return it."""
         whole = bytearray(self.lengths[index] * SECTOR)
         if self.is_zero(index):
             return whole

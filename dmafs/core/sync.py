@@ -1,7 +1,7 @@
 """Sync: the mirror moves forward to a sync indicator, and what it loses is kept in the open snapshot (fig. 9, 10, 15).
 
 A sync goes in *legs*: it stops at each snapshot and each held image on its way, so that these become the open snapshot
-there. A leg is one transaction (invariant 3 of the design):
+there. A leg is one transaction (promise 3):
 
 save       The sectors that the leg will overwrite and the open snapshot lacks are copied from the mirror to its
            backward journal: data, then descriptors, both durable, and sealed. After a cut here: forgotten. Entries

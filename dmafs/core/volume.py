@@ -53,7 +53,7 @@ INFO_NAME = "volume.json"
 
 @dataclass(frozen=True, slots=True)
 class VolumeLimits:
-    """The bounds of a volume's memory and files (invariant 7 of the design)."""
+    """The bounds of a volume's memory and files (promise 7)."""
 
     segments: SegmentLimits = field(default_factory=SegmentLimits)
     images: int = 8
@@ -277,7 +277,7 @@ class Volume:
             del self._images[seq]
 
     def build_vrmo(self, seq: int) -> Vrmo:
-        """Build the map of the image at *seq* from descriptors alone (invariant 9 of the design)."""
+        """Build the map of the image at *seq* from descriptors alone (promise 9)."""
         mirror_seq = self.pointers.now.mirror_seq
         if seq < self.floor:
             return self.snapshots.build(seq, mirror_seq)

@@ -1,6 +1,6 @@
 """Configuration: ``dmafs.conf`` in the store, TOML, all keys optional; see dmafs.conf(5).
 
-Every limit of the program has a name here (invariant 7 of the design). Unknown keys and values out of range are errors.
+Every limit of the program has a name here (promise 7). Unknown keys and values out of range are errors.
 """
 
 from __future__ import annotations

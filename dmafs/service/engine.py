@@ -294,7 +294,7 @@ class Engine:
             await self._reader_left.park()
 
     def hold(self, image: Image) -> None:
-        """Keep an image readable and unchanged (invariant 4 of the design)."""
+        """Keep an image readable and unchanged (promise 4)."""
         image.pins += 1
 
     def release(self, image: Image) -> None:
