@@ -12,7 +12,6 @@ anything in between, and that decides.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Final
 from uuid import UUID
 
@@ -22,7 +21,7 @@ from dmafs.core.extent import MAX_EXTENT_SECTORS, Ints, chop, join
 from dmafs.core.image import Piece
 from dmafs.core.ondisk import Flag
 from dmafs.core.storage import File
-from dmafs.core.sync import any_set, remove_all
+from dmafs.core.sync import any_set
 from dmafs.core.volume import Volume
 from dmafs.core.work import Work
 from dmafs.units import SECTOR
@@ -59,10 +58,7 @@ def _start_again(volume: Volume) -> Work[None]:
         yield lambda: volume.pointers.update(copied_sectors=0, mirror_seq=seq, mirror_time_ns=time_ns, durable=seq)
     volume.floor = seq
     volume.live.vrmo.forget(seq)
-    released = volume.journal.release(seq)
-    volume.discard_segments(released)
-    with volume.gate():
-        yield partial(remove_all, released)
+    yield from volume.release(seq)
 
 
 def resync(

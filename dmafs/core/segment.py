@@ -24,6 +24,7 @@ from uuid import UUID
 import numpy as np
 
 from dmafs.core.columns import Columns, Indicator
+from dmafs.core.extent import Ints
 from dmafs.core.ondisk import (
     EVENT_FLAGS,
     HEADER_SIZE,
@@ -41,6 +42,8 @@ from dmafs.units import SECTOR
 
 SCAN_BYTES: Final = 4 << 20
 """How much of a descriptor queue is decoded at once: bounds the memory of opening."""
+BATCH_BYTES: Final = 8 << 20
+"""What a sync or a drop copies in one step: bounds its memory, and how long it can't be stopped."""
 
 
 class Segment(Columns):
@@ -388,6 +391,17 @@ class Batch:
         """Begin empty."""
         self.time_ns = time_ns
         self.entries: list[tuple[int, int, Flag, int]] = []
+
+
+def parts(starts: Ints, stops: Ints) -> Iterator[tuple[int, int]]:
+    """Cut a list of extents into runs ``[first, last)`` of BATCH_BYTES at most, or of one extent."""
+    total = np.cumsum((stops - starts) * SECTOR + RECORD_SIZE)
+    first = 0
+    while first < len(total):
+        done = int(total[first - 1]) if first else 0
+        last = max(int(np.searchsorted(total, done + BATCH_BYTES, "right")), first + 1)
+        yield first, last
+        first = last
 
 
 def read_header(ext: File, kind: Kind, uuid: UUID) -> Header:

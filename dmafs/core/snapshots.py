@@ -32,7 +32,7 @@ from sortedcontainers import SortedDict
 
 from dmafs.core.extent import Ints, net_change
 from dmafs.core.ondisk import Header, Kind
-from dmafs.core.segment import Segment, new_salt, read_header
+from dmafs.core.segment import Batch, Segment, new_salt, parts, read_header
 from dmafs.core.storage import Buffer, Storage
 from dmafs.core.vrmo import Vrmo, backward_reference
 from dmafs.core.work import Work
@@ -40,8 +40,6 @@ from dmafs.errors import CorruptionError, ExistsError
 from dmafs.units import SECTOR
 
 DIRECTORY = "backward"
-BATCH_BYTES = 8 << 20
-"""Data appended to a backward journal between two fsyncs: bounds the memory of a sync and of a drop."""
 
 Key = tuple[int, int]
 
@@ -311,20 +309,15 @@ class Snapshots:
         starts, stops = source.extents()
         held = target.extents()
         change = net_change(np.concatenate([starts, held[0]]), np.concatenate([stops, held[1]]))
-        pieces = [piece for piece in zip(*(c.tolist() for c in change), strict=True) if piece[2] < len(starts)]
+        mine = change.winner < len(starts)
+        pieces = list(zip(*(column[mine].tolist() for column in change), strict=True))
         time_ns = source.header.snapshot_time_ns if not target.times else target.times[-1]
-        begin = 0
-        while begin < len(pieces):
-            end, size = begin, 0
-            while end < len(pieces) and size < BATCH_BYTES:
-                size += (pieces[end][1] - pieces[end][0]) * SECTOR
-                end += 1
+        for first, last in parts(change.starts[mine], change.stops[mine]):
 
-            def move(part: list[tuple[int, int, int]] = pieces[begin:end]) -> object:
+            def move(part: list[tuple[int, int, int]] = pieces[first:last]) -> Batch:
                 return target.write_batch([_entry(source, *piece) for piece in part], time_ns)
 
             target.publish((yield move))
-            begin = end
         if target.unsealed:
             target.seal()
             yield target.datasync

@@ -19,16 +19,14 @@ Each overwritten sector that a snapshot needs is copied once, each changed secto
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
 from dmafs.core.extent import Ints, chop, join, net_change, subtract
-from dmafs.core.ondisk import RECORD_SIZE
-from dmafs.core.segment import Batch, Segment
-from dmafs.core.snapshots import BATCH_BYTES, Snapshot
+from dmafs.core.segment import Batch, parts
+from dmafs.core.snapshots import Snapshot
 from dmafs.core.storage import Buffer
 from dmafs.core.volume import Volume
 from dmafs.core.vrmo import backward_reference
@@ -155,7 +153,7 @@ def _save(volume: Volume, plan: SyncPlan, snapshot: Snapshot) -> Work[None]:
     """
     segment = volume.snapshots.segment(snapshot)
     extents = list(zip(plan.save_starts.tolist(), plan.save_stops.tolist(), strict=True))
-    for begin, end in _parts(plan.save_stops - plan.save_starts):
+    for begin, end in parts(plan.save_starts, plan.save_stops):
 
         def write(part: list[tuple[int, int]] = extents[begin:end]) -> Batch:
             return segment.write_batch([_saved(volume, start, stop) for start, stop in part], plan.target_time_ns)
@@ -188,7 +186,7 @@ def finish(volume: Volume) -> Work[None]:
 
 def _apply(volume: Volume, plan: SyncPlan) -> Work[None]:
     """Overwrite the mirror, advance the pointers, and let go of what is behind the tail."""
-    for first, last in _parts(plan.moves[1] - plan.moves[0]):
+    for first, last in parts(plan.moves[0], plan.moves[1]):
         moves = [column[first:last].tolist() for column in plan.moves]
         with volume.gate():
             yield partial(_overwrite, volume, moves)
@@ -202,30 +200,10 @@ def _apply(volume: Volume, plan: SyncPlan) -> Work[None]:
     for image in volume.images():
         if image.seq >= plan.target:
             image.vrmo.forget(plan.target)
-    released = volume.journal.release(plan.target)
-    volume.discard_segments(released)
     volume.statistics.syncs += 1
     volume.statistics.saved_sectors += int((plan.save_stops - plan.save_starts).sum())
     volume.statistics.applied_sectors += int((plan.moves[1] - plan.moves[0]).sum())
-    with volume.gate():
-        yield lambda: remove_all(released)
-
-
-def remove_all(segments: list[Segment]) -> None:
-    """Unlink the files of segments that were taken out of a journal."""
-    for segment in segments:
-        segment.remove()
-
-
-def _parts(lengths: Ints) -> Iterator[tuple[int, int]]:
-    """Cut a list of extents into parts ``[first, last)`` of bounded size: nothing takes long in one step."""
-    cost = np.cumsum(lengths * SECTOR + RECORD_SIZE)
-    first = 0
-    while first < len(lengths):
-        limit = (cost[first - 1] if first else 0) + BATCH_BYTES
-        last = max(int(np.searchsorted(cost, limit, "right")), first + 1)
-        yield first, last
-        first = last
+    yield from volume.release(plan.target)
 
 
 def _saved(volume: Volume, start: int, stop: int) -> tuple[int, int, Buffer | None]:

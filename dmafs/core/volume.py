@@ -372,9 +372,17 @@ class Volume:
         garbage, self._garbage = self._garbage, []
         return garbage
 
-    def discard_segments(self, segments: list[Segment]) -> None:
-        """Have segments closed that were taken out of a journal."""
-        self._garbage += segments
+    def release(self, tail: int) -> Work[None]:
+        """Let go of the forward journal up to *tail*, which the pointers say durably."""
+        released = self.journal.release(tail)
+        self._garbage += released
+
+        def remove() -> None:
+            for segment in released:
+                segment.remove()
+
+        with self.gate():
+            yield remove
 
     def mark_open(self, boot_id: UUID) -> None:
         """Record durably that the volume is in use under this boot of the kernel."""

@@ -28,7 +28,6 @@ from uuid import UUID
 import trio
 import xxhash
 
-from dmafs.core.columns import Indicator
 from dmafs.core.copy import initial_copy
 from dmafs.core.image import Image
 from dmafs.core.ondisk import Flag
@@ -228,21 +227,17 @@ class Engine:
 
     # -- capture ------------------------------------------------------------------------------------------------
 
-    async def flush(self, flag: Flag = Flag.FLUSH) -> Indicator | None:
-        """Make all writes until now durable in journal and primary (group commit).
-
-        Return the indicator, or None if somebody else's commit covered this one.
-        """
+    async def flush(self, flag: Flag = Flag.FLUSH) -> None:
+        """Make all writes until now durable in journal and primary; somebody else's commit may cover this one."""
         self._requested += 1
         mine = self._requested
         async with self._commit:
             if self._committed >= mine and flag in (Flag.FLUSH, Flag.TICK):
-                return None
+                return
             upto = self._requested
             self.commits += not self.volume.journal.is_clean()
-            indicator = await self._drive(self.volume.flush(self.tap.primary, flag=flag))
+            await self._drive(self.volume.flush(self.tap.primary, flag=flag))
             self._committed = upto
-            return indicator
 
     # -- reading ------------------------------------------------------------------------------------------------
 

@@ -38,7 +38,8 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from dmafs.core import copy, extent, points, snapshots, sync, vrmo
+from dmafs.core import copy, extent, points, sync, vrmo
+from dmafs.core import segment as segments
 from dmafs.core.image import Image
 from dmafs.core.journal import SegmentLimits
 from dmafs.core.ondisk import Flag
@@ -129,8 +130,7 @@ class VolumeMachine(RuleBasedStateMachine):
             (copy, "CHUNK_SECTORS", 7),
             (copy, "SAVE_SECTORS", 14),
             (copy, "_HOLE_GRAIN", 2 * SECTOR),
-            (sync, "BATCH_BYTES", 6 * SECTOR),
-            (snapshots, "BATCH_BYTES", 6 * SECTOR),
+            (segments, "BATCH_BYTES", 6 * SECTOR),
             (sync, "chop", functools.partial(extent.chop, limit=5)),
         ):
             self.patches.enter_context(mock.patch.object(module, name, value))
