@@ -142,6 +142,13 @@ class Columns:
         starts = np.array(self.starts[begin:end], np.int64)
         return starts, starts + np.array(self.lengths[begin:end], np.int64)
 
+    def select(self, start: int, stop: int, begin: int, end: int) -> tuple[Ints, Ints, Ints]:
+        """Return those of the events ``[begin, end)`` that overlap a range of sectors: starts, stops, numbers."""
+        starts = np.frombuffer(self.starts, np.int64)[begin:end]
+        stops = starts + np.frombuffer(self.lengths, np.int64)[begin:end]
+        index = np.flatnonzero((starts < stop) & (stops > start))
+        return starts[index], stops[index], index + begin
+
     def check(self) -> None:
         """Assert the invariants: columns of one length, physical addresses in order."""
         count = len(self.starts)

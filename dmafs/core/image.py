@@ -1,27 +1,36 @@
 """Images: one volume at one seq, and how their bytes are read.
 
-Reading has two steps. ``resolve`` asks the VRMO, on the volume's thread; it returns pieces that name open files.
-``read_pieces`` reads them, on any thread. A piece stays readable until its reader is done, since a sync waits for
-earlier readers before it overwrites the mirror or closes a file.
+Reading has two steps. ``locate`` asks the VRMO, on the volume's thread; it returns pieces that name open files. Most
+often that is at once (``resolve_nowait``); what isn't in memory yet is brought there by work whose slow parts run in
+threads. ``read_pieces`` reads the pieces, on any thread. A piece stays readable until its reader is done, since a sync
+waits for earlier readers before it overwrites the mirror or closes a file.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 
 from dmafs.core.extent import Ints
 from dmafs.core.segment import Segment
-from dmafs.core.vrmo import MIRROR, Vrmo
+from dmafs.core.vrmo import MIRROR, ZERO, Stack, Vrmo
+from dmafs.core.work import Work, run
 from dmafs.units import SECTOR
 
 if TYPE_CHECKING:
     from dmafs.core.volume import Volume
 
+ZEROS: Final = -2
+
 
 class Piece(NamedTuple):
-    """A run of sectors at one place: entry number *entry* of *segment* from sector *skip* on, or the mirror."""
+    """A run of sectors at one place.
+
+    That is entry number *entry* of *segment* from sector *skip* on; without a segment the mirror (entry MIRROR) or
+    nothing at all (ZEROS).
+    """
 
     start: int
     stop: int
@@ -33,32 +42,65 @@ class Piece(NamedTuple):
 class Image:
     """One moment of a volume. Made by ``Volume.image``; whoever reads it over time holds it with ``pins``."""
 
-    def __init__(self, volume: Volume, seq: int, time_ns: int, vrmo: Vrmo) -> None:
-        """Show *volume* at *seq* through *vrmo*."""
+    def __init__(self, volume: Volume, seq: int, time_ns: int) -> None:
+        """Show *volume* at *seq*."""
         self.volume = volume
         self.seq = seq
         self.time_ns = time_ns
-        self.vrmo = vrmo
+        self.vrmo = Vrmo(volume.info.size_sectors)
         self.pins = 0
         self.exact = False  # whether it ends at a sync indicator; set when it is made, since syncs forget indicators
+        self._allocated: int | None = None
 
     @property
     def size(self) -> int:
         """Return the size in bytes."""
         return self.volume.info.size_sectors * SECTOR
 
-    def resolve(self, offset: int, length: int) -> list[Piece]:
-        """Return where ``[offset, offset + length)`` is, in bytes widened to whole sectors; within the image."""
+    # -- where it is --------------------------------------------------------------------------------------------
+
+    def resolve_nowait(self, offset: int, length: int) -> list[Piece] | None:
+        """Return where ``[offset, offset + length)`` is, in bytes widened to whole sectors; within the image.
+
+        None if something that this needs isn't in memory yet.
+        """
         assert offset >= 0
         assert offset + length <= self.size
+        found = self.vrmo.resolve_nowait(offset // SECTOR, -(-(offset + length) // SECTOR))
+        if found is None:
+            return None
         pieces = []
-        for start, stop, reference in self.vrmo.resolve(offset // SECTOR, -(-(offset + length) // SECTOR)):
+        for start, stop, reference in found:
             if reference == MIRROR:
-                pieces.append(Piece(start, stop, None, 0, 0))
-                continue
-            segment, index = self.volume.descriptor(reference)
-            pieces.append(Piece(start, stop, segment, index, start - segment.starts[index]))
+                pieces.append(Piece(start, stop, None, MIRROR, 0))
+            elif reference & ZERO:
+                pieces.append(Piece(start, stop, None, ZEROS, 0))
+            else:
+                segment, index = self.volume.descriptor_nowait(reference)
+                if segment is None:
+                    return None
+                pieces.append(Piece(start, stop, segment, index, start - segment.starts[index]))
         return pieces
+
+    def locate(self, offset: int, length: int) -> Work[list[Piece]]:
+        """Return where ``[offset, offset + length)`` is, once all that this needs is in memory.
+
+        NoSuchPointError if nobody holds the image and a sync has passed it meanwhile.
+        """
+        while (pieces := self.resolve_nowait(offset, length)) is None:
+            start, stop = offset // SECTOR, -(-(offset + length) // SECTOR)
+            if not self.vrmo.has_pages(start, stop):
+                self.vrmo.make_pages(start, stop, (yield from self.volume.stack(self.seq)))
+            for _, _, reference in self.vrmo.resolve_nowait(start, stop) or ():
+                if reference != MIRROR and not reference & ZERO:
+                    yield from self.volume.load(reference)
+        return pieces
+
+    def resolve(self, offset: int, length: int) -> list[Piece]:
+        """Return where ``[offset, offset + length)`` is; blocks."""
+        return run(self.locate(offset, length))
+
+    # -- what is there ------------------------------------------------------------------------------------------
 
     def read_pieces(self, pieces: list[Piece], offset: int, length: int, *, nowait: bool = False) -> memoryview:
         """Return the bytes ``[offset, offset + length)``, which *pieces* resolve.
@@ -70,12 +112,14 @@ class Image:
             return memoryview(b"")
         first = pieces[0].start
         buffer = memoryview(bytearray((pieces[-1].stop - first) * SECTOR))
-        for start, stop, segment, index, skip in pieces:
+        for start, stop, segment, entry, skip in pieces:
+            if entry == ZEROS:
+                continue
             part = buffer[(start - first) * SECTOR : (stop - first) * SECTOR]
             if segment is None:
                 self.volume.mirror.read_into(part, start, nowait=nowait)
             else:
-                segment.read_into(index, skip, part, nowait=nowait)
+                segment.read_into(entry, skip, part, nowait=nowait)
         begin = offset - first * SECTOR
         return buffer[begin : begin + length]
 
@@ -84,25 +128,38 @@ class Image:
         length = max(0, min(length, self.size - offset))
         return self.read_pieces(self.resolve(offset, length) if length else [], offset, length)
 
-    def allocated_sectors(self) -> int:
-        """Return how many sectors hold data: the mirror's that aren't holes, changed by what the journals hold."""
-        begins, ends = self.volume.mirror.allocated()
-        starts, stops, references = self.vrmo.arrays()
-        covered = _allocated_before(begins, ends, stops) - _allocated_before(begins, ends, starts)
-        zeros = [not self._is_zero(reference) for reference in references.tolist()]
-        held = (stops - starts)[np.array(zeros, bool)]
-        return int((ends - begins).sum() - covered.sum() + held.sum())
+    # -- how much is there --------------------------------------------------------------------------------------
 
-    def _is_zero(self, reference: int) -> bool:
-        segment, index = self.volume.descriptor(reference)
-        return segment.is_zero(index)
+    def measure(self) -> Work[int]:
+        """Return how many sectors hold data: the mirror's that aren't holes, changed by what the journals hold.
+
+        Counted once for an image of the past.
+        """
+        if self._allocated is None or self is self.volume.live:
+            stack = yield from self.volume.stack(self.seq)
+            self._allocated = yield partial(_allocated_sectors, stack, self.volume.mirror.allocated(), self.vrmo.size)
+        return self._allocated
+
+    def allocated_sectors(self) -> int:
+        """Return how many sectors hold data; blocks."""
+        return run(self.measure())
 
     def check(self) -> None:
         """Assert that the map equals one built anew from the descriptors (promise 9)."""
         self.vrmo.check()
-        fresh = self.volume.build_vrmo(self.seq)
-        for mine, other in zip(_joined(self.vrmo), _joined(fresh), strict=True):
-            assert np.array_equal(mine, other), f"map of the image at {self.seq} differs from its descriptors"
+        fresh = self.volume.rebuilt(self.seq)
+        for page in self.vrmo.pages():
+            columns = fresh.entries(page.first, page.first + page.size)
+            for mine, other in zip(_joined(*page.arrays()), _joined(*columns), strict=True):
+                assert np.array_equal(mine, other), f"map of the image at {self.seq} differs from its descriptors"
+
+
+def _allocated_sectors(stack: Stack, allocated: tuple[Ints, Ints], size: int) -> int:
+    begins, ends = allocated
+    starts, stops, references = stack.entries(0, size)
+    covered = _allocated_before(begins, ends, stops) - _allocated_before(begins, ends, starts)
+    held = (stops - starts)[(references & ZERO) == 0]
+    return int((ends - begins).sum() - covered.sum() + held.sum())
 
 
 def _allocated_before(begins: Ints, ends: Ints, addresses: Ints) -> Ints:
@@ -115,9 +172,8 @@ def _allocated_before(begins: Ints, ends: Ints, addresses: Ints) -> Ints:
     return np.where(index < 0, 0, total[index] + np.where(index < 0, 0, inside))
 
 
-def _joined(vrmo: Vrmo) -> tuple[Ints, ...]:
-    """Return a map's entries with neighbours of one reference joined: how an entry was cut doesn't matter."""
-    starts, stops, references = vrmo.arrays()
+def _joined(starts: Ints, stops: Ints, references: Ints) -> tuple[Ints, ...]:
+    """Return entries with neighbours of one reference joined: how an entry was cut doesn't matter."""
     if not len(starts):
         return starts, stops, references
     new = np.append(True, (starts[1:] != stops[:-1]) | (references[1:] != references[:-1]))

@@ -24,6 +24,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 from uuid import UUID
 
@@ -31,9 +32,11 @@ import numpy as np
 
 from dmafs.core.columns import Indicator
 from dmafs.core.extent import MAX_EXTENT_SECTORS, MAX_ZERO_SECTORS, Ints
+from dmafs.core.layers import Growing, Layer, LayerTree, Selectable, entries, net_layer, stacked
 from dmafs.core.ondisk import HEADER_SIZE, Flag, Header, Kind
 from dmafs.core.segment import Segment, new_salt
 from dmafs.core.storage import Storage, close_all
+from dmafs.core.work import Work
 from dmafs.errors import CorruptionError
 from dmafs.units import SECTOR
 
@@ -62,8 +65,10 @@ class Gap:
 class ForwardJournal:
     """The journal of one volume. Made by ``recover``."""
 
-    def __init__(self, storage: Storage, uuid: UUID, limits: SegmentLimits, clock: Callable[[], int]) -> None:
-        """Begin without segments, at seq 0; *clock* returns UTC nanoseconds."""
+    def __init__(
+        self, storage: Storage, uuid: UUID, limits: SegmentLimits, clock: Callable[[], int], *, index_bytes: int
+    ) -> None:
+        """Begin without segments, at seq 0; *clock* returns UTC nanoseconds, *index_bytes* limits merged layers."""
         self._storage = storage
         self._uuid = uuid
         self._limits = limits
@@ -75,6 +80,8 @@ class ForwardJournal:
         self.gaps: list[Gap] = []
         self._dirty: list[Segment] = []
         self._new_names = False
+        self._slot = 0  # of the first segment; all but the last segment are slots of the tree
+        self._tree = LayerTree(self._leaf, later_wins=True, limit_bytes=index_bytes)
         self._leftovers: list[str] = []  # stems of files that don't count, unlinked once the rest is known to be whole
 
     # -- recovery -----------------------------------------------------------------------------------------------
@@ -105,6 +112,8 @@ class ForwardJournal:
             segment.trim()
             for index in segment.indicators_of(Flag.GAP, Flag.RESYNCED):
                 self._note_gap(segment.indicator(index))
+        for slot in range(len(self.segments) - 1):
+            self._tree.add(slot)
         self._storage.sync_directory(DIRECTORY)
 
     def _stems(self) -> list[str]:
@@ -234,6 +243,8 @@ class ForwardJournal:
         if last is None or full:
             header = Header(Kind.FORWARD, self._uuid, new_salt(), self.head + 1)
             last = Segment.create(self._storage, f"{DIRECTORY}/{self.head + 1:0{_STEM_DIGITS}d}", header)
+            if self.segments:
+                self._tree.add(self._slot + len(self.segments) - 1)
             self.segments.append(last)
             self._new_names = True
         if not self._dirty or self._dirty[-1] is not last:
@@ -310,6 +321,56 @@ class ForwardJournal:
             return np.empty(0, np.int64), np.empty(0, np.int64)
         return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
 
+    # -- layers -------------------------------------------------------------------------------------------------
+
+    def layers_nowait(self, upto: int) -> list[Selectable] | None:
+        """Return layers that hold all events up to *upto*, later ones winning; None if one isn't made yet.
+
+        What they hold of events behind the tail is on the mirror.
+        """
+        slot, rest = self._slots(upto)
+        layers = self._tree.layers_nowait(0, slot)
+        if layers is None:
+            return None
+        if not rest:
+            return [*layers]
+        segment = self.segments[slot - self._slot]
+        return [*layers, Growing(segment, base=segment.header.first, end=rest)]
+
+    def prepare(self, upto: int) -> Work[None]:
+        """Make the layers that hold all events up to *upto*."""
+        yield from self._tree.prepare(0, self._slots(upto)[0])
+
+    def _slots(self, upto: int) -> tuple[int, int]:
+        """Return the slot of the segment that event *upto* is in, and how many of its events count.
+
+        A segment of which all count, and that isn't the last one, is left out: then it is the slot behind, and none.
+        """
+        number = bisect_right(self.segments, upto, key=lambda segment: segment.header.first) - 1
+        if number < 0:
+            return self._slot, 0
+        rest = upto + 1 - self.segments[number].header.first
+        if number < len(self.segments) - 1 and rest >= len(self.segments[number]):
+            return self._slot + number + 1, 0
+        return self._slot + number, min(rest, len(self.segments[number]))
+
+    def _leaf(self, slot: int) -> Work[Layer]:
+        """Make the layer of a whole segment."""
+        if slot < self._slot:  # released meanwhile
+            return net_layer(*stacked([]))
+        segment = self.segments[slot - self._slot]
+        columns = entries(segment, segment.header.first, 0, len(segment))
+        layer: Layer = yield partial(net_layer, *columns)
+        return layer
+
+    def rebuilt(self, upto: int) -> list[Selectable]:
+        """Return layers that hold all events up to *upto*, from their descriptors alone."""
+        return [
+            Growing(segment, base=segment.header.first, end=min(upto + 1 - segment.header.first, len(segment)))
+            for segment in self.segments
+            if segment.header.first <= upto
+        ]
+
     def data_bytes(self) -> int:
         """Return the bytes of data in all segments."""
         return sum(segment.data_sectors for segment in self.segments) * SECTOR
@@ -329,6 +390,8 @@ class ForwardJournal:
             count += 1
         released = self.segments[:count]
         self.segments = self.segments[count:]
+        self._slot += count
+        self._tree.release(self._slot - 1)
         self._dirty = [segment for segment in self._dirty if segment not in released]
         return released
 
@@ -353,5 +416,6 @@ class ForwardJournal:
                 last_time = segment.times[-1]
             expected = segment.next_seq
         assert expected == self.head + 1, "the last segment ends at the head"
+        self._tree.check()
         assert self.durable <= self.head
         assert last_time <= self.head_time_ns

@@ -220,6 +220,14 @@ def encode_record(
     return body + _CHECKSUM.pack(xxhash.xxh3_64_intdigest(body, seed=salt))
 
 
+def seal_records(records: Records, salt: int) -> bytes:
+    """Set the checksums of *records* and return their bytes."""
+    body, digest = memoryview(records.tobytes()), xxhash.xxh3_64_intdigest
+    ends = range(RECORD_SIZE - 8, len(body), RECORD_SIZE)
+    records["checksum"] = [digest(body[end + 8 - RECORD_SIZE : end], seed=salt) for end in ends]
+    return records.tobytes()
+
+
 def decode_records(data: bytes | bytearray | memoryview, salt: int, *, next_seq: int) -> Records:
     """Return the longest valid run of records at the beginning of *data*, as an array of ``RECORD_DTYPE``.
 

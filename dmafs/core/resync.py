@@ -57,7 +57,7 @@ def _start_again(volume: Volume) -> Work[None]:
     with volume.gate(fatal=True):
         yield lambda: volume.pointers.update(copied_sectors=0, mirror_seq=seq, mirror_time_ns=time_ns, durable=seq)
     volume.floor = seq
-    volume.live.vrmo.forget(seq)
+    volume.live.vrmo.reset()
     yield from volume.release(seq)
 
 

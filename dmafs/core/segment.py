@@ -28,13 +28,16 @@ from dmafs.core.extent import Ints
 from dmafs.core.ondisk import (
     EVENT_FLAGS,
     HEADER_SIZE,
+    RECORD_DTYPE,
     RECORD_SIZE,
     Flag,
     Header,
     Kind,
+    Records,
     checksum,
     decode_records,
     encode_record,
+    seal_records,
 )
 from dmafs.core.storage import Buffer, File, Storage
 from dmafs.errors import CorruptionError
@@ -42,6 +45,10 @@ from dmafs.units import SECTOR
 
 SCAN_BYTES: Final = 4 << 20
 """How much of a descriptor queue is decoded at once: bounds the memory of opening."""
+RUN_SECTORS: Final = (1 << 20) // SECTOR
+"""How much data of neighbouring events is read at once."""
+RUN_GAP_SECTORS: Final = 16
+"""Data that isn't wanted is read along up to this length: 8 KiB cost less than another system call."""
 BATCH_BYTES: Final = 8 << 20
 """What a sync or a drop copies in one step: bounds its memory, and how long it can't be stopped."""
 
@@ -57,6 +64,7 @@ class Segment(Columns):
         self.header = header
         self.ext = ext
         self.dat = dat
+        self._trimmed = False
 
     @classmethod
     def create(cls, storage: Storage, stem: str, header: Header, *, suffix: str = ".ext") -> Segment:
@@ -71,7 +79,9 @@ class Segment(Columns):
             undo.callback(ext.close)
             ext.write([header.encode()], 0)
             undo.pop_all()
-        return cls(storage, stem, header, ext, dat)
+        segment = cls(storage, stem, header, ext, dat)
+        segment._trimmed = True
+        return segment
 
     @classmethod
     def open(cls, storage: Storage, stem: str, kind: Kind, uuid: UUID, *, suffix: str = ".ext") -> Segment:
@@ -189,6 +199,7 @@ class Segment(Columns):
         if self.dat.size() != self.data_sectors * SECTOR:
             self.dat.truncate(self.data_sectors * SECTOR)
         self.datasync()
+        self._trimmed = True
 
     # -- appending ----------------------------------------------------------------------------------------------
 
@@ -238,37 +249,34 @@ class Segment(Columns):
         self.ext.write([record], self.ext_size)
         self.add_indicator(time_ns, flag, length, digest)
 
-    def write_batch(self, extents: Sequence[tuple[int, int, Buffer | None]], time_ns: int) -> Batch:
+    def write_batch(self, extents: Sequence[tuple[int, int, Buffer | None]], time_ns: int) -> Records:
         """Write (start, length, data or None) extents durably, data before descriptors, without publishing them.
 
         May run in a thread. ``publish`` adds the batch to the columns.
         """
-        batch, physical, out = Batch(time_ns), self.data_sectors, bytearray()
-        for seq, (start, length, data) in enumerate(extents, self.next_seq):
-            flag, digest = (Flag.ZERO, 0) if data is None else (Flag.DATA, checksum(data))
-            batch.entries.append((start, length, flag, digest))
-            out += encode_record(
-                self.header.salt,
-                seq=seq,
-                time_ns=time_ns,
-                start=start,
-                length=length,
-                flags=flag,
-                physical=physical,
-                data_checksum=digest,
-                durable=0,
-            )
-            physical += length if data is not None else 0
-        self.dat.write([data for _, _, data in extents if data is not None], self.data_sectors * SECTOR)
+        if not self._trimmed:
+            self.trim()
+        held = [data for _, _, data in extents if data is not None]
+        records = np.zeros(len(extents), RECORD_DTYPE)
+        with_data = np.array([data is not None for _, _, data in extents], bool)
+        records["seq"] = np.arange(self.next_seq, self.next_seq + len(extents))
+        records["time_ns"] = time_ns
+        records["start"] = [start for start, _, _ in extents]
+        records["length"] = [length for _, length, _ in extents]
+        records["flags"] = np.where(with_data, int(Flag.DATA), int(Flag.ZERO))
+        ends = self.data_sectors + np.cumsum(np.where(with_data, records["length"], 0), dtype=np.uint64)
+        records["physical"] = ends - np.where(with_data, records["length"], 0).astype(np.uint64)
+        records["data_checksum"][with_data] = [checksum(data) for data in held]
+        out = seal_records(records, self.header.salt)
+        self.dat.write(held, self.data_sectors * SECTOR)
         self.dat.datasync()
         self.ext.write([out], self.ext_size)
         self.ext.datasync()
-        return batch
+        return records
 
-    def publish(self, batch: Batch) -> None:
+    def publish(self, batch: Records) -> None:
         """Add what ``write_batch`` wrote to the columns."""
-        for start, length, flag, digest in batch.entries:
-            self.add_event(batch.time_ns, start, length, flag, digest)
+        self.absorb(batch)
 
     def seal(self) -> None:
         """Append a record that calls all published batches durable; it is durable itself after the next datasync.
@@ -328,15 +336,40 @@ class Segment(Columns):
             self.dat.read_into_nowait(whole, offset)
         else:
             self.dat.read_into(whole, offset)
-        if checksum(whole) != self.checksums[index]:
-            start = self.starts[index]
+        self._compare(index, whole)
+        return whole
+
+    def _compare(self, index: int, data: bytearray | memoryview) -> None:
+        """Compare the data of event number *index* with its checksum; CorruptionError if it doesn't match."""
+        if checksum(data) != self.checksums[index]:
+            start, offset = self.starts[index], self.physicals[index] * SECTOR
             raise CorruptionError(
                 f"checksum of {self.dat.name} at byte {offset} doesn't match "
                 f"(extent {start}+{self.lengths[index]} sectors, seq {self.header.first + index})",
                 hint="the storage below the store is damaged; moments that need this extent can't be read",
             )
         self.verified[index] = 1
-        return whole
+
+    def read_run(self, indexes: Sequence[int]) -> Iterator[memoryview]:
+        """Yield the verified data of events with data, given by ascending numbers; neighbours are read at once."""
+        at = 0
+        while at < len(indexes):
+            begin = self.physicals[indexes[at]]
+            stop, end = at, begin
+            while stop < len(indexes):
+                physical = self.physicals[indexes[stop]]
+                after = physical + self.lengths[indexes[stop]]
+                if stop > at and (physical > end + RUN_GAP_SECTORS or after > begin + RUN_SECTORS):
+                    break
+                stop, end = stop + 1, after
+            data = memoryview(bytearray((end - begin) * SECTOR))
+            self.dat.read_into(data, begin * SECTOR)
+            for index in indexes[at:stop]:
+                first = (self.physicals[index] - begin) * SECTOR
+                part = data[first : first + self.lengths[index] * SECTOR]
+                self._compare(index, part)
+                yield part
+            at = stop
 
     def indicators(self) -> Iterator[Indicator]:
         """Yield all indicators in order."""
@@ -382,15 +415,6 @@ class Segment(Columns):
         assert self.dat.size() >= self.data_sectors * SECTOR
         if self.header.kind == Kind.FORWARD:
             assert np.all(np.diff(np.array(self.times, np.int64)) >= 0), "times never decrease"
-
-
-class Batch:
-    """Extents that ``Segment.write_batch`` wrote and ``Segment.publish`` will add."""
-
-    def __init__(self, time_ns: int) -> None:
-        """Begin empty."""
-        self.time_ns = time_ns
-        self.entries: list[tuple[int, int, Flag, int]] = []
 
 
 def parts(starts: Ints, stops: Ints) -> Iterator[tuple[int, int]]:

@@ -23,25 +23,40 @@ dropped at the last close or when the store is opened next.
 from __future__ import annotations
 
 import contextlib
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from uuid import UUID
 
 import numpy as np
 from sortedcontainers import SortedDict
 
 from dmafs.core.extent import Ints, net_change
-from dmafs.core.ondisk import Header, Kind
-from dmafs.core.segment import Batch, Segment, new_salt, parts, read_header
+from dmafs.core.layers import Growing, Layer, LayerTree, Selectable, entries, net_layer, stacked
+from dmafs.core.ondisk import Header, Kind, Records
+from dmafs.core.segment import Segment, new_salt, parts, read_header
 from dmafs.core.storage import Buffer, Storage
-from dmafs.core.vrmo import Vrmo, backward_reference
-from dmafs.core.work import Work
+from dmafs.core.vrmo import backward_reference, split_reference
+from dmafs.core.work import Work, run
 from dmafs.errors import CorruptionError, ExistsError
 from dmafs.units import SECTOR
 
 DIRECTORY = "backward"
 
 Key = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class IndexLimits:
+    """The bounds of what is kept in memory of journals that are closed."""
+
+    bytes: int = 128 << 20
+    """Merged layers, of the forward and of the backward journal each."""
+    journals: int = 1024
+    """Snapshots whose descriptors are in memory, and their two files open."""
+    records: int = 1 << 21
+    """Descriptors of all these together, at some 50 bytes."""
 
 
 @dataclass(slots=True)
@@ -55,8 +70,11 @@ class Snapshot:
     temporary: bool
     serial: int
     gone: bool = False
+    slot: int = -1  # in the tree of layers, once the mirror has reached it
     busy: bool = False  # work writes or renames its files
+    version: int = 0  # of its files: how often work began on them
     segment: Segment | None = field(default=None, repr=False)
+    growing: Growing | None = field(default=None, repr=False)  # the segment's entries, as long as it is the open one
 
     @property
     def key(self) -> Key:
@@ -77,14 +95,21 @@ class Snapshot:
 class Snapshots:
     """All snapshots of a volume, in the order of their seqs."""
 
-    def __init__(self, storage: Storage, uuid: UUID) -> None:
+    def __init__(self, storage: Storage, uuid: UUID, limits: IndexLimits) -> None:
         """Read the header of every snapshot. O(snapshots)."""
         self._storage = storage
         self._uuid = uuid
+        self._limits = limits
         self._by_key: SortedDict = SortedDict()
         self._by_serial: dict[int, Snapshot] = {}
         self._names: dict[str, Snapshot] = {}
+        self._hidden: dict[int, Snapshot] = {}  # by serial
+        self._loaded: OrderedDict[int, Snapshot] = OrderedDict()  # by serial, least recently used first
         self._serials = 0
+        self._reached: Key = (-1, 0)
+        self._by_slot: SortedDict = SortedDict()
+        self._slots = 0
+        self._tree = LayerTree(self._leaf, later_wins=False, limit_bytes=limits.bytes)
         names = storage.names(DIRECTORY)
         stems = {name.rpartition(".")[0] for name in names if name.endswith((".ext", ".gone"))}
         for name in names:
@@ -118,6 +143,8 @@ class Snapshots:
         self._by_serial[snapshot.serial] = snapshot
         if header.name and not gone:
             self._names[header.name] = snapshot
+        if snapshot.hidden:
+            self._hidden[snapshot.serial] = snapshot
         return snapshot
 
     # -- looking up ---------------------------------------------------------------------------------------------
@@ -133,6 +160,10 @@ class Snapshots:
     def all(self) -> list[Snapshot]:
         """Return all snapshots, hidden ones too, oldest first."""
         return list(self._by_key.values())
+
+    def hidden(self) -> list[Snapshot]:
+        """Return the snapshots that users don't see."""
+        return list(self._hidden.values())
 
     def find(self, name: str) -> Snapshot | None:
         """Return the snapshot of that name, or None."""
@@ -177,34 +208,78 @@ class Snapshots:
         """Return the snapshot that a backward reference means."""
         return self._by_serial[serial]
 
+    # -- descriptors in memory ----------------------------------------------------------------------------------
+
     def segment(self, snapshot: Snapshot) -> Segment:
-        """Return the snapshot's journal, opened if need be."""
-        if snapshot.segment is None:
+        """Return the snapshot's journal, opened if need be; blocks then."""
+        return run(self.load(snapshot))
+
+    def load(self, snapshot: Snapshot) -> Work[Segment]:
+        """Return the snapshot's journal, once its descriptors are in memory. What work does meanwhile comes first."""
+        while snapshot.segment is None:
+            version = snapshot.version
             suffix = ".gone" if snapshot.gone else ".ext"
-            segment = Segment.open(self._storage, snapshot.stem, Kind.BACKWARD, self._uuid, suffix=suffix)
             try:
-                segment.require_sealed()
-                segment.trim()
-            except BaseException:
+                segment = yield partial(self._open, snapshot.stem, suffix)
+            except (CorruptionError, OSError):
+                if _untouched(snapshot, version):
+                    raise
+                continue
+            if _untouched(snapshot, version):
+                self._keep(snapshot, segment)
+            else:
                 segment.close()
-                raise
-            snapshot.segment = segment
+        self._loaded.move_to_end(snapshot.serial)
         return snapshot.segment
 
-    def unload(self, keep: Snapshot | None) -> list[Segment]:
-        """Forget the open journals but those of *keep* and of work under way, for the caller to close."""
-        released = []
-        for snapshot in self._by_key.values():
+    def _open(self, stem: str, suffix: str) -> Segment:
+        segment = Segment.open(self._storage, stem, Kind.BACKWARD, self._uuid, suffix=suffix)
+        try:
+            segment.require_sealed()
+        except BaseException:
+            segment.close()
+            raise
+        return segment
+
+    def _keep(self, snapshot: Snapshot, segment: Segment) -> None:
+        snapshot.segment = segment
+        snapshot.growing = Growing(segment, base=backward_reference(snapshot.serial, 0))
+        self._loaded[snapshot.serial] = snapshot
+
+    def descriptor_nowait(self, reference: int) -> tuple[Segment | None, int]:
+        """Return the journal (None if it isn't in memory) and the entry number that a backward reference means."""
+        serial, index = split_reference(reference)
+        return self._by_serial[serial].segment, index
+
+    def excess(self) -> bool:
+        """Say whether there are more journals in memory than the limits allow. O(journals in memory)."""
+        return len(self._loaded) > self._limits.journals or self._records() > self._limits.records
+
+    def _records(self) -> int:
+        return sum(snapshot.segment.records for snapshot in self._loaded.values() if snapshot.segment is not None)
+
+    def unload(self, *, keep: Snapshot | None, everything: bool) -> list[Segment]:
+        """Forget journals, those used least recently first, down to the limits or all, for the caller to close.
+
+        Not that of *keep*, nor those of work under way.
+        """
+        released, records = [], self._records()
+        for serial, snapshot in list(self._loaded.items()):
+            if not everything and len(self._loaded) <= self._limits.journals and records <= self._limits.records:
+                break
             if snapshot.segment is not None and snapshot is not keep and not snapshot.busy:
                 released.append(snapshot.segment)
-                snapshot.segment = None
+                records -= snapshot.segment.records
+                snapshot.segment = snapshot.growing = None
+                del self._loaded[serial]
         return released
 
     @contextlib.contextmanager
     def _working_on(self, *snapshots: Snapshot) -> Iterator[None]:
-        """Keep journals open: opening one while its file grows would cut off what isn't published yet."""
+        """Keep journals in memory: whoever reads a file while it grows would take its end for damage."""
         for snapshot in snapshots:
             self.segment(snapshot)
+            snapshot.version += 1
             snapshot.busy = True
         try:
             yield
@@ -212,18 +287,64 @@ class Snapshots:
             for snapshot in snapshots:
                 snapshot.busy = False
 
-    def build(self, seq: int, mirror_seq: int) -> Vrmo:
-        """Return the map of the image at *seq* from the descriptors of all snapshots from there to the mirror."""
-        starts, stops, references = [], [], []
-        for key in self._by_key.irange((seq, 0), (mirror_seq + 1, 0), inclusive=(True, False), reverse=True):
-            snapshot = self._by_key[key]
-            begin, end = self.segment(snapshot).extents()
-            starts.append(begin)
-            stops.append(end)
-            references.append(np.arange(len(begin), dtype=np.int64) + backward_reference(snapshot.serial, 0))
-        if not starts:
-            return Vrmo()
-        return Vrmo.build(np.concatenate(starts), np.concatenate(stops), np.concatenate(references))
+    # -- layers -------------------------------------------------------------------------------------------------
+
+    def _open_slots(self, seq: int, mirror_seq: int) -> tuple[int, int] | None:
+        """Return the slots of the first snapshot at or after *seq* and of the open one; None if there is none.
+
+        Gives slots to the snapshots that the mirror has reached since the last call: in their order, since one that is
+        taken later is never before the mirror.
+        """
+        for key in list(self._by_key.irange(self._reached, (mirror_seq + 1, 0), inclusive=(False, False))):
+            snapshot: Snapshot = self._by_key[key]
+            snapshot.slot = self._slots
+            self._by_slot[snapshot.slot] = snapshot
+            self._tree.add(snapshot.slot)
+            self._slots += 1
+            self._reached = key
+        for key in self._by_key.irange((seq, 0), (mirror_seq + 1, 0), inclusive=(True, False)):
+            return self._by_key[key].slot, self._by_slot.peekitem()[0]
+        return None
+
+    def layers_nowait(self, seq: int, mirror_seq: int) -> list[Selectable] | None:
+        """Return layers that hold what the snapshots from *seq* to the mirror hold; None if one isn't made yet.
+
+        Later ones in the list win: those of older snapshots.
+        """
+        slots = self._open_slots(seq, mirror_seq)
+        if slots is None:
+            return []
+        growing = self._by_slot[slots[1]].growing
+        layers = self._tree.layers_nowait(*slots)
+        return None if growing is None or layers is None else [growing, *layers]
+
+    def prepare(self, seq: int, mirror_seq: int) -> Work[None]:
+        """Make the layers of the snapshots from *seq* to the mirror."""
+        slots = self._open_slots(seq, mirror_seq)
+        if slots is not None:
+            yield from self.load(self._by_slot[slots[1]])
+            yield from self._tree.prepare(*slots)
+
+    def _leaf(self, slot: int) -> Work[Layer]:
+        """Make the layer of a closed snapshot."""
+        snapshot = self._by_slot.get(slot)
+        if snapshot is None:  # dropped meanwhile
+            return net_layer(*stacked([]))
+        segment = yield from self.load(snapshot)
+        columns = entries(segment, backward_reference(snapshot.serial, 0), 0, len(segment))
+        layer: Layer = yield partial(net_layer, *columns)
+        return layer
+
+    def changed(self, snapshot: Snapshot) -> None:
+        """Take note that entries were added to a snapshot."""
+        if snapshot.slot >= 0:
+            self._tree.changed(snapshot.slot)
+
+    def rebuilt(self, seq: int, mirror_seq: int) -> list[Selectable]:
+        """Return layers that hold what the snapshots from *seq* to the mirror hold, from their descriptors alone."""
+        keys = self._by_key.irange((seq, 0), (mirror_seq + 1, 0), inclusive=(True, False), reverse=True)
+        snapshots: list[Snapshot] = [self._by_key[key] for key in keys]
+        return [Growing(self.segment(one), base=backward_reference(one.serial, 0)) for one in snapshots]
 
     # -- changing -----------------------------------------------------------------------------------------------
 
@@ -241,7 +362,8 @@ class Snapshots:
             self._storage.sync_directory(DIRECTORY)
 
         try:
-            snapshot.segment = segment = Segment.create(self._storage, snapshot.stem, header, suffix=".new")
+            segment = Segment.create(self._storage, snapshot.stem, header, suffix=".new")
+            self._keep(snapshot, segment)
             with self._working_on(snapshot):
                 yield lambda: settle(segment)
         except BaseException:
@@ -257,6 +379,11 @@ class Snapshots:
     def _remove(self, snapshot: Snapshot) -> None:
         del self._by_key[snapshot.key]
         del self._by_serial[snapshot.serial]
+        self._loaded.pop(snapshot.serial, None)
+        self._hidden.pop(snapshot.serial, None)
+        if snapshot.slot >= 0:
+            del self._by_slot[snapshot.slot]
+            self._tree.remove(snapshot.slot)
         if self._names.get(snapshot.name) is snapshot:
             del self._names[snapshot.name]
 
@@ -271,6 +398,7 @@ class Snapshots:
 
         with self._working_on(snapshot):
             snapshot.gone = True
+            self._hidden[snapshot.serial] = snapshot
             if self._names.get(snapshot.name) is snapshot:
                 del self._names[snapshot.name]
             try:
@@ -278,6 +406,8 @@ class Snapshots:
             except BaseException:
                 if self._storage.exists(snapshot.stem + ".ext"):  # not even the rename was done
                     snapshot.gone = False
+                    if not snapshot.hidden:
+                        del self._hidden[snapshot.serial]
                     if snapshot.name:
                         self._names.setdefault(snapshot.name, snapshot)
                 raise
@@ -299,13 +429,14 @@ class Snapshots:
         with self._working_on(snapshot, *older):
             segment = self.segment(snapshot)
             for target in older:
-                yield from self._move_entries(segment, self.segment(target))
+                yield from self._move_entries(segment, target)
             yield unlink
         self._remove(snapshot)
         return segment
 
-    def _move_entries(self, source: Segment, target: Segment) -> Work[None]:
-        """Append the entries of *source* that *target* doesn't hold to *target*."""
+    def _move_entries(self, source: Segment, older: Snapshot) -> Work[None]:
+        """Append the entries of *source* that an older snapshot doesn't hold to that one."""
+        target = self.segment(older)
         starts, stops = source.extents()
         held = target.extents()
         change = net_change(np.concatenate([starts, held[0]]), np.concatenate([stops, held[1]]))
@@ -314,17 +445,18 @@ class Snapshots:
         time_ns = source.header.snapshot_time_ns if not target.times else target.times[-1]
         for first, last in parts(change.starts[mine], change.stops[mine]):
 
-            def move(part: list[tuple[int, int, int]] = pieces[first:last]) -> Batch:
+            def move(part: list[tuple[int, int, int]] = pieces[first:last]) -> Records:
                 return target.write_batch([_entry(source, *piece) for piece in part], time_ns)
 
             target.publish((yield move))
+            self.changed(older)
         if target.unsealed:
             target.seal()
             yield target.datasync
 
     def close(self) -> None:
         """Close all open journals."""
-        for segment in self.unload(None):
+        for segment in self.unload(keep=None, everything=True):
             segment.close()
 
     def check(self) -> None:
@@ -337,6 +469,18 @@ class Snapshots:
                 snapshot.segment.check()
                 starts, stops = _sorted(*snapshot.segment.extents())
                 assert np.all(starts[1:] >= stops[:-1]), "a snapshot holds each address once"
+        loaded = {serial for serial, snapshot in self._by_serial.items() if snapshot.segment is not None}
+        assert loaded == self._loaded.keys()
+        assert self._hidden == {serial: snapshot for serial, snapshot in self._by_serial.items() if snapshot.hidden}
+        assert [snapshot.key for snapshot in self._by_slot.values()] == sorted(
+            snapshot.key for snapshot in self._by_key.values() if snapshot.slot >= 0
+        )
+        self._tree.check()
+
+
+def _untouched(snapshot: Snapshot, version: int) -> bool:
+    """Say whether no work has begun on a snapshot's files since *version*, and nobody else has loaded them."""
+    return snapshot.segment is None and snapshot.version == version
 
 
 def _entry(source: Segment, start: int, stop: int, index: int) -> tuple[int, int, Buffer | None]:

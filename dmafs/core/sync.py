@@ -19,13 +19,17 @@ Each overwritten sector that a snapshot needs is copied once, each changed secto
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
 from dmafs.core.extent import Ints, chop, join, net_change, subtract
-from dmafs.core.segment import Batch, parts
+from dmafs.core.layers import entries
+from dmafs.core.ondisk import Records
+from dmafs.core.segment import Segment, parts
 from dmafs.core.snapshots import Snapshot
 from dmafs.core.storage import Buffer
 from dmafs.core.volume import Volume
@@ -79,7 +83,8 @@ def sync(volume: Volume, *, open_snapshot: bool = True) -> Work[int]:
         seq = volume.pointers.now.mirror_seq
         if seq >= volume.pointers.now.origin_seq:
             yield from _open_snapshot(volume, seq, automatic=opens)
-        yield from _leg(volume, plan_leg(volume, next_stop(volume, min(target, volume.sync_limit))))
+        plan = yield from plan_leg(volume, next_stop(volume, min(target, volume.sync_limit)))
+        yield from _leg(volume, plan)
         opens = open_snapshot and volume.pointers.now.mirror_seq == volume.pointers.now.origin_seq
     yield from volume.drop_unheld()
     return volume.pointers.now.mirror_seq
@@ -107,19 +112,31 @@ def next_stop(volume: Volume, target: int) -> int:
     return min([*stops, target])
 
 
-def plan_leg(volume: Volume, target: int) -> SyncPlan:
-    """Return what a leg to *target* has to do; pure. O(n log n) of its events and the open snapshot's entries."""
+def plan_leg(volume: Volume, target: int) -> Work[SyncPlan]:
+    """Return what a leg to *target* has to do; changes nothing. O(n log n) of its events and the open snapshot."""
     base = volume.pointers.now.mirror_seq
     starts, stops = volume.journal.extents(base, target)
-    change = net_change(starts, stops)
     snapshot = volume.snapshots.open_at(base) if base >= volume.pointers.now.origin_seq else None
+    held = (yield from volume.snapshots.load(snapshot)).extents() if snapshot else None
+    time_ns = volume.time_of(target)
+    save, moves = yield partial(movelists, starts, stops, held)
+    return SyncPlan(base, target, time_ns, snapshot, save[0], save[1], (moves[0], moves[1], moves[2] + base + 1))
+
+
+def movelists(
+    starts: Ints, stops: Ints, held: tuple[Ints, Ints] | None
+) -> tuple[tuple[Ints, Ints], tuple[Ints, Ints, Ints]]:
+    """Return the backward movelist and the net change of events, given what the open snapshot holds (fig. 12, 15).
+
+    The net change, joined, is put through the open snapshot's map: what is still on the mirror there has to be saved.
+    That is Table I for all moves at once. The moves come in the order of the events that they are of, so that the
+    forward journal is read from one end to the other. *held* is None without a snapshot: nothing is saved.
+    """
+    change = net_change(starts, stops)
     nothing = np.empty(0, np.int64)
-    save = nothing, nothing
-    if snapshot is not None:
-        held = volume.snapshots.segment(snapshot).extents()
-        save = chop(*subtract(*join(change.starts, change.stops), *held))
-    moves = change.starts, change.stops, change.winner + base + 1
-    return SyncPlan(base, target, volume.time_of(target), snapshot, *save, moves)
+    save = (nothing, nothing) if held is None else chop(*subtract(*join(change.starts, change.stops), *held))
+    order = np.argsort(change.winner, kind="stable")
+    return save, (change.starts[order], change.stops[order], change.winner[order])
 
 
 def _leg(volume: Volume, plan: SyncPlan) -> Work[None]:
@@ -155,18 +172,19 @@ def _save(volume: Volume, plan: SyncPlan, snapshot: Snapshot) -> Work[None]:
     extents = list(zip(plan.save_starts.tolist(), plan.save_stops.tolist(), strict=True))
     for begin, end in parts(plan.save_starts, plan.save_stops):
 
-        def write(part: list[tuple[int, int]] = extents[begin:end]) -> Batch:
+        def write(part: list[tuple[int, int]] = extents[begin:end]) -> Records:
             return segment.write_batch([_saved(volume, start, stop) for start, stop in part], plan.target_time_ns)
 
         with volume.gate():
-            batch: Batch = yield write
+            batch: Records = yield write
         first = len(segment)
         segment.publish(batch)
-        starts, stops = segment.extents(first)
-        references = np.arange(first, len(segment), dtype=np.int64) + backward_reference(snapshot.serial, 0)
+        volume.snapshots.changed(snapshot)
+        added = entries(segment, backward_reference(snapshot.serial, 0), first, len(segment))
         for image in volume.images():
             if image.seq < volume.floor:
-                image.vrmo.fill(starts, stops, references)
+                for start, stop, reference in zip(*(column.tolist() for column in added), strict=True):
+                    image.vrmo.absorb(start, stop, reference)
     if segment.unsealed:
         with volume.gate():
             segment.seal()
@@ -176,11 +194,10 @@ def _save(volume: Volume, plan: SyncPlan, snapshot: Snapshot) -> Work[None]:
 def finish(volume: Volume) -> Work[None]:
     """Do a committed sync again from its overwriting on: after a cut, or when the store was full."""
     now = volume.pointers.now
-    starts, stops = volume.journal.extents(now.mirror_seq, now.sync_target)
-    change = net_change(starts, stops)
-    nothing = np.empty(0, np.int64)
-    moves = change.starts, change.stops, change.winner + now.mirror_seq + 1
-    plan = SyncPlan(now.mirror_seq, now.sync_target, now.sync_time_ns, None, nothing, nothing, moves)
+    extents = volume.journal.extents(now.mirror_seq, now.sync_target)
+    save, moves = yield partial(movelists, *extents, None)
+    moves = moves[0], moves[1], moves[2] + now.mirror_seq + 1
+    plan = SyncPlan(now.mirror_seq, now.sync_target, now.sync_time_ns, None, save[0], save[1], moves)
     yield from _apply(volume, plan)
 
 
@@ -196,10 +213,10 @@ def _apply(volume: Volume, plan: SyncPlan) -> Work[None]:
         yield lambda: volume.pointers.update(
             mirror_seq=plan.target, mirror_time_ns=plan.target_time_ns, sync_target=0, sync_time_ns=0
         )
-    volume.live.vrmo.forget(plan.target)
+    volume.live.vrmo.reset()
     for image in volume.images():
         if image.seq >= plan.target:
-            image.vrmo.forget(plan.target)
+            image.vrmo.reset()
     volume.statistics.syncs += 1
     volume.statistics.saved_sectors += int((plan.save_stops - plan.save_starts).sum())
     volume.statistics.applied_sectors += int((plan.moves[1] - plan.moves[0]).sum())
@@ -214,20 +231,29 @@ def _saved(volume: Volume, start: int, stop: int) -> tuple[int, int, Buffer | No
 
 
 def any_set(data: bytearray | memoryview) -> bool:
-    """Say whether a byte of whole sectors isn't zero, at the speed of memory."""
-    return bool(np.frombuffer(data, np.uint64).any())
+    """Say whether a byte of whole sectors isn't zero; most often the first few tell."""
+    return data[0] != 0 or bool(np.frombuffer(data, np.uint64).any())
 
 
 def _overwrite(volume: Volume, moves: list[list[int]]) -> None:
     """Copy moves (starts, stops, seqs) from the forward journal to the mirror, each event's data checked once."""
+    segment: Segment | None = None
     for start, stop, seq in zip(*moves, strict=True):
-        segment = volume.journal.segment_of(seq)
+        if segment is None or seq >= segment.next_seq:
+            segment = volume.journal.segment_of(seq)
+            run, current = _data_of(segment, moves[2]), -1
         index = seq - segment.header.first
         if segment.is_zero(index):
             volume.mirror.zero(start, stop)
-        elif stop - start == segment.lengths[index]:
-            volume.mirror.write(segment.verify(index), start)
-        else:
-            part = bytearray((stop - start) * SECTOR)
-            segment.read_into(index, start - segment.starts[index], memoryview(part))
-            volume.mirror.write(part, start)
+            continue
+        if index != current:
+            data, current = next(run), index
+        skip = (start - segment.starts[index]) * SECTOR
+        volume.mirror.write(data[skip : skip + (stop - start) * SECTOR], start)
+
+
+def _data_of(segment: Segment, seqs: list[int]) -> Iterator[memoryview]:
+    """Yield the data of those of *seqs*, which ascend, that are in a segment and have data, each once."""
+    first, end = segment.header.first, segment.next_seq
+    indexes = dict.fromkeys(seq - first for seq in seqs[bisect_left(seqs, first) : bisect_left(seqs, end)])
+    return segment.read_run([index for index in indexes if not segment.is_zero(index)])

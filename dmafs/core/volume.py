@@ -29,20 +29,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import UUID, uuid4
 
-import numpy as np
-
 from dmafs.core import journal as forward
 from dmafs.core import snapshots as backward
 from dmafs.core.columns import Indicator
 from dmafs.core.image import Image
 from dmafs.core.journal import ForwardJournal, SegmentLimits
+from dmafs.core.layers import Selectable
 from dmafs.core.mirror import Mirror
 from dmafs.core.ondisk import RECORD_SIZE, VOLUME_JSON_LIMIT, Flag, Pointers, VolumeInfo
 from dmafs.core.pointers import PointerFile
 from dmafs.core.segment import Segment
-from dmafs.core.snapshots import Snapshot, Snapshots
+from dmafs.core.snapshots import IndexLimits, Snapshot, Snapshots
 from dmafs.core.storage import File, Storage, write_whole
-from dmafs.core.vrmo import BACKWARD, Vrmo, split_reference
+from dmafs.core.vrmo import BACKWARD, ZERO, Stack, split_reference
 from dmafs.core.work import Work
 from dmafs.errors import CorruptionError, NoSuchPointError, ReadOnlyError, StoreError, StoreFullError
 
@@ -56,6 +55,7 @@ class VolumeLimits:
     """The bounds of a volume's memory and files (promise 7)."""
 
     segments: SegmentLimits = field(default_factory=SegmentLimits)
+    index: IndexLimits = field(default_factory=IndexLimits)
     images: int = 8
     """Maps kept for images that nobody holds."""
     reserve_bytes: int = 64 << 20
@@ -79,9 +79,11 @@ class Volume:
             undo.callback(self.pointers.close)
             self.mirror = Mirror(storage, self.info.size_sectors)
             undo.callback(self.mirror.close)
-            self.snapshots = Snapshots(storage, self.info.uuid)
+            self.snapshots = Snapshots(storage, self.info.uuid, self.limits.index)
             undo.callback(self.snapshots.close)
-            self.journal = ForwardJournal(storage, self.info.uuid, self.limits.segments, clock)
+            self.journal = ForwardJournal(
+                storage, self.info.uuid, self.limits.segments, clock, index_bytes=self.limits.index.bytes
+            )
             undo.callback(self.journal.close)
             now = self.pointers.now
             self.journal.recover(
@@ -101,7 +103,7 @@ class Volume:
         self._reserved: Counter[int] = Counter()  # seqs that are about to become snapshots
         self._garbage: list[Segment] = []
         self._allowance = 0
-        self.live = Image(self, self.journal.head, self.journal.head_time_ns, self.build_vrmo(self.journal.head))
+        self.live = Image(self, self.journal.head, self.journal.head_time_ns)
 
     @staticmethod
     def create(
@@ -135,7 +137,7 @@ class Volume:
         self._require_space(0 if data is None else len(data))
         with self.gate():
             seq = self.journal.append(start, length, data)
-        self.live.vrmo.absorb(start, start + length, seq)
+        self.live.vrmo.overwrite(start, start + length, seq if data is not None else seq | ZERO)
         self.live.seq, self.live.time_ns = seq, self.journal.head_time_ns
         return seq
 
@@ -254,21 +256,27 @@ class Volume:
     def image(self, seq: int) -> Image:
         """Return the image at *seq*; NoSuchPointError if it isn't recoverable.
 
-        The same object for the same seq as long as somebody holds it. Building a map takes O(n log n) of the extents
-        that it has to hold.
+        The same object for the same seq as long as somebody holds it. Its map is made where it is looked at.
         """
         if not self.recoverable(seq):
-            raise NoSuchPointError(
-                f"volume {self.info.name} has no recoverable point at seq {seq}",
-                hint="list the points with: dmafs ls STORE",
-            )
+            raise self._no_point(seq)
         image = self._images.pop(seq, None)
         if image is None:
-            image = Image(self, seq, self.time_of(seq), self.build_vrmo(seq))
+            image = Image(self, seq, self.time_of(seq))
             image.exact = self.is_exact(seq)
         self._images[seq] = image
         self._evict()
         return image
+
+    def _no_point(self, seq: int) -> NoSuchPointError:
+        return NoSuchPointError(
+            f"volume {self.info.name} has no recoverable point at seq {seq}",
+            hint="list the points with: dmafs ls STORE",
+        )
+
+    def _require(self, seq: int) -> None:
+        if seq < self.floor and not self.recoverable(seq):
+            raise self._no_point(seq)
 
     def _evict(self) -> None:
         """Forget the images that nobody holds, least recently used first, down to the limit."""
@@ -276,21 +284,52 @@ class Volume:
         for seq in idle[: max(0, len(idle) - self.limits.images)]:
             del self._images[seq]
 
-    def build_vrmo(self, seq: int) -> Vrmo:
-        """Build the map of the image at *seq* from descriptors alone (promise 9)."""
+    def stack(self, seq: int) -> Work[Stack]:
+        """Return what the image at *seq* is, once all of it is in memory. O(log n) when it is there already.
+
+        NoSuchPointError when the image can't be had, or a sync passes it meanwhile.
+        """
+        while True:
+            self._require(seq)
+            mirror_seq = self.pointers.now.mirror_seq
+            layers = self._layers_nowait(seq, mirror_seq)
+            if layers is not None:
+                return Stack(layers, mirror_seq)
+            if seq < self.floor:
+                yield from self.snapshots.prepare(seq, mirror_seq)
+            else:
+                yield from self.journal.prepare(seq)
+
+    def warm(self) -> Work[None]:
+        """Make the layers that opening images needs, those of the oldest one too."""
+        yield from self.journal.prepare(self.journal.head)
+        for snapshot in self.snapshots:
+            yield from self.snapshots.prepare(snapshot.seq, self.pointers.now.mirror_seq)
+            return
+
+    def _layers_nowait(self, seq: int, mirror_seq: int) -> list[Selectable] | None:
+        if seq < self.floor:
+            return self.snapshots.layers_nowait(seq, mirror_seq)
+        return self.journal.layers_nowait(seq)
+
+    def rebuilt(self, seq: int) -> Stack:
+        """Return what the image at *seq* is, made from descriptors alone (promise 9)."""
         mirror_seq = self.pointers.now.mirror_seq
         if seq < self.floor:
-            return self.snapshots.build(seq, mirror_seq)
-        starts, stops = self.journal.extents(mirror_seq, seq)
-        return Vrmo.build(starts, stops, np.arange(mirror_seq + 1, seq + 1, dtype=np.int64))
+            return Stack(self.snapshots.rebuilt(seq, mirror_seq), mirror_seq)
+        return Stack(self.journal.rebuilt(seq), mirror_seq)
 
-    def descriptor(self, reference: int) -> tuple[Segment, int]:
-        """Return the journal and the entry number that a reference other than MIRROR means."""
+    def descriptor_nowait(self, reference: int) -> tuple[Segment | None, int]:
+        """Return the journal (None if it isn't in memory) and the entry number that a reference with data means."""
         if reference >= BACKWARD:
-            serial, index = split_reference(reference)
-            return self.snapshots.segment(self.snapshots.of_serial(serial)), index
+            return self.snapshots.descriptor_nowait(reference)
         segment = self.journal.segment_of(reference)
         return segment, reference - segment.header.first
+
+    def load(self, reference: int) -> Work[None]:
+        """Bring the journal that a reference names into memory."""
+        if reference >= BACKWARD:
+            yield from self.snapshots.load(self.snapshots.of_serial(split_reference(reference)[0]))
 
     def images(self) -> list[Image]:
         """Return all images in memory but the live one."""
@@ -301,10 +340,10 @@ class Volume:
         return sorted(seq for seq in self._images if after < seq < before and self.is_held(seq))
 
     def rebuild_images(self, seqs: range) -> None:
-        """Let go of the images in *seqs* that nobody holds; those held get maps built anew from the descriptors."""
+        """Let go of the images in *seqs* that nobody holds; the maps of those held are made anew where looked at."""
         for seq, image in list(self._images.items()):
             if seq in seqs and image.pins:
-                image.vrmo = self.build_vrmo(seq)
+                image.vrmo.reset()
             elif seq in seqs:
                 del self._images[seq]
 
@@ -343,8 +382,8 @@ class Volume:
 
     def drop_unheld(self) -> Work[None]:
         """Finish dropping the hidden snapshots whose images nobody holds any more."""
-        for snapshot in self.snapshots.all():
-            if not snapshot.hidden or self.is_held(snapshot.seq):
+        for snapshot in self.snapshots.hidden():
+            if self.is_held(snapshot.seq):
                 continue
             try:
                 yield from self._drop(snapshot)
@@ -363,12 +402,9 @@ class Volume:
     # -- housekeeping -------------------------------------------------------------------------------------------
 
     def take_garbage(self) -> list[Segment]:
-        """Return the journals nobody will resolve to any more, for the caller to close when all readers are done.
-
-        Not while a sync or a drop is under way: it may be appending to a journal that no image needs.
-        """
-        if min(self._images, default=self.floor) >= self.floor:
-            self._garbage += self.snapshots.unload(self.snapshots.open_at(self.pointers.now.mirror_seq))
+        """Return the journals that needn't be in memory any more, for the caller to close when all readers are done."""
+        opened = self.snapshots.open_at(self.pointers.now.mirror_seq)
+        self._garbage += self.snapshots.unload(keep=opened, everything=False)
         garbage, self._garbage = self._garbage, []
         return garbage
 

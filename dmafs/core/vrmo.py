@@ -1,192 +1,152 @@
-"""Virtual recovery mapping objects: where the bytes of one moment are (fig. 5 and 6).
+"""Virtual recovery mapping objects: where the bytes of one moment are (fig. 5).
 
-A VRMO maps logical extents to *references*. The kind here is journal-centric (VBMJ, fig. 6): it holds what is in a
-journal, and an address that it doesn't hold is in the mirror at the same address. It is a multi-way tree of two levels
-(fig. 19): ordered nodes, each with a physical extent list (PEL) of up to ``NODE_LIMIT`` entries in packed arrays, 24
-bytes an extent.
+A VRMO maps logical extents to *references*. It is a multi-way tree of two levels (fig. 19): the address space is cut
+into some ``PAGES`` *pages* of one size, each a Vbmm or a Vbmj with packed PELs (``vbm.py``). A page is made at the
+first look into it, from the stack of layers that the moment is (``layers.py``): so opening an image costs the same whatever
+history it has, and what nobody looks at costs nothing. From then on the page is kept right as the mirror moves:
+
+- an image older than the mirror absorbs what each sync saves (fig. 16, 18), and a Vbmm becomes a Vbmj when that pays;
+- the live image takes each write over;
+- when the places themselves change (the mirror has passed, a snapshot was merged), the pages are made again.
 
 A reference is one integer:
 
 =====================================  =========================================================================
 ``MIRROR`` (-1)                        the mirror, at the logical address itself
-1 .. 2**62 - 1                         event of that seq in the forward journal
+1 .. 2**61 - 1                         event of that seq in the forward journal
 ``2**62 + (serial << 32) + index``     entry number *index* of the backward journal of the snapshot with that serial
+``ZERO`` (2**61) added                 likewise, and there is no data: zeros
 =====================================  =========================================================================
 
 A reference names a descriptor, not an address, so splitting an entry leaves it as it is; the physical address is the
 descriptor's plus the distance from its start.
-
-Invariants (``check``): entries are disjoint, not empty and ascending; nodes are not empty, and not longer than the
-limit.
 """
 
 from __future__ import annotations
 
-from array import array
-from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 
 from dmafs.core.extent import Ints, net_change
+from dmafs.core.layers import Selectable, stacked
+from dmafs.core.vbm import MIRROR, PAGE_SECTORS_MAX, ZERO, BlockMap, Pieces, Vbmm, block_map, pays
 
-MIRROR: Final = -1
 BACKWARD: Final = 1 << 62
-NODE_LIMIT: Final = 512
-"""Entries in a node. An insertion moves at most 4 KiB in each of three arrays, about 0.2 us."""
+PAGES: Final = 4096
+"""About so many pages has a map: with 1,000,000 extents some 250 in each, which take 0.3 ms to make."""
+PAGE_SECTORS_MIN: Final = 2048
+"""The shortest page: 1 MiB can't hold more than 2048 entries."""
 
 
 def backward_reference(serial: int, index: int) -> int:
     """Return the reference to an entry of a snapshot's backward journal."""
-    assert 0 <= serial < 1 << 30
+    assert 0 <= serial < 1 << 29
     assert 0 <= index < 1 << 32
     return BACKWARD | serial << 32 | index
 
 
 def split_reference(reference: int) -> tuple[int, int]:
     """Return serial and index of a backward reference."""
-    return reference >> 32 & (1 << 30) - 1, reference & (1 << 32) - 1
+    return reference >> 32 & (1 << 29) - 1, reference & (1 << 32) - 1
+
+
+class Stack(NamedTuple):
+    """What a moment is: layers over the mirror, later ones winning. The mirror holds all events up to *mirror_seq*."""
+
+    layers: list[Selectable]
+    mirror_seq: int
+
+    def entries(self, start: int, stop: int) -> tuple[Ints, Ints, Ints]:
+        """Return the moment's entries within a range as a disjoint list: starts, stops, references."""
+        starts, stops, references = stacked([layer.select(start, stop) for layer in self.layers])
+        change = net_change(np.maximum(starts, start), np.minimum(stops, stop))
+        references = references[change.winner]
+        off_mirror = (references & ~ZERO) > self.mirror_seq
+        return change.starts[off_mirror], change.stops[off_mirror], references[off_mirror]
 
 
 class Vrmo:
     """One moment's map. Not thread-safe."""
 
-    def __init__(self) -> None:
-        """Begin with everything on the mirror."""
-        self._firsts: list[int] = []
-        self._nodes: list[tuple[array[int], array[int], array[int]]] = []
+    def __init__(self, size_sectors: int) -> None:
+        """Begin without pages."""
+        self.size = size_sectors
+        width = max(PAGE_SECTORS_MIN, -(-size_sectors // PAGES))
+        self.page_sectors = min(1 << (width - 1).bit_length(), PAGE_SECTORS_MAX)
+        self._pages: dict[int, BlockMap] = {}
 
     def __len__(self) -> int:
-        """Return the number of entries."""
-        return sum(len(node[0]) for node in self._nodes)
+        """Return the number of entries in the pages made so far."""
+        return sum(len(page) for page in self._pages.values())
 
-    @classmethod
-    def build(cls, starts: Ints, stops: Ints, references: Ints) -> Vrmo:
-        """Return the map of extents taken in array order, the last one winning. O(n log n), vectorised."""
-        vrmo = cls()
-        change = net_change(starts, stops)
-        vrmo._load(change.starts, change.stops, references[change.winner])
-        return vrmo
+    def _numbers(self, start: int, stop: int) -> range:
+        return range(start // self.page_sectors, -(-stop // self.page_sectors))
 
-    def _load(self, starts: Ints, stops: Ints, references: Ints) -> None:
-        """Replace the contents by a disjoint list."""
-        columns = [np.ascontiguousarray(column, np.int64) for column in (starts, stops, references)]
-        self._nodes = []
-        for begin in range(0, len(starts), NODE_LIMIT // 2):
-            parts = [array("q", column[begin : begin + NODE_LIMIT // 2].tobytes()) for column in columns]
-            self._nodes.append((parts[0], parts[1], parts[2]))
-        self._firsts = [node[0][0] for node in self._nodes]
+    # -- looking up ---------------------------------------------------------------------------------------------
 
-    def arrays(self) -> tuple[Ints, Ints, Ints]:
-        """Return all entries as starts, stops and references, ascending."""
-        columns = []
-        for number in range(3):
-            joined = b"".join(node[number].tobytes() for node in self._nodes)
-            columns.append(np.frombuffer(joined, np.int64))
-        return columns[0], columns[1], columns[2]
+    def resolve_nowait(self, start: int, stop: int) -> Pieces | None:
+        """Return (start, stop, reference) pieces that together are a range, ascending; None if a page isn't made yet.
+
+        O(log n + pieces).
+        """
+        width, pieces = self.page_sectors, Pieces()
+        for number in range(start // width, -(-stop // width)):
+            page = self._pages.get(number)
+            if page is None:
+                return None
+            page.resolve(max(start, page.first), min(stop, page.first + page.size), pieces)
+        return pieces
+
+    def has_pages(self, start: int, stop: int) -> bool:
+        """Say whether all pages of a range are made."""
+        return all(number in self._pages for number in self._numbers(start, stop))
+
+    def make_pages(self, start: int, stop: int, stack: Stack) -> None:
+        """Make the pages of a range that aren't there. O(log n) and the entries in them, for each."""
+        for number in self._numbers(start, stop):
+            if number not in self._pages:
+                first = number * self.page_sectors
+                size = min(self.page_sectors, self.size - first)
+                self._pages[number] = block_map(first, size, *stack.entries(first, first + size))
 
     # -- changing -----------------------------------------------------------------------------------------------
 
     def absorb(self, start: int, stop: int, reference: int) -> None:
-        """Take in a move that is newer than all before: it wins. O(log n) and the entries it covers."""
-        number = self._punch(start, stop)
-        if number < 0:
-            self._nodes.append((array("q", [start]), array("q", [stop]), array("q", [reference])))
-            self._firsts.append(start)
-            return
-        starts, stops, references = self._nodes[number]
-        at = bisect_left(starts, start)
-        starts.insert(at, start)
-        stops.insert(at, stop)
-        references.insert(at, reference)
-        self._firsts[number] = starts[0]
-        if len(starts) > NODE_LIMIT:
-            self._split(number)
+        """Take in a move that the mirror is about to lose, where a page is made: what is on the mirror is mapped."""
+        for number in self._numbers(start, stop) if self._pages else ():
+            page = self._pages.get(number)
+            if page is not None:
+                page.absorb(max(start, page.first), min(stop, page.first + page.size), reference)
+                if isinstance(page, Vbmm) and pays(page.size, page.on_mirror):
+                    self._pages[number] = page.converted()
 
-    def _split(self, number: int) -> None:
-        node = self._nodes[number]
-        half = len(node[0]) // 2
-        self._nodes[number + 1 : number + 1] = [(node[0][half:], node[1][half:], node[2][half:])]
-        for column in node:
-            del column[half:]
-        self._firsts.insert(number + 1, self._nodes[number + 1][0][0])
+    def overwrite(self, start: int, stop: int, reference: int) -> None:
+        """Take in a move that is newer than all before, where a page is made."""
+        for number in self._numbers(start, stop) if self._pages else ():
+            page = self._pages.get(number)
+            if page is not None:
+                page.overwrite(max(start, page.first), min(stop, page.first + page.size), reference)
+                if isinstance(page, Vbmm) and pays(page.size, page.on_mirror):
+                    self._pages[number] = page.converted()
 
-    def _punch(self, start: int, stop: int) -> int:
-        """Remove what is in a range; return the number of the node that an entry at *start* belongs into, or -1."""
-        first = max(bisect_right(self._firsts, start) - 1, 0)
-        last = max(bisect_left(self._firsts, stop) - 1, first)
-        if last - first > 1:  # nodes wholly inside
-            del self._nodes[first + 1 : last]
-            del self._firsts[first + 1 : last]
-            last = first + 1
-        for number in range(min(last, len(self._nodes) - 1), first - 1, -1):
-            starts, stops, references = self._nodes[number]
-            low, high = bisect_right(stops, start), bisect_left(starts, stop)
-            if low < high:
-                left = start if starts[low] < start else None
-                right = stops[high - 1] if stops[high - 1] > stop else None
-                kept = ([(starts[low], start, references[low])] if left is not None else []) + (
-                    [(stop, right, references[high - 1])] if right is not None else []
-                )
-                starts[low:high] = array("q", [entry[0] for entry in kept])
-                stops[low:high] = array("q", [entry[1] for entry in kept])
-                references[low:high] = array("q", [entry[2] for entry in kept])
-                if not starts:
-                    del self._nodes[number]
-                    del self._firsts[number]
-                else:
-                    self._firsts[number] = starts[0]
-        return max(bisect_right(self._firsts, start) - 1, 0) if self._nodes else -1
+    def reset(self) -> None:
+        """Forget all pages."""
+        self._pages.clear()
 
-    def fill(self, starts: Ints, stops: Ints, references: Ints) -> None:
-        """Take in moves that are older than the mirror: only what is still on the mirror is mapped (fig. 16, 18)."""
-        mine = self.arrays()
-        change = net_change(np.concatenate([starts, mine[0]]), np.concatenate([stops, mine[1]]))
-        self._load(change.starts, change.stops, np.concatenate([references, mine[2]])[change.winner])
+    # -- checking -----------------------------------------------------------------------------------------------
 
-    def forget(self, seq: int) -> None:
-        """Drop references to forward events up to *seq*: the mirror holds them now."""
-        starts, stops, references = self.arrays()
-        keep = references > seq
-        self._load(starts[keep], stops[keep], references[keep])
-
-    # -- looking up ---------------------------------------------------------------------------------------------
-
-    def resolve(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-        """Yield ``(start, stop, reference)`` pieces that together are the given range, ascending. O(log n + pieces)."""
-        number = max(bisect_right(self._firsts, start) - 1, 0)
-        at = start
-        while number < len(self._nodes) and at < stop:
-            starts, stops, references = self._nodes[number]
-            for index in range(bisect_right(stops, at), len(starts)):
-                begin, end = starts[index], stops[index]
-                if begin >= stop:
-                    break
-                if begin > at:
-                    yield at, begin, MIRROR
-                    at = begin
-                end = min(end, stop)
-                yield at, end, references[index]
-                at = end
-                if at >= stop:
-                    return
-            else:
-                number += 1
-                continue
-            break
-        if at < stop:
-            yield at, stop, MIRROR
+    def pages(self) -> list[BlockMap]:
+        """Return the pages made so far, ascending."""
+        return [self._pages[number] for number in sorted(self._pages)]
 
     def check(self) -> None:
-        """Assert the invariants."""
-        assert len(self._firsts) == len(self._nodes)
-        last = 0
-        for first, (starts, stops, references) in zip(self._firsts, self._nodes, strict=True):
-            assert 0 < len(starts) <= NODE_LIMIT
-            assert len(starts) == len(stops) == len(references)
-            assert first == starts[0]
-            for start, stop, reference in zip(starts, stops, references, strict=True):
-                assert last <= start < stop, "entries are disjoint and ascending"
-                assert reference > 0
-                last = stop
+        """Assert the invariants of all pages, and that each is of the kind that pays."""
+        for number, page in self._pages.items():
+            assert page.first == number * self.page_sectors
+            assert page.size == min(self.page_sectors, self.size - page.first)
+            page.check()
+            assert not (isinstance(page, Vbmm) and pays(page.size, page.on_mirror))
+
+
+__all__ = ["BACKWARD", "MIRROR", "ZERO", "Stack", "Vrmo", "backward_reference", "split_reference"]

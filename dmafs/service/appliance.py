@@ -119,6 +119,10 @@ class Appliance:
         exact = image.volume.is_exact(image.seq) if image is image.volume.live else image.exact
         return "exact" if exact else "crash"
 
+    async def measure(self, image: Image) -> None:
+        """See ``Backend``."""
+        await self._engine(image.volume.info.name).measure(image)
+
     def allocated(self, image: Image) -> int:
         """See ``Backend``. The live image's is the primary's: it changes all the time, and that is cheap to ask."""
         if image is image.volume.live:

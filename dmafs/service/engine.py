@@ -124,6 +124,7 @@ class Engine:
             nursery.start_soon(self._drop_unheld)
             nursery.start_soon(self._copy)
             nursery.start_soon(self._resync)
+            nursery.start_soon(self._warm)
             task_status.started()
 
     async def _tick(self) -> None:
@@ -180,6 +181,14 @@ class Engine:
                 await trio.sleep(RETRY_S)
                 continue
             log.warning("volume %s: gap ended, %s of the source differed", name, format_bytes(differing * SECTOR))
+
+    async def _warm(self) -> None:
+        """Make what opening images needs, so that the first one doesn't wait for it."""
+        try:
+            await self._drive(self.volume.warm(), stoppable=True)
+        except TROUBLE as error:  # who opens an image that needs it gets the error
+            log.error("volume %s: the index can't be made: %s", self.volume.info.name, error)
+        self._mind_excess()
 
     def _flush_step(self, flag: Flag) -> Work[object]:
         return (yield _Await(partial(self.flush, flag)))
@@ -246,12 +255,26 @@ class Engine:
         length = max(0, min(length, image.size - offset))
         if not length:
             return memoryview(b"")
-        pieces = image.resolve(offset, length)
+        pieces = image.resolve_nowait(offset, length)
+        if pieces is None:
+            pieces = await self._drive(image.locate(offset, length), stoppable=True)
+            self._mind_excess()
         try:
             return image.read_pieces(pieces, offset, length, nowait=True)
         except BlockingIOError:
             with self._reading():
                 return await trio.to_thread.run_sync(image.read_pieces, pieces, offset, length, limiter=self.limiter)
+
+    async def measure(self, image: Image) -> int:
+        """Return how many sectors of an image hold data."""
+        sectors: int = await self._drive(image.measure(), stoppable=True)
+        self._mind_excess()
+        return sectors
+
+    def _mind_excess(self) -> None:
+        """Have journals closed in the background when too many are in memory."""
+        if self.volume.snapshots.excess():
+            self._drop_wanted.set()
 
     async def read_tap(self, offset: int, length: int) -> bytearray:
         """Return bytes of the primary, fewer at its end."""

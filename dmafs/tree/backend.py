@@ -58,6 +58,9 @@ class Backend(Protocol):
     def consistency(self, image: Image) -> str:
         """Return ``exact`` if the image ends at a sync indicator (a flush or tick), else ``crash``."""
 
+    async def measure(self, image: Image) -> None:
+        """Count the bytes of an image that hold data, so that ``allocated`` knows at once."""
+
     def allocated(self, image: Image) -> int:
         """Return how many bytes of an image hold data."""
 

@@ -214,6 +214,7 @@ class Tree(pyfuse3.Operations):
     ) -> pyfuse3.EntryAttributes:
         """Find a name."""
         node = self._child(self._table.node(parent_inode), _text(name))
+        await self._measure(node)
         attributes = self._attributes(node)
         self._table.looked_up(node)
         return attributes
@@ -268,6 +269,11 @@ class Tree(pyfuse3.Operations):
         entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = time_ns
         return entry
 
+    async def _measure(self, node: Node) -> None:
+        """Have ready what the attributes of a past image need: counting its blocks may take a while."""
+        if isinstance(node, PastImage):
+            await self._backend.measure(self._backend.image(node.volume, node.seq))
+
     def _file(self, entry: pyfuse3.EntryAttributes, mode: int, volume: str, allocated: int) -> None:
         entry.st_mode, entry.st_nlink = pyfuse3.ModeT(mode), 1
         entry.st_size = self._backend.size(volume)
@@ -276,7 +282,9 @@ class Tree(pyfuse3.Operations):
     @guarded
     async def getattr(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
         """Return attributes."""
-        return self._attributes(self._table.node(inode))
+        node = self._table.node(inode)
+        await self._measure(node)
+        return self._attributes(node)
 
     @guarded
     async def setattr(
@@ -367,6 +375,7 @@ class Tree(pyfuse3.Operations):
         """List from an entry on; what has coarsened away since opening is left out."""
         for number, (name, node) in enumerate(self._listings[fh][start_id:], start_id + 1):
             try:
+                await self._measure(node)
                 attributes = self._attributes(node)
             except (NotFoundError, FUSEError):
                 continue

@@ -30,7 +30,7 @@ class Bench:
     def recover(
         self, *, tail: int = 0, durable: int = 0, limits: SegmentLimits = LIMITS, tail_time_ns: int = 0
     ) -> ForwardJournal:
-        journal = ForwardJournal(RealStorage(self.root), OURS, limits, self.clock)
+        journal = ForwardJournal(RealStorage(self.root), OURS, limits, self.clock, index_bytes=1 << 20)
         self.opened.append(journal)
         journal.recover(tail=tail, tail_time_ns=tail_time_ns, durable=durable)
         journal.check()
@@ -444,7 +444,9 @@ def test_foreign_and_renamed_files_are_refused(bench: Bench) -> None:
     """A segment of another volume, one under another's name, and a file of somebody else's are errors."""
     long_journal(bench).close()
     with pytest.raises(CorruptionError, match=f"not to {FOREIGN}"):
-        ForwardJournal(RealStorage(bench.root), FOREIGN, LIMITS, bench.clock).recover(tail=0, tail_time_ns=0, durable=0)
+        ForwardJournal(RealStorage(bench.root), FOREIGN, LIMITS, bench.clock, index_bytes=0).recover(
+            tail=0, tail_time_ns=0, durable=0
+        )
     for suffix in ("ext", "dat"):
         (bench.path / f"{9:020d}.{suffix}").rename(bench.path / f"{10:020d}.{suffix}")
     with pytest.raises(CorruptionError, match="begins at seq 9"):

@@ -10,8 +10,9 @@ import pytest
 
 from dmafs.core.ondisk import HEADER_SIZE, RECORD_SIZE, Header, Kind
 from dmafs.core.segment import Segment
-from dmafs.core.snapshots import DIRECTORY, Snapshot, Snapshots
+from dmafs.core.snapshots import DIRECTORY, IndexLimits, Snapshot, Snapshots
 from dmafs.core.storage import RealStorage
+from dmafs.core.vrmo import Stack, Vrmo, split_reference
 from dmafs.core.work import run
 from dmafs.errors import CorruptionError, ExistsError
 from dmafs.units import SECTOR
@@ -30,7 +31,7 @@ class Bench:
         self.opened: list[Snapshots] = []
 
     def open(self) -> Snapshots:
-        snapshots = Snapshots(RealStorage(self.root), OURS)
+        snapshots = Snapshots(RealStorage(self.root), OURS, IndexLimits())
         self.opened.append(snapshots)
         snapshots.check()
         return snapshots
@@ -71,12 +72,17 @@ def drop(snapshots: Snapshots, snapshot: Snapshot) -> None:
 def image(snapshots: Snapshots, seq: int, size: int = 12) -> list[int]:
     """Return for each sector of the image at *seq* the byte that fills it, -1 where the mirror decides."""
     found = []
-    for start, stop, reference in snapshots.build(seq, MIRROR_SEQ).resolve(0, size):
+    run(snapshots.prepare(seq, MIRROR_SEQ))
+    layers = snapshots.layers_nowait(seq, MIRROR_SEQ)
+    assert layers is not None
+    vrmo = Vrmo(size)
+    vrmo.make_pages(0, size, Stack(layers, 0))
+    for start, stop, reference in vrmo.resolve_nowait(0, size) or ():
         if reference < 0:
             found += [-1] * (stop - start)
             continue
-        snapshot, index = snapshots.of_serial(reference >> 32 & (1 << 30) - 1), reference & (1 << 32) - 1
-        segment = snapshots.segment(snapshot)
+        serial, index = split_reference(reference)
+        segment = snapshots.segment(snapshots.of_serial(serial))
         buffer = bytearray((stop - start) * SECTOR)
         segment.read_into(index, start - segment.starts[index], memoryview(buffer))
         found += list(buffer[::SECTOR])
@@ -260,7 +266,7 @@ def test_drop_is_finished_after_a_cut_anywhere(bench: Bench, tmp_path: Path) -> 
     """After a cut between any two calls of a drop it hasn't begun or is finished later; images stay the same."""
     seen = set()
     for place in copies_at_each_cut(bench, tmp_path):
-        snapshots = Snapshots(RealStorage(place), OURS)
+        snapshots = Snapshots(RealStorage(place), OURS, IndexLimits())
         visible = {one.name for one in snapshots}
         seen.add(frozenset(visible))
         for doomed in [one for one in snapshots.all() if one.gone]:
@@ -299,7 +305,7 @@ def test_renamed_and_foreign_snapshots_are_refused(bench: Bench) -> None:
     """A snapshot under another's name or of another volume isn't taken."""
     create(bench.open(), 10, "a")
     with pytest.raises(CorruptionError, match=f"not to {FOREIGN}"):
-        Snapshots(RealStorage(bench.root), FOREIGN)
+        Snapshots(RealStorage(bench.root), FOREIGN, IndexLimits())
     for suffix in (".ext", ".dat"):
         (bench.path / f"{10:020d}{suffix}").rename(bench.path / f"{11:020d}{suffix}")
     with pytest.raises(CorruptionError, match=f"{11:020d}.ext holds the snapshot backward/{10:020d}"):
@@ -340,7 +346,7 @@ def test_missing_data_is_never_replaced_by_the_mirror(bench: Bench, size: int) -
 
 
 def test_torn_batch_that_was_not_sealed_is_forgotten(bench: Bench) -> None:
-    """A batch that a power cut tore before it was needed is cut off; what was sealed before stays."""
+    """A batch that a power cut tore before it was needed doesn't count, and is cut off before anything is appended."""
     snapshots = bench.open()
     segment = snapshots.segment(create(snapshots, 10, "a", (0, 1, 1)))
     size = segment.ext.size()
@@ -348,8 +354,11 @@ def test_torn_batch_that_was_not_sealed_is_forgotten(bench: Bench) -> None:
     flip(bench.path / f"{10:020d}.ext", size + 16)
     again = bench.open()
     assert image(again, 10)[:6] == [1, -1, -1, -1, -1, -1]
-    assert (bench.path / f"{10:020d}.ext").stat().st_size == size
-    assert (bench.path / f"{10:020d}.dat").stat().st_size == SECTOR
+    torn = again.segment(again.all()[0])
+    torn.publish(torn.write_batch([(5, 1, fill(4))], 300))
+    assert (bench.path / f"{10:020d}.ext").stat().st_size == size + RECORD_SIZE
+    assert (bench.path / f"{10:020d}.dat").stat().st_size == 2 * SECTOR
+    assert image(bench.open(), 10)[:6] == [1, -1, -1, -1, -1, 4]
 
 
 def test_failed_creation_leaves_no_snapshot(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -372,7 +381,7 @@ def test_unloaded_journals_are_opened_again_when_needed(bench: Bench) -> None:
     """Forgetting open journals changes no image."""
     snapshots = three(bench)
     keep = snapshots.find("new")
-    released = snapshots.unload(keep)
+    released = snapshots.unload(keep=keep, everything=True)
     assert len(released) == 2
     for segment in released:
         segment.close()
