@@ -2,8 +2,9 @@
 
 A VRMO maps logical extents to *references*. It is a multi-way tree of two levels (fig. 19): the address space is cut
 into some ``PAGES`` *pages* of one size, each a Vbmm or a Vbmj with packed PELs (``vbm.py``). A page is made at the
-first look into it, from the stack of layers that the moment is (``layers.py``): so opening an image costs the same whatever
-history it has, and what nobody looks at costs nothing. From then on the page is kept right as the mirror moves:
+first look into it, from the stack of layers that the moment is (``layers.py``): so opening an image costs the same
+whatever history it has, and what nobody looks at costs nothing. From then on the page is kept right as the mirror
+moves:
 
 - an image older than the mirror absorbs what each sync saves (fig. 16, 18), and a Vbmm becomes a Vbmj when that pays;
 - the live image takes each write over;
