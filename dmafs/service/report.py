@@ -5,9 +5,12 @@ The daemon and the commands that work without one make the same reports; the dae
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
+import numpy as np
+
+from dmafs.core.diff import united, written
 from dmafs.core.image import Image
 from dmafs.core.moments import resolve, seqs_at, snapshot_groups
 from dmafs.core.points import landmarks, oldest_point
@@ -112,8 +115,8 @@ def check_range(image: Image, offset: int, length: int) -> None:
         )
 
 
-def image_at(volumes: Mapping[str, Volume], volume: str, text: str) -> Image:
-    """Return a volume's image at the moment that a spelling means."""
+def seq_of(volumes: Mapping[str, Volume], volume: str, text: str) -> int:
+    """Return a volume's seq at the moment that a spelling means."""
     if volume not in volumes:
         raise NoSuchVolumeError(f"there is no volume {volume}", hint=f"there are: {', '.join(volumes)}")
     time_ns = resolve(volumes, text)
@@ -122,4 +125,29 @@ def image_at(volumes: Mapping[str, Volume], volume: str, text: str) -> Image:
         raise NoSuchPointError(
             f"volume {volume} has no recoverable point at {text}", hint="list them with: dmafs ls STORE"
         )
-    return volumes[volume].image(seqs[volume])
+    return seqs[volume]
+
+
+def image_at(volumes: Mapping[str, Volume], volume: str, text: str) -> Image:
+    """Return a volume's image at the moment that a spelling means."""
+    seq = seq_of(volumes, volume, text)
+    return volumes[volume].image(seq)
+
+
+def diff_of(volumes: Mapping[str, Volume], name: str, a: str, b: str) -> Callable[[], Report]:
+    """Find what was written to a volume between two moments; return a call, for any thread, that makes the report.
+
+    Its extents are pairs of offset and length: there may be millions.
+    """
+    first, last = seq_of(volumes, name, a), seq_of(volumes, name, b)
+    volume = volumes[name]
+    found = written(volume, first, last)
+    ends = {"a": point(first, volume.time_of(first)), "b": point(last, volume.time_of(last))}
+
+    def report() -> Report:
+        starts, stops = united(*found)
+        lengths = stops - starts
+        extents = np.column_stack([starts, lengths]) * SECTOR
+        return {"volume": name, **ends, "extents": extents.tolist(), "bytes": int(lengths.sum()) * SECTOR}
+
+    return report
