@@ -1,4 +1,4 @@
-"""``dmafs status``, ``ls`` and ``read``: what there is."""
+"""``dmafs status``, ``ls``, ``read`` and ``diff``: what there is."""
 
 from __future__ import annotations
 
@@ -44,6 +44,19 @@ def add_commands(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
     read.add_argument("--offset", metavar="N", type=int, required=True, help="first byte")
     read.add_argument("--length", metavar="N", type=int, required=True, help="number of bytes")
     read.set_defaults(run=run_read)
+
+    diff = commands.add_parser(
+        "diff",
+        help="list what was written to a volume between two times",
+        description="List the extents of a volume that were written between two times, in either order. Outside of "
+        "them its images are equal. No data is read: what was overwritten with the same bytes is listed too.",
+    )
+    diff.add_argument("store", metavar="STORE", type=Path, help="directory of the store")
+    diff.add_argument("volume", metavar="VOLUME", help="name of the volume")
+    diff.add_argument("a", metavar="A", help="one moment, written as a TIME")
+    diff.add_argument("b", metavar="B", help="the other moment")
+    diff.add_argument("--json", action="store_true", help="as JSON")
+    diff.set_defaults(run=run_diff)
 
 
 def run_status(options: argparse.Namespace) -> int:
@@ -101,4 +114,21 @@ def run_read(options: argparse.Namespace) -> int:
     with session(options.store) as asked:
         for part in asked.read(options.volume, at=options.at, offset=options.offset, length=options.length):
             write(part)
+    return 0
+
+
+def run_diff(options: argparse.Namespace) -> int:
+    """List the extents."""
+    with session(options.store) as asked:
+        report = asked.diff(options.volume, options.a, options.b)
+    extents = report["extents"]
+    if options.json:
+        named = [{"offset": offset, "length": length} for offset, length in extents]
+        say(json.dumps({**report, "extents": named, "count": len(extents)}, indent=2))
+        return 0
+    say(f"{'OFFSET':>16}  {'LENGTH':>16}")
+    for offset, length in extents:
+        say(f"{offset:>16}  {length:>16}")
+    count = "1 extent" if len(extents) == 1 else f"{len(extents)} extents"
+    say(f"{'total':>16}  {report['bytes']:>16}  bytes in {count}")
     return 0

@@ -289,11 +289,10 @@ class Snapshots:
 
     # -- layers -------------------------------------------------------------------------------------------------
 
-    def _open_slots(self, seq: int, mirror_seq: int) -> tuple[int, int] | None:
-        """Return the slots of the first snapshot at or after *seq* and of the open one; None if there is none.
+    def _reach(self, mirror_seq: int) -> None:
+        """Give slots to the snapshots that the mirror has reached since the last call.
 
-        Gives slots to the snapshots that the mirror has reached since the last call: in their order, since one that is
-        taken later is never before the mirror.
+        They come in order, since one that is taken later is never before the mirror.
         """
         for key in list(self._by_key.irange(self._reached, (mirror_seq + 1, 0), inclusive=(False, False))):
             snapshot: Snapshot = self._by_key[key]
@@ -302,28 +301,39 @@ class Snapshots:
             self._tree.add(snapshot.slot)
             self._slots += 1
             self._reached = key
-        for key in self._by_key.irange((seq, 0), (mirror_seq + 1, 0), inclusive=(True, False)):
-            return self._by_key[key].slot, self._by_slot.peekitem()[0]
-        return None
 
-    def layers_nowait(self, seq: int, mirror_seq: int) -> list[Selectable] | None:
+    def _span(self, seq: int, mirror_seq: int, before: int | None) -> tuple[int, int, Snapshot | None]:
+        """Return the slots ``[low, high)`` of the closed snapshots with *seq* <= s.seq < *before*, and the open one.
+
+        The latter only if it is one of them. None for *before* is no bound.
+        """
+        self._reach(mirror_seq)
+        end = mirror_seq + 1 if before is None else min(before, mirror_seq + 1)
+        keys = self._by_key.irange((seq, 0), (end, 0), inclusive=(True, False))
+        low = next((self._by_key[key].slot for key in keys), None)
+        if low is None:
+            return 0, 0, None
+        last = self._by_key[next(self._by_key.irange(maximum=(end, 0), inclusive=(True, False), reverse=True))]
+        opened = last.slot == self._by_slot.peekitem()[0]
+        return low, last.slot + (not opened), last if opened else None
+
+    def layers_nowait(self, seq: int, mirror_seq: int, *, before: int | None = None) -> list[Selectable] | None:
         """Return layers that hold what the snapshots from *seq* to the mirror hold; None if one isn't made yet.
 
-        Later ones in the list win: those of older snapshots.
+        Later ones in the list win: those of older snapshots. With *before* only snapshots before that seq.
         """
-        slots = self._open_slots(seq, mirror_seq)
-        if slots is None:
-            return []
-        growing = self._by_slot[slots[1]].growing
-        layers = self._tree.layers_nowait(*slots)
-        return None if growing is None or layers is None else [growing, *layers]
+        low, high, opened = self._span(seq, mirror_seq, before)
+        layers = self._tree.layers_nowait(low, high)
+        if opened is None or layers is None:
+            return layers  # type: ignore[return-value]  # a list of what is selectable, which nobody changes
+        return None if opened.growing is None else [opened.growing, *layers]
 
-    def prepare(self, seq: int, mirror_seq: int) -> Work[None]:
-        """Make the layers of the snapshots from *seq* to the mirror."""
-        slots = self._open_slots(seq, mirror_seq)
-        if slots is not None:
-            yield from self.load(self._by_slot[slots[1]])
-            yield from self._tree.prepare(*slots)
+    def prepare(self, seq: int, mirror_seq: int, *, before: int | None = None) -> Work[None]:
+        """Make the layers that ``layers_nowait`` returns."""
+        low, high, opened = self._span(seq, mirror_seq, before)
+        if opened is not None:
+            yield from self.load(opened)
+        yield from self._tree.prepare(low, high)
 
     def _leaf(self, slot: int) -> Work[Layer]:
         """Make the layer of a closed snapshot."""

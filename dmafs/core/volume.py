@@ -258,8 +258,7 @@ class Volume:
 
         The same object for the same seq as long as somebody holds it. Its map is made where it is looked at.
         """
-        if not self.recoverable(seq):
-            raise self._no_point(seq)
+        self.require_point(seq)
         image = self._images.pop(seq, None)
         if image is None:
             image = Image(self, seq, self.time_of(seq))
@@ -268,15 +267,13 @@ class Volume:
         self._evict()
         return image
 
-    def _no_point(self, seq: int) -> NoSuchPointError:
-        return NoSuchPointError(
-            f"volume {self.info.name} has no recoverable point at seq {seq}",
-            hint="list the points with: dmafs ls STORE",
-        )
-
-    def _require(self, seq: int) -> None:
-        if seq < self.floor and not self.recoverable(seq):
-            raise self._no_point(seq)
+    def require_point(self, seq: int) -> None:
+        """Raise NoSuchPointError unless the image at *seq* can be had."""
+        if not self.recoverable(seq):
+            raise NoSuchPointError(
+                f"volume {self.info.name} has no recoverable point at seq {seq}",
+                hint="list the points with: dmafs ls STORE",
+            )
 
     def _evict(self) -> None:
         """Forget the images that nobody holds, least recently used first, down to the limit."""
@@ -290,7 +287,8 @@ class Volume:
         NoSuchPointError when the image can't be had, or a sync passes it meanwhile.
         """
         while True:
-            self._require(seq)
+            if seq < self.floor:
+                self.require_point(seq)
             mirror_seq = self.pointers.now.mirror_seq
             layers = self._layers_nowait(seq, mirror_seq)
             if layers is not None:

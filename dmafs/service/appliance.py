@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import AsyncGenerator, Mapping
 
@@ -22,7 +23,7 @@ from dmafs.core.store import Store
 from dmafs.core.volume import Volume
 from dmafs.errors import NoSuchPointError, NoSuchVolumeError
 from dmafs.service.engine import Engine
-from dmafs.service.report import READ_CHUNK, Report, image_at, points_of, status_of
+from dmafs.service.report import READ_CHUNK, Report, diff_of, image_at, points_of, status_of
 from dmafs.tree.backend import Space
 from dmafs.units import SECTOR, TimeNs, check_name
 
@@ -121,7 +122,7 @@ class Appliance:
 
     async def measure(self, image: Image) -> None:
         """See ``Backend``."""
-        await self._engine(image.volume.info.name).measure(image)
+        await self._engine(image.volume.info.name).answer(image.measure())
 
     def allocated(self, image: Image) -> int:
         """See ``Backend``. The live image's is the primary's: it changes all the time, and that is cheap to ask."""
@@ -207,6 +208,12 @@ class Appliance:
                 yield bytes(await self.read(image, begin, min(READ_CHUNK, offset + length - begin)))
         finally:
             self.release(image)
+
+    async def diff(self, volume: str, a: str, b: str) -> bytes:
+        """Return what was written to a volume between the moments of two spellings, as JSON: it may be long."""
+        engine = self._engine(volume)
+        report = await engine.answer(diff_of(self._volumes, volume, a, b))
+        return await trio.to_thread.run_sync(lambda: json.dumps(report).encode(), limiter=engine.limiter)
 
     def image_at(self, volume: str, at: str) -> Image:
         """Return a volume's image at the moment that a spelling means."""

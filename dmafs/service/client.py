@@ -21,7 +21,7 @@ from dmafs.core.sync import sync
 from dmafs.core.work import run
 from dmafs.errors import ControlError, DmafsError, StoreBusyError, StoreError
 from dmafs.service.configuration import load_configuration
-from dmafs.service.report import READ_CHUNK, Report, check_range, image_at, points_of, status_of
+from dmafs.service.report import READ_CHUNK, Report, check_range, diff_of, image_at, points_of, status_of
 from dmafs.units import check_name
 
 TIMEOUT_S: Final = 10.0
@@ -45,6 +45,9 @@ class Session(Protocol):
 
     def read(self, volume: str, *, at: str, offset: int, length: int) -> Iterator[bytes]:
         """Yield the bytes of a volume at a moment."""
+
+    def diff(self, volume: str, a: str, b: str) -> Report:
+        """Return which extents of a volume were written between two moments."""
 
 
 @contextlib.contextmanager
@@ -107,6 +110,10 @@ class LocalSession:
         for begin in range(offset, offset + length, READ_CHUNK):
             yield bytes(image.read(begin, min(READ_CHUNK, offset + length - begin)))
 
+    def diff(self, volume: str, a: str, b: str) -> Report:
+        """See ``Session``."""
+        return run(diff_of(self._volumes, volume, a, b))
+
 
 class RemoteSession:
     """A session with a daemon."""
@@ -156,6 +163,11 @@ class RemoteSession:
                 yield from response.iter_raw()
         except httpx.HTTPError as error:
             raise _no_answer(self._path, error) from error
+
+    def diff(self, volume: str, a: str, b: str) -> Report:
+        """See ``Session``."""
+        answer: Report = self._ask("GET", "/diff", timeout=None, volume=volume, a=a, b=b).json()
+        return answer
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ GET      /points                                                               J
 POST     /snapshots        name                                                JSON
 POST     /sync                                                                 JSON
 GET      /read             volume, at, offset, length                          bytes, all of one moment
+GET      /diff             volume, a, b                                        JSON
 =======  ================  ==================================================  =============================
 
 An error is a JSON object {error, message, hint}: the class's name in the error tree and its texts; status 400 for
@@ -72,6 +73,11 @@ def application(appliance: Appliance) -> Starlette:
         headers = {"content-length": str(length)}
         return StreamingResponse(_joined(first, parts), headers=headers, media_type="application/octet-stream")
 
+    async def diff(request: Request) -> Response:
+        query = request.query_params
+        found = await appliance.diff(query.get("volume", ""), query.get("a", ""), query.get("b", ""))
+        return Response(found, media_type="application/json")
+
     return Starlette(
         routes=[
             Route("/status", _answering(status), methods=["GET"]),
@@ -79,6 +85,7 @@ def application(appliance: Appliance) -> Starlette:
             Route("/snapshots", _answering(take_snapshot), methods=["POST"]),
             Route("/sync", _answering(sync), methods=["POST"]),
             Route("/read", _answering(read), methods=["GET"]),
+            Route("/diff", _answering(diff), methods=["GET"]),
         ]
     )
 

@@ -257,19 +257,18 @@ class Engine:
             return memoryview(b"")
         pieces = image.resolve_nowait(offset, length)
         if pieces is None:
-            pieces = await self._drive(image.locate(offset, length), stoppable=True)
-            self._mind_excess()
+            pieces = await self.answer(image.locate(offset, length))
         try:
             return image.read_pieces(pieces, offset, length, nowait=True)
         except BlockingIOError:
             with self._reading():
                 return await trio.to_thread.run_sync(image.read_pieces, pieces, offset, length, limiter=self.limiter)
 
-    async def measure(self, image: Image) -> int:
-        """Return how many sectors of an image hold data."""
-        sectors: int = await self._drive(image.measure(), stoppable=True)
+    async def answer(self, work: Work[Result]) -> Result:
+        """Do work that changes nothing; who waits for it may give up."""
+        found = await self._drive(work, stoppable=True)
         self._mind_excess()
-        return sectors
+        return found
 
     def _mind_excess(self) -> None:
         """Have journals closed in the background when too many are in memory."""

@@ -8,11 +8,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
+import numpy as np
+
+from dmafs.core.diff import diff
 from dmafs.core.image import Image
 from dmafs.core.moments import resolve, seqs_at, snapshot_groups
 from dmafs.core.points import landmarks, oldest_point
 from dmafs.core.resync import needs_resync
 from dmafs.core.volume import Volume
+from dmafs.core.work import Work
 from dmafs.errors import InputError, NoSuchPointError, NoSuchVolumeError
 from dmafs.units import SECTOR, format_rfc3339, format_time
 
@@ -112,8 +116,8 @@ def check_range(image: Image, offset: int, length: int) -> None:
         )
 
 
-def image_at(volumes: Mapping[str, Volume], volume: str, text: str) -> Image:
-    """Return a volume's image at the moment that a spelling means."""
+def seq_of(volumes: Mapping[str, Volume], volume: str, text: str) -> int:
+    """Return a volume's seq at the moment that a spelling means."""
     if volume not in volumes:
         raise NoSuchVolumeError(f"there is no volume {volume}", hint=f"there are: {', '.join(volumes)}")
     time_ns = resolve(volumes, text)
@@ -122,4 +126,21 @@ def image_at(volumes: Mapping[str, Volume], volume: str, text: str) -> Image:
         raise NoSuchPointError(
             f"volume {volume} has no recoverable point at {text}", hint="list them with: dmafs ls STORE"
         )
-    return volumes[volume].image(seqs[volume])
+    return seqs[volume]
+
+
+def image_at(volumes: Mapping[str, Volume], volume: str, text: str) -> Image:
+    """Return a volume's image at the moment that a spelling means."""
+    seq = seq_of(volumes, volume, text)
+    return volumes[volume].image(seq)
+
+
+def diff_of(volumes: Mapping[str, Volume], name: str, a: str, b: str) -> Work[Report]:
+    """Return what was written to a volume between two moments; its extents are pairs of offset and length."""
+    first, last = seq_of(volumes, name, a), seq_of(volumes, name, b)
+    volume = volumes[name]
+    ends = {"a": point(first, volume.time_of(first)), "b": point(last, volume.time_of(last))}
+    starts, stops = yield from diff(volume, first, last)
+    lengths = stops - starts
+    extents = np.column_stack([starts, lengths]) * SECTOR
+    return {"volume": name, **ends, "extents": extents.tolist(), "bytes": int(lengths.sum()) * SECTOR}

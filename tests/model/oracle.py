@@ -14,6 +14,7 @@ class Oracle:
     def __init__(self, content: bytes) -> None:
         self._images = [content]
         self.times = [0]
+        self._extents = [range(0)]  # the sectors that each event wrote
 
     @property
     def size_sectors(self) -> int:
@@ -29,6 +30,7 @@ class Oracle:
         assert end <= len(image)
         self._images.append(image[:begin] + data + image[end:])
         self.times.append(time_ns)
+        self._extents.append(range(start, start + len(data) // SECTOR))
 
     def image_at(self, seq: int) -> bytes:
         return self._images[seq]
@@ -38,6 +40,17 @@ class Oracle:
         assert head <= self.head
         del self._images[head + 1 :]
         del self.times[head + 1 :]
+        del self._extents[head + 1 :]
+
+    def written(self, a: int, b: int) -> set[int]:
+        """Return the sectors that events between two seqs wrote, whatever with."""
+        return {sector for extent in self._extents[min(a, b) + 1 : max(a, b) + 1] for sector in extent}
+
+    def differing(self, a: int, b: int) -> set[int]:
+        """Return the sectors whose bytes at two seqs differ."""
+        one, other = self._images[a], self._images[b]
+        places = ((sector, slice(sector * SECTOR, (sector + 1) * SECTOR)) for sector in range(self.size_sectors))
+        return {sector for sector, place in places if one[place] != other[place]}
 
 
 def nonzero_sectors(image: bytes) -> int:
