@@ -14,6 +14,7 @@ from typing import Final, TypeVar
 import numpy as np
 
 from dmafs.core.extent import Ints, net_change
+from dmafs.core.vbm import MIRROR
 from dmafs.core.volume import Volume
 from dmafs.units import SECTOR
 from tests.bench.report import Result, at_most, progress, spread, timed, told
@@ -202,7 +203,7 @@ def _memory(volume: Volume, seq: int, kind: str) -> Iterator[Result]:
         extents = 0
         for offset in range(0, image.size, 1 << 20):
             length = min(1 << 20, image.size - offset)
-            extents += sum(piece.segment is not None for piece in image.resolve(offset, length))
+            extents += sum(piece.entry != MIRROR for piece in image.resolve(offset, length))
         gc.collect()
         kept = tracemalloc.get_traced_memory()[0] - before
     finally:

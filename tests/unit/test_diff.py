@@ -179,6 +179,6 @@ def test_report_is_in_bytes_and_names_both_moments(volume: Volume) -> None:
     assert (report["a"]["seq"], report["b"]["seq"]) == (seq + 1, seq)
     assert report["volume"] == "disk"
     with pytest.raises(NoSuchVolumeError):
-        diff_of({"disk": volume}, "other", "kept", "kept")
+        run(diff_of({"disk": volume}, "other", "kept", "kept"))
     with pytest.raises(NoSuchPointError):
-        diff_of({"disk": volume}, "disk", "kept", "nothing")
+        run(diff_of({"disk": volume}, "disk", "kept", "nothing"))
