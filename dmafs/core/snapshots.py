@@ -18,26 +18,29 @@ missing behind it had not been needed yet.
 Doing step 2 twice adds nothing, since the first time's entries are held then. An image that is held open keeps its
 snapshot in state ``.gone`` until the last close. Snapshots marked temporary exist only for a held image, and are
 dropped at the last close or when the store is opened next.
+
+A *pinned* snapshot isn't dropped: an empty file ``<stem>.pin`` stands beside the pair. Without a snapshot that users see
+it means nothing, and is unlinked when the store is opened.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from uuid import UUID
 
 import numpy as np
 from sortedcontainers import SortedDict
 
-from dmafs.core.extent import Ints, net_change
-from dmafs.core.ondisk import Header, Kind
+from dmafs.core.extent import Ints, NetChange, net_change
+from dmafs.core.ondisk import HEADER_SIZE, RECORD_SIZE, Header, Kind
 from dmafs.core.segment import Batch, Segment, new_salt, parts, read_header
 from dmafs.core.storage import Buffer, Storage
 from dmafs.core.vrmo import Vrmo, backward_reference
 from dmafs.core.work import Work
-from dmafs.errors import CorruptionError, ExistsError
-from dmafs.units import SECTOR
+from dmafs.errors import CorruptionError, ExistsError, NoSuchSnapshotError, PinnedError
+from dmafs.units import SECTOR, format_time
 
 DIRECTORY = "backward"
 
@@ -56,6 +59,7 @@ class Snapshot:
     serial: int
     gone: bool = False
     busy: bool = False  # work writes or renames its files
+    pinned: bool = False  # by the user
     segment: Segment | None = field(default=None, repr=False)
 
     @property
@@ -67,6 +71,11 @@ class Snapshot:
     def stem(self) -> str:
         """Return the path of the pair of files without the suffix."""
         return f"{DIRECTORY}/{self.seq:020d}" + (f"-{self.twin}" if self.twin else "")
+
+    @property
+    def pin(self) -> str:
+        """Return the path of the file that is there while it is pinned."""
+        return self.stem + ".pin"
 
     @property
     def hidden(self) -> bool:
@@ -93,8 +102,18 @@ class Snapshots:
                 self._enter(stem, suffix)
             elif suffix == "new" or (suffix == "dat" and stem not in stems):
                 storage.unlink(f"{DIRECTORY}/{name}")  # of a creation or a drop that was cut off
-            elif suffix != "dat":
+            elif suffix not in {"dat", "pin"}:
                 raise CorruptionError(f"{DIRECTORY}/{name} is no file of ours", hint="move it out of the store")
+        self._enter_pins(name for name in names if name.endswith(".pin"))
+
+    def _enter_pins(self, names: Iterable[str]) -> None:
+        """Pin the snapshots whose pins have these names; unlink those that nothing visible belongs to."""
+        shown = {snapshot.pin: snapshot for snapshot in self}
+        for path in [f"{DIRECTORY}/{name}" for name in names]:
+            if path in shown:
+                shown[path].pinned = True
+            else:
+                self._storage.unlink(path)
 
     def _enter(self, stem: str, suffix: str) -> None:
         """Add the snapshot whose descriptors are in ``stem.suffix``."""
@@ -212,6 +231,26 @@ class Snapshots:
             for snapshot in snapshots:
                 snapshot.busy = False
 
+    def held_bytes(self, snapshot: Snapshot) -> int:
+        """Return how many bytes of descriptors and data a snapshot has: 0 if no sync has fed it yet. O(1)."""
+        if snapshot.segment is not None:
+            return snapshot.segment.records * RECORD_SIZE + snapshot.segment.data_sectors * SECTOR
+        suffix = ".gone" if snapshot.gone else ".ext"
+        sizes = [self._storage.size(snapshot.stem + one) for one in (suffix, ".dat")]
+        return max(0, sum(sizes) - HEADER_SIZE)
+
+    def gain(self, snapshot: Snapshot) -> tuple[int, int]:
+        """Return how many bytes dropping a snapshot would copy, and how many it would then free. O(n log n)."""
+        held = self.held_bytes(snapshot)
+        index = self._by_key.index(snapshot.key)
+        if not index:
+            return 0, held
+        source = self.segment(snapshot)
+        change = _lacking(source, self.segment(self._by_key.peekitem(index - 1)[1]))
+        data = np.array([not source.is_zero(entry) for entry in change.winner.tolist()], bool)
+        copied = len(data) * RECORD_SIZE + int((change.stops - change.starts)[data].sum()) * SECTOR
+        return copied, max(0, held - copied)
+
     def build(self, seq: int, mirror_seq: int) -> Vrmo:
         """Return the map of the image at *seq* from the descriptors of all snapshots from there to the mirror."""
         starts, stops, references = [], [], []
@@ -261,9 +300,10 @@ class Snapshots:
             del self._names[snapshot.name]
 
     def doom(self, snapshot: Snapshot) -> Work[None]:
-        """Begin to drop a snapshot: hide it and free its name, durably (step 1)."""
+        """Begin to drop a snapshot: hide it and free its name, durably (step 1). PinnedError if it is pinned."""
         if snapshot.gone:
             return
+        require_unpinned(snapshot)
 
         def rename() -> None:
             self._storage.rename(snapshot.stem + ".ext", snapshot.stem + ".gone")
@@ -281,6 +321,39 @@ class Snapshots:
                     if snapshot.name:
                         self._names.setdefault(snapshot.name, snapshot)
                 raise
+
+    def pin(self, snapshot: Snapshot) -> Work[None]:
+        """Have a snapshot not be dropped; durable when this returns. NoSuchSnapshotError if it is being dropped.
+
+        It counts from the beginning on, so no drop can begin meanwhile. Pinning and unpinning exclude each other.
+        """
+        if snapshot.hidden:
+            raise NoSuchSnapshotError(
+                f"snapshot {snapshot.name or snapshot.seq} is being dropped", hint="list them with: dmafs ls STORE"
+            )
+        before, snapshot.pinned = snapshot.pinned, True
+
+        def create() -> None:
+            if not self._storage.exists(snapshot.pin):
+                self._storage.create(snapshot.pin).close()
+            self._storage.sync_directory(DIRECTORY)
+
+        try:
+            yield create
+        except BaseException:
+            snapshot.pinned = before
+            raise
+
+    def unpin(self, snapshot: Snapshot) -> Work[None]:
+        """Let a snapshot be dropped again; durable when this returns."""
+
+        def unlink() -> None:
+            if self._storage.exists(snapshot.pin):
+                self._storage.unlink(snapshot.pin)
+            self._storage.sync_directory(DIRECTORY)
+
+        yield unlink
+        snapshot.pinned = False
 
     def merge(self, snapshot: Snapshot) -> Work[Segment]:
         """Finish dropping a doomed snapshot (steps 2 and 3); return its journal, for the caller to close.
@@ -306,13 +379,10 @@ class Snapshots:
 
     def _move_entries(self, source: Segment, target: Segment) -> Work[None]:
         """Append the entries of *source* that *target* doesn't hold to *target*."""
-        starts, stops = source.extents()
-        held = target.extents()
-        change = net_change(np.concatenate([starts, held[0]]), np.concatenate([stops, held[1]]))
-        mine = change.winner < len(starts)
-        pieces = list(zip(*(column[mine].tolist() for column in change), strict=True))
+        change = _lacking(source, target)
+        pieces = list(zip(*(column.tolist() for column in change), strict=True))
         time_ns = source.header.snapshot_time_ns if not target.times else target.times[-1]
-        for first, last in parts(change.starts[mine], change.stops[mine]):
+        for first, last in parts(change.starts, change.stops):
 
             def move(part: list[tuple[int, int, int]] = pieces[first:last]) -> Batch:
                 return target.write_batch([_entry(source, *piece) for piece in part], time_ns)
@@ -333,10 +403,30 @@ class Snapshots:
         assert all(self._by_key[snapshot.key] is snapshot for snapshot in self._by_serial.values())
         for snapshot in self._by_key.values():
             assert not snapshot.name or snapshot.gone or self._names[snapshot.name] is snapshot
+            assert not snapshot.pinned or not snapshot.hidden
+            assert snapshot.pinned is self._storage.exists(snapshot.pin)
             if snapshot.segment is not None:
                 snapshot.segment.check()
                 starts, stops = _sorted(*snapshot.segment.extents())
                 assert np.all(starts[1:] >= stops[:-1]), "a snapshot holds each address once"
+
+
+def require_unpinned(snapshot: Snapshot) -> None:
+    """Raise PinnedError if a snapshot is pinned."""
+    if snapshot.pinned:
+        raise PinnedError(
+            f"snapshot {snapshot.name or format_time(snapshot.time_ns)} is pinned",
+            hint="to drop it, unpin it first: dmafs unpin STORE ID",
+        )
+
+
+def _lacking(source: Segment, target: Segment) -> NetChange:
+    """Return the pieces of the entries of *source* that *target* doesn't hold; *winner* is the entry's index."""
+    starts, stops = source.extents()
+    held = target.extents()
+    change = net_change(np.concatenate([starts, held[0]]), np.concatenate([stops, held[1]]))
+    mine = change.winner < len(starts)
+    return NetChange(*(column[mine] for column in change))
 
 
 def _entry(source: Segment, start: int, stop: int, index: int) -> tuple[int, int, Buffer | None]:
