@@ -76,13 +76,22 @@ class Verdict:
     held_bytes: int
 
 
+def _day(local: ZonedDateTime) -> tuple[int, ...]:
+    return local.year, local.month, local.day
+
+
+def _week(local: ZonedDateTime) -> tuple[int, ...]:
+    week = local.date().iso_week_date()
+    return week.year, week.week
+
+
 Period = Callable[[ZonedDateTime], tuple[int, ...]]
 
 _PERIODS: Final[tuple[tuple[str, Period], ...]] = (
     # The offset tells apart the two hours that the end of summer time gives one name.
     ("hourly", lambda local: (*_day(local), local.hour, int(local.offset.total("seconds")))),
-    ("daily", lambda local: _day(local)),
-    ("weekly", lambda local: _week(local)),
+    ("daily", _day),
+    ("weekly", _week),
     ("monthly", lambda local: (local.year, local.month)),
     ("yearly", lambda local: (local.year,)),
 )
@@ -173,7 +182,7 @@ def _floor(groups: Groups, times: Mapping[str, int], rules: KeepRules) -> dict[s
     return reasons
 
 
-def _newest_of_periods(locals_: Mapping[str, ZonedDateTime], period: Period, count: int) -> Iterable[str]:
+def _newest_of_periods(locals_: dict[str, ZonedDateTime], period: Period, count: int) -> Iterable[str]:
     """Return the newest group in each of the newest *count* periods that have one; *locals_* are oldest first."""
     newest: dict[tuple[int, ...], str] = {}
     for identifier, local in reversed(locals_.items()):
@@ -193,15 +202,6 @@ def _local(time_ns: int, timezone: str | None) -> ZonedDateTime:
             f"time zone {timezone or 'of this system'} not found, which retention needs",
             hint="set an IANA name such as Europe/Berlin",
         ) from error
-
-
-def _day(local: ZonedDateTime) -> tuple[int, ...]:
-    return local.year, local.month, local.day
-
-
-def _week(local: ZonedDateTime) -> tuple[int, ...]:
-    week = local.date().iso_week_date()
-    return week.year, week.week
 
 
 def _spelled(seconds: float) -> str:

@@ -19,8 +19,8 @@ Doing step 2 twice adds nothing, since the first time's entries are held then. A
 snapshot in state ``.gone`` until the last close. Snapshots marked temporary exist only for a held image, and are
 dropped at the last close or when the store is opened next.
 
-A *pinned* snapshot isn't dropped: an empty file ``<stem>.pin`` stands beside the pair. Without a snapshot that users see
-it means nothing, and is unlinked when the store is opened.
+A *pinned* snapshot isn't dropped: an empty file ``<stem>.pin`` stands beside the pair. Without a snapshot that users
+see it means nothing, and is unlinked when the store is opened.
 """
 
 from __future__ import annotations

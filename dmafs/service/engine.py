@@ -9,8 +9,8 @@ Rules:
 2. Syncs, snapshots and drops exclude each other (``_maintenance``), not capture and not reads.
 3. Before each step of a sync or a drop, readers that resolved before are waited for: nothing is overwritten or closed
    under a reader.
-4. Work isn't cancelled, but for syncs, copies and resyncs: these may stop between two steps when the daemon ends.
-   Opening the store again finishes or forgets what they began.
+4. Work isn't cancelled, but for syncs, thinning, copies and resyncs: these may stop between two steps when the daemon
+   ends. Opening the store again finishes or forgets what they began.
 """
 
 from __future__ import annotations
@@ -336,6 +336,16 @@ class Engine:
         async with self._maintenance:
             await self._drive(self.volume.drop_snapshot(snapshot), drain=True)
             await self._sweep()
+
+    async def drop_snapshots(self, snapshots: list[Snapshot]) -> None:
+        """Drop several snapshots but pinned ones, oldest first."""
+        async with self._maintenance:
+            await self._drive(self.volume.drop_snapshots(snapshots), drain=True, stoppable=True)
+            await self._sweep()
+
+    async def do(self, work: Work[Result]) -> Result:
+        """Drive work that touches nothing that is read."""
+        return await self._drive(work)
 
     async def _sweep(self) -> None:
         """Close the journals that nobody can be reading or syncing any more."""
