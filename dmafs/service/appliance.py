@@ -30,7 +30,7 @@ from dmafs.errors import NoSuchPointError, NoSuchVolumeError
 from dmafs.service.alarms import Alarms
 from dmafs.service.engine import TROUBLE, Engine
 from dmafs.service.report import READ_CHUNK, Report, image_at, points_of, status_of
-from dmafs.service.retention import Drops, Shrinking, Thinning
+from dmafs.service.thinning import Drops, Shrinking, Thinning
 from dmafs.tree.backend import Space
 from dmafs.units import SECTOR, TimeNs, check_name, format_bytes, format_rfc3339
 

@@ -24,7 +24,7 @@ from dmafs.core.work import run
 from dmafs.errors import ControlError, DmafsError, StoreBusyError, StoreError
 from dmafs.service.configuration import load_configuration
 from dmafs.service.report import READ_CHUNK, Report, check_range, image_at, points_of, status_of
-from dmafs.service.retention import Thinning
+from dmafs.service.thinning import Thinning
 from dmafs.units import check_name
 
 TIMEOUT_S: Final = 10.0

@@ -16,7 +16,7 @@ from dmafs.core.retention import KeepRules
 from dmafs.core.store import CONFIGURATION_NAME
 from dmafs.core.volume import VolumeLimits
 from dmafs.errors import InputError
-from dmafs.service.retention import RETENTION, retention_of
+from dmafs.service.thinning import RETENTION, retention_of
 from dmafs.units import SECTOR, parse_bytes
 
 _SIZE_KEYS: Final = ("segment_size", "reserve")

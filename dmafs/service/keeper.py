@@ -1,9 +1,9 @@
 """The keeper: the daemon's task that thins snapshots by the rules and makes room before the store is full.
 
 Once in a while it thins, then looks at the store's free space. Where that is hardly more than the reserve that capture
-leaves for syncs, it has the oldest snapshots dropped that the floor of retention allows. Writes that find the store full
-in between ask for the same themselves (``Appliance.make_room``). The alarm that tells of it lasts until there is twice
-the reserve.
+leaves for syncs, it has the oldest snapshots dropped that the floor of retention allows. Writes that find the store
+full in between ask for the same themselves (``Appliance.make_room``). The alarm that tells of it lasts until there is
+twice the reserve.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Retention in the service: its table of the configuration, and thinning and shrinking step by step.
+"""Thinning in the service: the table ``[retention]`` of the configuration, and thinning and shrinking step by step.
 
 ``Thinning`` and ``Shrinking`` plan and say what is to be dropped next; who uses them drops it, the daemon through
 engines and a command directly. Both ask the pure plans of ``core.retention`` again after each step, since what a drop
