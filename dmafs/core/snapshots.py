@@ -248,7 +248,8 @@ class Snapshots:
         source = self.segment(snapshot)
         change = _lacking(source, self.segment(self._by_key.peekitem(index - 1)[1]))
         data = np.array([not source.is_zero(entry) for entry in change.winner.tolist()], bool)
-        copied = len(data) * RECORD_SIZE + int((change.stops - change.starts)[data].sum()) * SECTOR
+        records = len(data) + (len(data) > 0)  # one seals them
+        copied = records * RECORD_SIZE + int((change.stops - change.starts)[data].sum()) * SECTOR
         return copied, max(0, held - copied)
 
     def build(self, seq: int, mirror_seq: int) -> Vrmo:
