@@ -53,7 +53,7 @@ class Appliance:
         self._rules = rules or KeepRules()
         self._pinning = trio.Lock()
         self._retaining = trio.Lock()
-        self._fruitless_until = -math.inf
+        self._fruitless_until = self.short_at = -math.inf
         first = next(iter(self._volumes.values()))
         self.started_ns = first.clock()
         self.alarms = Alarms(first.clock)
@@ -288,7 +288,7 @@ class Appliance:
                     await self._drop(drops)
             except TROUBLE as error:
                 problem = f"; {error}"
-            if shrinking.dropped:
+            if shrinking.dropped and shrinking.missing <= self.reserve // 2:  # enough for what is needed
                 await self._wait_for_space(self.reserve + needed)
             if not shrinking.dropped or problem:
                 self._fruitless_until = trio.current_time() + FRUITLESS_S
@@ -300,6 +300,7 @@ class Appliance:
                 await trio.sleep(0.02)
 
     def _tell_of_shrinking(self, dropped: int, problem: str) -> None:
+        self.short_at = trio.current_time()
         done = {0: "no snapshot can be dropped", 1: "dropped the oldest snapshot"}
         oldest = [oldest_point(volume).time_ns for volume in self._volumes.values() if volume.pointers.now.copied]
         history = f"history begins at {format_rfc3339(min(oldest))}" if oldest else "there is no history yet"

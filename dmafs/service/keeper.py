@@ -3,7 +3,7 @@
 Once in a while it thins, then looks at the store's free space. Where that is hardly more than the reserve that capture
 leaves for syncs, it has the oldest snapshots dropped that the floor of retention allows. Writes that find the store
 full in between ask for the same themselves (``Appliance.make_room``). The alarm that tells of it lasts until there is
-twice the reserve.
+twice the reserve, and long enough to be seen: what was dropped is history that its owner had counted on.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from dmafs.service.engine import TROUBLE
 
 CHECK_S: Final = 60.0
 """How often snapshots are thinned and the free space is looked at."""
+ALARM_S: Final = 3600.0
+"""How long the alarm lasts at least after the last time that space was short."""
 
 
 class Keeper:
@@ -43,5 +45,6 @@ class Keeper:
             alarms.clear(RETENTION_ALARM)
         reserve = self._appliance.reserve
         await self._appliance.make_room(reserve // 4)
-        if self._appliance.space().available >= 2 * reserve:
+        seen = trio.current_time() - self._appliance.short_at >= ALARM_S
+        if seen and self._appliance.space().available >= 2 * reserve:
             alarms.clear(SPACE_ALARM)
