@@ -9,7 +9,7 @@ floor, until enough is freed.
 
 Invariants, for the same rules, time and time zone:
 
-1. The order in which groups are given doesn't matter; times that are equal are told apart by the ids.
+1. The order in which groups are given doesn't matter; of equal times twins are told apart, then ids.
 2. The floor is kept: nothing pinned is ever dropped, and never are fewer than ``minimum`` left that were there.
 3. Without a quota thinning is idempotent: what is left is kept as a whole. A period that has lost its other snapshots
    still has the one kept for it, so the newest N periods with a snapshot stay the same.
@@ -163,9 +163,11 @@ def _verdicts(
 
 
 def _times(groups: Groups) -> dict[str, int]:
-    """Return the time of each group, the last of its volumes'; oldest first."""
-    times = {name: max(snapshot.time_ns for snapshot in group.values()) for name, group in groups.items()}
-    return dict(sorted(times.items(), key=lambda entry: (entry[1], entry[0])))
+    """Return the time of each group, the last of its volumes'; oldest first, of one moment in the order of twins."""
+    ordered = sorted(
+        (max((snapshot.time_ns, snapshot.twin) for snapshot in group.values()), name) for name, group in groups.items()
+    )
+    return {name: time_ns for (time_ns, _), name in ordered}
 
 
 def _floor(groups: Groups, times: Mapping[str, int], rules: KeepRules) -> dict[str, list[str]]:

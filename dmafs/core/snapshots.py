@@ -192,6 +192,11 @@ class Snapshots:
                 return snapshot
         return None
 
+    def older(self, snapshot: Snapshot) -> Snapshot | None:
+        """Return the next older snapshot, hidden or not: what dropping this one merges into."""
+        index = self._by_key.index(snapshot.key)
+        return self._by_key.peekitem(index - 1)[1] if index else None
+
     def of_serial(self, serial: int) -> Snapshot:
         """Return the snapshot that a backward reference means."""
         return self._by_serial[serial]
@@ -238,19 +243,6 @@ class Snapshots:
         suffix = ".gone" if snapshot.gone else ".ext"
         sizes = [self._storage.size(snapshot.stem + one) for one in (suffix, ".dat")]
         return max(0, sum(sizes) - HEADER_SIZE)
-
-    def gain(self, snapshot: Snapshot) -> tuple[int, int]:
-        """Return how many bytes dropping a snapshot would copy, and how many it would then free. O(n log n)."""
-        held = self.held_bytes(snapshot)
-        index = self._by_key.index(snapshot.key)
-        if not index:
-            return 0, held
-        source = self.segment(snapshot)
-        change = _lacking(source, self.segment(self._by_key.peekitem(index - 1)[1]))
-        data = np.array([not source.is_zero(entry) for entry in change.winner.tolist()], bool)
-        records = len(data) + (len(data) > 0)  # one seals them
-        copied = records * RECORD_SIZE + int((change.stops - change.starts)[data].sum()) * SECTOR
-        return copied, max(0, held - copied)
 
     def build(self, seq: int, mirror_seq: int) -> Vrmo:
         """Return the map of the image at *seq* from the descriptors of all snapshots from there to the mirror."""
@@ -362,8 +354,7 @@ class Snapshots:
         References to it mean nothing any more: the caller builds the maps anew before it yields.
         """
         assert snapshot.gone
-        index = self._by_key.index(snapshot.key)
-        older = [self._by_key.peekitem(index - 1)[1]] if index else []
+        older = [found for found in [self.older(snapshot)] if found is not None]
 
         def unlink() -> None:
             self._storage.unlink(snapshot.stem + ".gone")
@@ -380,7 +371,7 @@ class Snapshots:
 
     def _move_entries(self, source: Segment, target: Segment) -> Work[None]:
         """Append the entries of *source* that *target* doesn't hold to *target*."""
-        change = _lacking(source, target)
+        change = lacking(*source.extents(), *target.extents())
         pieces = list(zip(*(column.tolist() for column in change), strict=True))
         time_ns = source.header.snapshot_time_ns if not target.times else target.times[-1]
         for first, last in parts(change.starts, change.stops):
@@ -421,11 +412,41 @@ def require_unpinned(snapshot: Snapshot) -> None:
         )
 
 
-def _lacking(source: Segment, target: Segment) -> NetChange:
-    """Return the pieces of the entries of *source* that *target* doesn't hold; *winner* is the entry's index."""
-    starts, stops = source.extents()
-    held = target.extents()
-    change = net_change(np.concatenate([starts, held[0]]), np.concatenate([stops, held[1]]))
+class Forecast:
+    """What a run of drops will copy and free, oldest first, without doing it."""
+
+    def __init__(self, snapshots: Snapshots) -> None:
+        """Begin with nothing dropped."""
+        self._snapshots = snapshots
+        self._dropped: set[Key] = set()
+        self._target: tuple[Ints, Ints] | None = None  # what the snapshot that is merged into will hold; None: none is
+
+    def drop(self, snapshot: Snapshot) -> tuple[int, int]:
+        """Return how many bytes dropping a snapshot copies to the next older one left, and how many it frees."""
+        held = self._snapshots.held_bytes(snapshot)
+        older = self._snapshots.older(snapshot)
+        if older is None or older.key not in self._dropped:
+            self._target = None if older is None else self._snapshots.segment(older).extents()
+        self._dropped.add(snapshot.key)
+        if self._target is None:
+            return 0, held
+        source = self._snapshots.segment(snapshot)
+        change = lacking(*source.extents(), *self._target)
+        starts, stops = self._target
+        self._target = np.concatenate([starts, change.starts]), np.concatenate([stops, change.stops])
+        data = np.array([not source.is_zero(entry) for entry in change.winner.tolist()], bool)
+        records = len(data) + (len(data) > 0)  # one seals them
+        copied = records * RECORD_SIZE + int((change.stops - change.starts)[data].sum()) * SECTOR
+        return copied, held - copied
+
+    def keep(self, snapshot: Snapshot) -> None:
+        """Take back the last drops down to this one."""
+        self._dropped.discard(snapshot.key)
+
+
+def lacking(starts: Ints, stops: Ints, held_starts: Ints, held_stops: Ints) -> NetChange:
+    """Return the pieces of extents that no held extent covers; *winner* is the extent's index."""
+    change = net_change(np.concatenate([starts, held_starts]), np.concatenate([stops, held_stops]))
     mine = change.winner < len(starts)
     return NetChange(*(column[mine] for column in change))
 

@@ -24,7 +24,7 @@ import errno
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import UUID, uuid4
@@ -343,25 +343,6 @@ class Volume:
         with self.gate():
             yield from self.snapshots.doom(snapshot)
         yield from self.drop_unheld()
-
-    def drop_snapshots(self, snapshots: Iterable[Snapshot]) -> Work[None]:
-        """Drop several snapshots, but for those that are pinned or dropped already.
-
-        All are hidden first and then merged oldest first, so that each entry is copied once: merged youngest first, an
-        entry would go through every snapshot of a run. One that is damaged is passed over, and raised at the end.
-        """
-        damage: CorruptionError | None = None
-        for snapshot in snapshots:
-            if snapshot.hidden or snapshot.pinned:
-                continue
-            try:
-                with self.gate():
-                    yield from self.snapshots.doom(snapshot)
-            except CorruptionError as error:
-                damage = error
-        yield from self.drop_unheld()
-        if damage is not None:
-            raise damage
 
     def pin(self, snapshot: Snapshot) -> Work[None]:
         """Have a snapshot not be dropped, durably."""

@@ -284,7 +284,7 @@ class Appliance:
             shrinking = Shrinking(self._volumes, self._rules, missing + self.reserve // 2)
             problem = ""
             try:
-                for drops in shrinking.steps(spare=self.space().available // 2):
+                for drops in shrinking.steps(spare=self.space().available * 7 // 8):
                     await self._drop(drops)
             except TROUBLE as error:
                 problem = f"; {error}"

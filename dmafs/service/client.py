@@ -129,8 +129,9 @@ class LocalSession:
         if not dry_run:
             for drops in thinning.rounds():
                 for name, snapshots in drops.items():
-                    run(self._volumes[name].drop_snapshots(snapshots))
-                    _close_garbage(self._volumes[name])
+                    for snapshot in snapshots:
+                        run(self._volumes[name].drop_snapshot(snapshot))
+                        _close_garbage(self._volumes[name])
         return thinning.report(dry_run=dry_run)
 
     def read(self, volume: str, *, at: str, offset: int, length: int) -> Iterator[bytes]:

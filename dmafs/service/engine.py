@@ -36,7 +36,7 @@ from dmafs.core.snapshots import Snapshot
 from dmafs.core.sync import sync
 from dmafs.core.volume import Volume
 from dmafs.core.work import Work
-from dmafs.errors import DmafsError
+from dmafs.errors import CorruptionError, DmafsError
 from dmafs.taps.passthrough import PassThroughTap
 from dmafs.units import SECTOR, format_bytes
 
@@ -338,10 +338,23 @@ class Engine:
             await self._sweep()
 
     async def drop_snapshots(self, snapshots: list[Snapshot]) -> None:
-        """Drop several snapshots but pinned ones, oldest first."""
-        async with self._maintenance:
-            await self._drive(self.volume.drop_snapshots(snapshots), drain=True, stoppable=True)
-            await self._sweep()
+        """Drop several snapshots, given oldest first, but those that are pinned or dropped meanwhile.
+
+        In this order each entry is copied once: youngest first, one would go through every snapshot of a run. The space
+        of each is free before the next is merged. One that is damaged is passed over, and raised at the end.
+        """
+        damage = None
+        for snapshot in snapshots:
+            async with self._maintenance:
+                if snapshot.hidden or snapshot.pinned:
+                    continue
+                try:
+                    await self._drive(self.volume.drop_snapshot(snapshot), drain=True, stoppable=True)
+                except CorruptionError as error:
+                    damage = damage or error
+                await self._sweep()
+        if damage is not None:
+            raise damage
 
     async def do(self, work: Work[Result]) -> Result:
         """Drive work that touches nothing that is read."""

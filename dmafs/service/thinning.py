@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from dmafs.core.moments import Volumes, snapshot_groups
-from dmafs.core.retention import Groups, KeepRules, Verdict, plan_shrink, plan_thinning
-from dmafs.core.snapshots import Snapshot
+from dmafs.core.retention import NOT_NEEDED, SPACE, Groups, KeepRules, Verdict, plan_shrink, plan_thinning
+from dmafs.core.snapshots import Forecast, Snapshot
 from dmafs.errors import InputError
 from dmafs.service.report import Report
 from dmafs.units import format_rfc3339, parse_bytes, parse_duration
@@ -142,46 +142,58 @@ def drops_of(groups: Groups, verdicts: list[Verdict]) -> Drops:
 
 
 class Shrinking:
-    """One shrinking: groups one by one, oldest first, until enough is freed or the floor is reached.
+    """One shrinking: runs of groups that may go, oldest first, until enough is freed or the floor is reached.
 
-    Passed over is what frees nothing now: a snapshot whose image is held, one that the next older snapshot would need
-    wholly, and one whose merge would take more space than there is to spare.
+    What a run frees is forecast as a whole, since its snapshots are merged into one. Of the last run only as much goes
+    as is needed, and nothing of a run that frees nothing. Runs end at what has to stay: the floor, a snapshot whose
+    image is held, since its files stay as long as that, and one whose merge would take more space than there is.
     """
 
     def __init__(self, volumes: Volumes, rules: KeepRules, missing: int) -> None:
         """Have *missing* bytes freed."""
         self._volumes = volumes
         self._rules = rules
-        self.missing = missing
         self._groups = snapshot_groups(volumes)
+        self.missing = missing
         self.dropped = 0
 
     def steps(self, spare: int) -> Iterator[Drops]:
-        """Yield one group to be dropped after the other; a merge may copy at most *spare* bytes."""
-        while self.missing > 0:
-            self._groups = {name: group for name, group in self._groups.items() if not _is_gone(group)}
-            held = held_of(self._volumes, self._groups)
-            plan = plan_shrink(self._groups, self._rules, self.missing, held=held)
-            ordered = [verdict for verdict in plan if not verdict.kept]
-            if not ordered:
+        """Yield one run to be dropped after the other; a merge may take *spare* bytes and what was freed before it."""
+        held = held_of(self._volumes, self._groups)
+        forecasts = {name: Forecast(volume.snapshots) for name, volume in self._volumes.items()}
+        run: list[Verdict] = []
+        freed, best, count = 0, 0, 0  # of the run; the most that a part of it frees, and how long that part is
+        for verdict in [*plan_shrink(self._groups, self._rules, sum(held.values()), held=held), None]:
+            gain = None if verdict is None or best >= self.missing else self._gain(verdict, forecasts, spare + freed)
+            if gain is not None and verdict is not None:
+                run.append(verdict)
+                freed += gain
+                if freed > best:
+                    best, count = freed, len(run)
+                continue
+            if count:
+                self.missing -= best
+                self.dropped += count
+                spare += best
+                yield drops_of(self._groups, run[:count])
+            if self.missing <= 0:
                 return
-            for verdict in ordered:
-                group = self._groups.pop(verdict.id)
-                gain = self._gain(group, spare)
-                if gain and self.missing > 0:
-                    self.missing -= gain
-                    self.dropped += 1
-                    yield drops_of({verdict.id: group}, [verdict])
+            for left in run[count:] + ([verdict] if verdict is not None else []):
+                for name, snapshot in self._groups[left.id].items():
+                    forecasts[name].keep(snapshot)
+            run, freed, best, count = [], 0, 0, 0
 
-    def _gain(self, group: Mapping[str, Snapshot], spare: int) -> int:
-        """Return the bytes that dropping a group frees; 0 if it isn't worth it."""
+    def _gain(self, verdict: Verdict, forecasts: Mapping[str, Forecast], spare: int) -> int | None:
+        """Return the bytes that dropping a group frees, None if it has to stay."""
+        group = self._groups[verdict.id]
+        if not set(verdict.reasons) <= {SPACE, NOT_NEEDED}:
+            return None
+        if any(one.hidden or one.pinned or self._volumes[name].is_held(one.seq) for name, one in group.items()):
+            return None
         total = 0
         for name, snapshot in group.items():
-            volume = self._volumes[name]
-            if snapshot.hidden or snapshot.pinned or volume.is_held(snapshot.seq):
-                return 0
-            copied, freed = volume.snapshots.gain(snapshot)
+            copied, freed = forecasts[name].drop(snapshot)
             if copied > spare:
-                return 0
+                return None
             total += freed
         return total

@@ -174,6 +174,19 @@ async def test_a_volume_that_cannot_drop_does_not_stop_the_others(bench: Bench) 
     assert "one" not in bench.ids()
 
 
+async def test_a_damaged_snapshot_does_not_stop_the_others(bench: Bench) -> None:
+    """It stays, since older images may need what it holds; all others go, and an alarm tells."""
+    for name in ("one", "two", "three"):
+        await bench.snapshot(name)
+    two = bench.store.volumes["a"].snapshots.find("two")
+    assert two is not None
+    (bench.store.path / "a" / f"{two.stem}.dat").write_bytes(b"")
+    await Keeper(bench.appliance).check()
+    assert "two" in bench.ids()
+    assert not {"one", "three"} & set(bench.ids()[:-1])
+    assert "snapshots can't be thinned" in bench.alarms()["retention"]
+
+
 async def test_the_keeper_checks_again_and_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """What comes later is thinned, too."""
     monkeypatch.setattr(keeping, "CHECK_S", 0.01)

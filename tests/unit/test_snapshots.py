@@ -10,7 +10,7 @@ import pytest
 
 from dmafs.core.ondisk import HEADER_SIZE, RECORD_SIZE, Header, Kind
 from dmafs.core.segment import Segment
-from dmafs.core.snapshots import DIRECTORY, Snapshot, Snapshots
+from dmafs.core.snapshots import DIRECTORY, Forecast, Snapshot, Snapshots
 from dmafs.core.storage import RealStorage
 from dmafs.core.work import run
 from dmafs.errors import CorruptionError, ExistsError, NoSuchSnapshotError, PinnedError
@@ -474,24 +474,41 @@ def test_stray_pins_are_removed_when_opened(bench: Bench) -> None:
     assert [name for name in files(bench.path) if name.endswith(".pin")] == [f"{30:020d}.pin"]
 
 
-def test_gain_is_what_a_drop_frees(bench: Bench) -> None:
-    """What a drop will copy and free is known before, to the byte, and so is what each snapshot holds."""
-    for number in range(3):
-        folder = bench.root / f"{number}"
+def test_forecast_is_what_drops_copy_and_free(bench: Bench) -> None:
+    """For every run of drops, from each snapshot on, what it will copy and free is known before, to the byte."""
+    for first, last in [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]:
+        folder = bench.root / f"{first}-{last}"
         folder.mkdir()
         part = Bench(folder)
         snapshots = three(part)
-        chosen = list(snapshots)[number]
+        create(snapshots, 40, "newest", (0, 1, 9), (11, 1, 0))
+        chosen = list(snapshots)[first:last]
         sizes = {one.seq: snapshots.held_bytes(one) for one in snapshots}
         for closed in snapshots.unload(None):
             closed.close()
         assert {one.seq: snapshots.held_bytes(one) for one in snapshots} == sizes
-        copied, freed = snapshots.gain(chosen)
-        drop(snapshots, chosen)
-        assert sum(sizes.values()) - sum(map(snapshots.held_bytes, snapshots)) == freed
-        if number:
-            older = list(snapshots)[number - 1]
-            assert snapshots.held_bytes(older) - sizes[older.seq] == copied
-        else:
-            assert (copied, freed) == (0, sizes[10])
+        forecast = Forecast(snapshots)
+        for copied, freed, one in [(*forecast.drop(one), one) for one in chosen]:
+            before = sum(map(snapshots.held_bytes, snapshots))
+            older = [(at(snapshots, other), sizes[other]) for other in sizes if other < chosen[0].seq][-1:]
+            held = [snapshots.held_bytes(found) for found, _ in older]
+            drop(snapshots, one)
+            assert before - sum(map(snapshots.held_bytes, snapshots)) == freed
+            assert [snapshots.held_bytes(found) - was for (found, _), was in zip(older, held, strict=True)] == [
+                copied
+            ] * len(older)
+            assert older or copied == 0
         part.close()
+
+
+def test_forecast_begins_anew_behind_what_is_kept(bench: Bench) -> None:
+    """A snapshot that stays after all is what the next ones merge into."""
+    snapshots = three(bench)
+    forecast = Forecast(snapshots)
+    old, mid, new = snapshots
+    forecast.drop(old)
+    forecast.drop(mid)
+    forecast.keep(mid)
+    expected = Forecast(snapshots).drop(new)
+    assert forecast.drop(new) == expected
+    assert expected[0] > 0

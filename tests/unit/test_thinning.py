@@ -117,9 +117,10 @@ def drop(volume: Volume, thinning: Iterator[Drops]) -> list[list[str]]:
         [(name, snapshots)] = drops.items()
         assert name == "disk"
         found.append([snapshot.name for snapshot in snapshots])
-        run(volume.drop_snapshots(snapshots))
-        for segment in volume.take_garbage():
-            segment.close()
+        for snapshot in snapshots:
+            run(volume.drop_snapshot(snapshot))
+            for segment in volume.take_garbage():
+                segment.close()
     return found
 
 
@@ -146,7 +147,8 @@ def test_what_is_pinned_between_plan_and_drop_is_told_as_kept(volume: Volume) ->
     rounds = thinning.rounds()
     drops = next(rounds)
     run(volume.pin(drops["disk"][2]))
-    run(volume.drop_snapshots(drops["disk"]))
+    for number in (0, 1, 3, 4):
+        run(volume.drop_snapshot(drops["disk"][number]))
     assert list(rounds) == []
     report = thinning.report(dry_run=False)
     assert [(one["id"], one["reasons"]) for one in report["snapshots"] if one["kept"]] == [("c", ["pinned"])]
@@ -157,7 +159,7 @@ def test_shrinking_frees_what_is_missing_from_the_oldest(volume: Volume) -> None
     """It stops as soon as enough is freed, and at the floor."""
     held = held_of({"disk": volume}, snapshot_groups({"disk": volume}))
     shrinking = Shrinking({"disk": volume}, NONE, held["a"] + 1)
-    assert drop(volume, shrinking.steps(spare=10**9)) == [["a"], ["b"]]
+    assert drop(volume, shrinking.steps(spare=10**9)) == [["a", "b"]]
     assert (shrinking.dropped, shrinking.missing) == (2, 1 - held["b"])
     shrinking = Shrinking({"disk": volume}, KeepRules(named=False, minimum=2), 10**9)
     assert drop(volume, shrinking.steps(spare=10**9)) == [["c"]]
@@ -177,11 +179,21 @@ def test_shrinking_passes_over_what_frees_nothing(volume: Volume) -> None:
     run(volume.unpin(snapshots[0]))
     assert drop(volume, Shrinking({"disk": volume}, NONE, 10**9).steps(spare=100)) == [["a"]]
     image.pins -= 1
-    assert drop(volume, Shrinking({"disk": volume}, NONE, 10**9).steps(spare=0)) == [
-        ["b"],
-        ["c"],
-        ["d"],
-    ]
+    assert drop(volume, Shrinking({"disk": volume}, NONE, 10**9).steps(spare=0)) == [["b", "c", "d"]]
+
+
+def test_a_run_is_dropped_for_what_it_frees_as_a_whole(volume: Volume) -> None:
+    """Snapshots that free nothing alone go together with the one that shares their data, if there is space for that."""
+    run(volume.pin(next(iter(volume.snapshots))))
+    for number in (1, 2, 3):  # what b, c and d hold, once more
+        run(volume.take_snapshot(name=f"{number}"))
+        volume.write(8 * number, fill(99, number + 2))
+        run(volume.flush())
+        run(sync(volume, open_snapshot=False))
+    assert drop(volume, Shrinking({"disk": volume}, NONE, 1).steps(spare=512)) == []
+    assert names(volume) == list("abcde123")
+    assert drop(volume, Shrinking({"disk": volume}, NONE, 1).steps(spare=10**6)) == [list("bcde1")]
+    assert names(volume) == list("a23")
 
 
 def test_time_stands_still_in_one_thinning(volume: Volume) -> None:
