@@ -68,7 +68,7 @@ def run_thin(options: argparse.Namespace) -> int:
     if options.json:
         say(json.dumps(report, indent=2))
         return 0
-    say(f"{'SNAPSHOT':<28}  {'HOLDS':>10}  {'':<4}  REASONS")
+    say(f"{'SNAPSHOT':<28}  {'HOLDS':>10}  FATE  REASONS")
     for snapshot in report["snapshots"]:
         fate = "keep" if snapshot["kept"] else "drop"
         reasons = ", ".join(snapshot["reasons"])
