@@ -19,6 +19,7 @@
     │   ├── NoSuchPointError    exit 21  ENOENT     a time before the beginning, in the future, not understood
     │   ├── NoSuchVolumeError   exit 22  ENOENT
     │   └── NoSuchSnapshotError exit 23  ENOENT
+    ├── PinnedError             exit 24  EBUSY      a pinned snapshot isn't dropped
     ├── MountError              exit 30  EIO        the mount point can't be used
     └── ControlError            exit 31  EIO        the daemon doesn't answer, or not in our words
 
@@ -148,6 +149,13 @@ class NoSuchSnapshotError(NotFoundError):
     """There is no snapshot of that name."""
 
     exit_code = 23
+
+
+class PinnedError(DmafsError):
+    """The snapshot is pinned, so it isn't dropped; nothing was changed."""
+
+    exit_code = 24
+    errno = errno.EBUSY
 
 
 class MountError(DmafsError):

@@ -342,6 +342,18 @@ def _parse_duration(duration: str, text: str) -> int:
     return total_ns
 
 
+def parse_duration(text: str) -> int:
+    """Return the nanoseconds of a duration by the grammar above, such as ``24h`` or ``1h30min``; else InputError."""
+    try:
+        if len(text) <= SPELLING_CHARS_MAX:
+            return _parse_duration(text, text)
+    except NoSuchPointError:
+        pass
+    raise InputError(
+        f"duration {_shown(text)} not understood", hint="units are w d h min s ms us ns, in this order: 24h, 1h30min"
+    )
+
+
 def _checked_time(time_ns: int, text: str) -> TimeNs:
     """Return *time_ns* if it is one that a write event can have."""
     if not 0 <= time_ns < _INT64_END:

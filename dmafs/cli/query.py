@@ -68,9 +68,11 @@ def run_status(options: argparse.Namespace) -> int:
     else:
         daemon = report["daemon"]
         say(f"store {options.store}: " + (f"served by process {daemon['pid']}" if daemon else "no daemon"))
+        for alarm in report["alarms"]:
+            say(f"  alarm     {alarm['message']} (since {alarm['since']})")
         for volume in report["volumes"]:
             say("\n".join(_volume_lines(volume)))
-    return 1 if any(volume["state"] == "read-only" for volume in report["volumes"]) else 0
+    return 1 if report["alarms"] or any(volume["state"] == "read-only" for volume in report["volumes"]) else 0
 
 
 def _volume_lines(volume: dict[str, Any]) -> list[str]:
@@ -104,7 +106,8 @@ def run_ls(options: argparse.Namespace) -> int:
         return 0
     say(f"{'TIME':<28}  {'VOLUME':<10}  {'SEQ':>10}  {'KIND':<8}  NAME")
     for point in report["points"]:
-        line = f"{point['at']}  {point['volume']:<10}  {point['seq']:>10}  {point['kind']:<8}  {point['name']}"
+        kind = "pinned" if point["pinned"] else point["kind"]
+        line = f"{point['at']}  {point['volume']:<10}  {point['seq']:>10}  {kind:<8}  {point['name']}"
         say(line.rstrip())
     return 0
 

@@ -12,7 +12,8 @@ from typing import Final
 from dmafs.core.points import landmarks, seq_at, seq_named
 from dmafs.core.snapshots import Snapshot
 from dmafs.core.volume import Volume
-from dmafs.errors import InputError, NoSuchPointError, NoSuchSnapshotError
+from dmafs.core.work import Work
+from dmafs.errors import DmafsError, InputError, NoSuchPointError, NoSuchSnapshotError
 from dmafs.units import AtSeq, AtTime, TimeNs, format_time, parse_canonical, parse_spelling
 
 LATEST: Final = "latest"
@@ -112,6 +113,26 @@ def snapshot_group(volumes: Volumes, identifier: str) -> dict[str, Snapshot]:
     if not group:
         raise NoSuchSnapshotError(f"no snapshot named {identifier}", hint="list them with: dmafs ls STORE")
     return group
+
+
+def pin_group(volumes: Volumes, identifier: str) -> Work[None]:
+    """Have the snapshots called *identifier* not be dropped: in all volumes or, if one can't do it, in none."""
+    done = []
+    try:
+        for name, snapshot in snapshot_group(volumes, identifier).items():
+            if not snapshot.pinned:
+                yield from volumes[name].pin(snapshot)
+                done.append((name, snapshot))
+    except DmafsError:
+        for name, snapshot in done:
+            yield from volumes[name].unpin(snapshot)
+        raise
+
+
+def unpin_group(volumes: Volumes, identifier: str) -> Work[None]:
+    """Let the snapshots called *identifier* be dropped again."""
+    for name, snapshot in snapshot_group(volumes, identifier).items():
+        yield from volumes[name].unpin(snapshot)
 
 
 def latest(volumes: Volumes) -> dict[str, Snapshot]:

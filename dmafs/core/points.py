@@ -28,6 +28,7 @@ class Point:
     time_ns: int
     kind: str
     name: str = ""
+    pinned: bool = False
 
 
 def seq_at(volume: Volume, time_ns: int) -> int:
@@ -61,7 +62,7 @@ def oldest_point(volume: Volume) -> Point:
     seq = max(volume.floor, volume.pointers.now.origin_seq)
     for snapshot in volume.snapshots:
         if snapshot.seq <= seq and volume.recoverable(snapshot.seq):
-            return Point(snapshot.seq, snapshot.time_ns, "snapshot", snapshot.name)
+            return Point(snapshot.seq, snapshot.time_ns, "snapshot", snapshot.name, snapshot.pinned)
     return Point(seq, volume.time_of(seq), "origin")
 
 
@@ -80,7 +81,7 @@ def landmarks(volume: Volume) -> list[Point]:
     """Return the points worth listing, oldest first: snapshots, marks, a coarse grid, the newest point."""
     if not volume.pointers.now.copied:
         return []
-    found = [Point(snap.seq, snap.time_ns, "snapshot", snap.name) for snap in volume.snapshots]
+    found = [Point(snap.seq, snap.time_ns, "snapshot", snap.name, snap.pinned) for snap in volume.snapshots]
     found += [
         Point(mark.seq, volume.time_of(mark.seq), "mark", mark.name)
         for mark in volume.journal.marks()

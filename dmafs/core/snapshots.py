@@ -18,13 +18,16 @@ missing behind it had not been needed yet.
 Doing step 2 twice adds nothing, since the first time's entries are held then. An image that is held open keeps its
 snapshot in state ``.gone`` until the last close. Snapshots marked temporary exist only for a held image, and are
 dropped at the last close or when the store is opened next.
+
+A *pinned* snapshot isn't dropped: an empty file ``<stem>.pin`` stands beside the pair. Without a snapshot that users
+see it means nothing, and is unlinked when the store is opened.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from uuid import UUID
@@ -32,15 +35,15 @@ from uuid import UUID
 import numpy as np
 from sortedcontainers import SortedDict
 
-from dmafs.core.extent import Ints, net_change
+from dmafs.core.extent import Ints, NetChange, net_change
 from dmafs.core.layers import Growing, Layer, LayerTree, Selectable, entries, net_layer, stacked
-from dmafs.core.ondisk import Header, Kind, Records
+from dmafs.core.ondisk import HEADER_SIZE, RECORD_SIZE, Header, Kind, Records
 from dmafs.core.segment import Segment, new_salt, parts, read_header
 from dmafs.core.storage import Buffer, Storage
 from dmafs.core.vrmo import backward_reference, split_reference
 from dmafs.core.work import Work, run
-from dmafs.errors import CorruptionError, ExistsError
-from dmafs.units import SECTOR
+from dmafs.errors import CorruptionError, ExistsError, NoSuchSnapshotError, PinnedError
+from dmafs.units import SECTOR, format_time
 
 DIRECTORY = "backward"
 
@@ -73,6 +76,7 @@ class Snapshot:
     slot: int = -1  # in the tree of layers, once the mirror has reached it
     busy: bool = False  # work writes or renames its files
     version: int = 0  # of its files: how often work began on them
+    pinned: bool = False  # by the user
     segment: Segment | None = field(default=None, repr=False)
     growing: Growing | None = field(default=None, repr=False)  # the segment's entries, as long as it is the open one
 
@@ -85,6 +89,11 @@ class Snapshot:
     def stem(self) -> str:
         """Return the path of the pair of files without the suffix."""
         return f"{DIRECTORY}/{self.seq:020d}" + (f"-{self.twin}" if self.twin else "")
+
+    @property
+    def pin(self) -> str:
+        """Return the path of the file that is there while it is pinned."""
+        return self.stem + ".pin"
 
     @property
     def hidden(self) -> bool:
@@ -118,8 +127,18 @@ class Snapshots:
                 self._enter(stem, suffix)
             elif suffix == "new" or (suffix == "dat" and stem not in stems):
                 storage.unlink(f"{DIRECTORY}/{name}")  # of a creation or a drop that was cut off
-            elif suffix != "dat":
+            elif suffix not in {"dat", "pin"}:
                 raise CorruptionError(f"{DIRECTORY}/{name} is no file of ours", hint="move it out of the store")
+        self._enter_pins(name for name in names if name.endswith(".pin"))
+
+    def _enter_pins(self, names: Iterable[str]) -> None:
+        """Pin the snapshots whose pins have these names; unlink those that nothing visible belongs to."""
+        shown = {snapshot.pin: snapshot for snapshot in self}
+        for path in [f"{DIRECTORY}/{name}" for name in names]:
+            if path in shown:
+                shown[path].pinned = True
+            else:
+                self._storage.unlink(path)
 
     def _enter(self, stem: str, suffix: str) -> None:
         """Add the snapshot whose descriptors are in ``stem.suffix``."""
@@ -204,6 +223,11 @@ class Snapshots:
                 return snapshot
         return None
 
+    def older(self, snapshot: Snapshot) -> Snapshot | None:
+        """Return the next older snapshot, hidden or not: what dropping this one merges into."""
+        index = self._by_key.index(snapshot.key)
+        return self._by_key.peekitem(index - 1)[1] if index else None
+
     def of_serial(self, serial: int) -> Snapshot:
         """Return the snapshot that a backward reference means."""
         return self._by_serial[serial]
@@ -286,6 +310,14 @@ class Snapshots:
         finally:
             for snapshot in snapshots:
                 snapshot.busy = False
+
+    def held_bytes(self, snapshot: Snapshot) -> int:
+        """Return how many bytes of descriptors and data a snapshot has: 0 if no sync has fed it yet. O(1)."""
+        if snapshot.segment is not None:
+            return snapshot.segment.records * RECORD_SIZE + snapshot.segment.data_sectors * SECTOR
+        suffix = ".gone" if snapshot.gone else ".ext"
+        sizes = [self._storage.size(snapshot.stem + one) for one in (suffix, ".dat")]
+        return max(0, sum(sizes) - HEADER_SIZE)
 
     # -- layers -------------------------------------------------------------------------------------------------
 
@@ -398,9 +430,10 @@ class Snapshots:
             del self._names[snapshot.name]
 
     def doom(self, snapshot: Snapshot) -> Work[None]:
-        """Begin to drop a snapshot: hide it and free its name, durably (step 1)."""
+        """Begin to drop a snapshot: hide it and free its name, durably (step 1). PinnedError if it is pinned."""
         if snapshot.gone:
             return
+        require_unpinned(snapshot)
 
         def rename() -> None:
             self._storage.rename(snapshot.stem + ".ext", snapshot.stem + ".gone")
@@ -422,14 +455,46 @@ class Snapshots:
                         self._names.setdefault(snapshot.name, snapshot)
                 raise
 
+    def pin(self, snapshot: Snapshot) -> Work[None]:
+        """Have a snapshot not be dropped; durable when this returns. NoSuchSnapshotError if it is being dropped.
+
+        It counts from the beginning on, so no drop can begin meanwhile. Pinning and unpinning exclude each other.
+        """
+        if snapshot.hidden:
+            raise NoSuchSnapshotError(
+                f"snapshot {snapshot.name or snapshot.seq} is being dropped", hint="list them with: dmafs ls STORE"
+            )
+        before, snapshot.pinned = snapshot.pinned, True
+
+        def create() -> None:
+            if not self._storage.exists(snapshot.pin):
+                self._storage.create(snapshot.pin).close()
+            self._storage.sync_directory(DIRECTORY)
+
+        try:
+            yield create
+        except BaseException:
+            snapshot.pinned = before
+            raise
+
+    def unpin(self, snapshot: Snapshot) -> Work[None]:
+        """Let a snapshot be dropped again; durable when this returns."""
+
+        def unlink() -> None:
+            if self._storage.exists(snapshot.pin):
+                self._storage.unlink(snapshot.pin)
+            self._storage.sync_directory(DIRECTORY)
+
+        yield unlink
+        snapshot.pinned = False
+
     def merge(self, snapshot: Snapshot) -> Work[Segment]:
         """Finish dropping a doomed snapshot (steps 2 and 3); return its journal, for the caller to close.
 
         References to it mean nothing any more: the caller builds the maps anew before it yields.
         """
         assert snapshot.gone
-        index = self._by_key.index(snapshot.key)
-        older = [self._by_key.peekitem(index - 1)[1]] if index else []
+        older = [found for found in [self.older(snapshot)] if found is not None]
 
         def unlink() -> None:
             self._storage.unlink(snapshot.stem + ".gone")
@@ -447,13 +512,10 @@ class Snapshots:
     def _move_entries(self, source: Segment, older: Snapshot) -> Work[None]:
         """Append the entries of *source* that an older snapshot doesn't hold to that one."""
         target = self.segment(older)
-        starts, stops = source.extents()
-        held = target.extents()
-        change = net_change(np.concatenate([starts, held[0]]), np.concatenate([stops, held[1]]))
-        mine = change.winner < len(starts)
-        pieces = list(zip(*(column[mine].tolist() for column in change), strict=True))
+        change = lacking(*source.extents(), *target.extents())
+        pieces = list(zip(*(column.tolist() for column in change), strict=True))
         time_ns = source.header.snapshot_time_ns if not target.times else target.times[-1]
-        for first, last in parts(change.starts[mine], change.stops[mine]):
+        for first, last in parts(change.starts, change.stops):
 
             def move(part: list[tuple[int, int, int]] = pieces[first:last]) -> Records:
                 return target.write_batch([_entry(source, *piece) for piece in part], time_ns)
@@ -475,6 +537,8 @@ class Snapshots:
         assert all(self._by_key[snapshot.key] is snapshot for snapshot in self._by_serial.values())
         for snapshot in self._by_key.values():
             assert not snapshot.name or snapshot.gone or self._names[snapshot.name] is snapshot
+            assert not snapshot.pinned or not snapshot.hidden
+            assert snapshot.pinned is self._storage.exists(snapshot.pin)
             if snapshot.segment is not None:
                 snapshot.segment.check()
                 starts, stops = _sorted(*snapshot.segment.extents())
@@ -491,6 +555,54 @@ class Snapshots:
 def _untouched(snapshot: Snapshot, version: int) -> bool:
     """Say whether no work has begun on a snapshot's files since *version*, and nobody else has loaded them."""
     return snapshot.segment is None and snapshot.version == version
+
+
+def require_unpinned(snapshot: Snapshot) -> None:
+    """Raise PinnedError if a snapshot is pinned."""
+    if snapshot.pinned:
+        raise PinnedError(
+            f"snapshot {snapshot.name or format_time(snapshot.time_ns)} is pinned",
+            hint="to drop it, unpin it first: dmafs unpin STORE ID",
+        )
+
+
+class Forecast:
+    """What a run of drops will copy and free, oldest first, without doing it."""
+
+    def __init__(self, snapshots: Snapshots) -> None:
+        """Begin with nothing dropped."""
+        self._snapshots = snapshots
+        self._dropped: set[Key] = set()
+        self._target: tuple[Ints, Ints] | None = None  # what the snapshot that is merged into will hold; None: none is
+
+    def drop(self, snapshot: Snapshot) -> tuple[int, int]:
+        """Return how many bytes dropping a snapshot copies to the next older one left, and how many it frees."""
+        held = self._snapshots.held_bytes(snapshot)
+        older = self._snapshots.older(snapshot)
+        if older is None or older.key not in self._dropped:
+            self._target = None if older is None else self._snapshots.segment(older).extents()
+        self._dropped.add(snapshot.key)
+        if self._target is None:
+            return 0, held
+        source = self._snapshots.segment(snapshot)
+        change = lacking(*source.extents(), *self._target)
+        starts, stops = self._target
+        self._target = np.concatenate([starts, change.starts]), np.concatenate([stops, change.stops])
+        data = np.array([not source.is_zero(entry) for entry in change.winner.tolist()], bool)
+        records = len(data) + (len(data) > 0)  # one seals them
+        copied = records * RECORD_SIZE + int((change.stops - change.starts)[data].sum()) * SECTOR
+        return copied, held - copied
+
+    def keep(self, snapshot: Snapshot) -> None:
+        """Take back the last drops down to this one."""
+        self._dropped.discard(snapshot.key)
+
+
+def lacking(starts: Ints, stops: Ints, held_starts: Ints, held_stops: Ints) -> NetChange:
+    """Return the pieces of extents that no held extent covers; *winner* is the extent's index."""
+    change = net_change(np.concatenate([starts, held_starts]), np.concatenate([stops, held_stops]))
+    mine = change.winner < len(starts)
+    return NetChange(*(column[mine] for column in change))
 
 
 def _entry(source: Segment, start: int, stop: int, index: int) -> tuple[int, int, Buffer | None]:

@@ -100,6 +100,9 @@ class Storage(Protocol):
     def exists(self, name: str) -> bool:
         """Say whether a file or directory of that name is there."""
 
+    def size(self, name: str) -> int:
+        """Return the size of a file in bytes; FileNotFoundError if it isn't there."""
+
     def make_directory(self, name: str) -> None:
         """Make a directory."""
 
@@ -274,6 +277,10 @@ class RealStorage:
     def exists(self, name: str) -> bool:
         """See ``Storage``."""
         return os.path.lexists(self._root / name)
+
+    def size(self, name: str) -> int:
+        """See ``Storage``."""
+        return (self._root / name).stat(follow_symlinks=False).st_size
 
     def make_directory(self, name: str) -> None:
         """See ``Storage``."""

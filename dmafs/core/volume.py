@@ -373,10 +373,23 @@ class Volume:
             return (yield from self.snapshots.create(seq, self.time_of(seq), name))
 
     def drop_snapshot(self, snapshot: Snapshot) -> Work[None]:
-        """Hide a snapshot and, unless its image is held, merge its entries into the next older one."""
+        """Hide a snapshot and, unless its image is held, merge its entries into the next older one.
+
+        PinnedError if it is pinned.
+        """
         with self.gate():
             yield from self.snapshots.doom(snapshot)
         yield from self.drop_unheld()
+
+    def pin(self, snapshot: Snapshot) -> Work[None]:
+        """Have a snapshot not be dropped, durably."""
+        with self.gate():
+            yield from self.snapshots.pin(snapshot)
+
+    def unpin(self, snapshot: Snapshot) -> Work[None]:
+        """Let a snapshot be dropped again, durably."""
+        with self.gate():
+            yield from self.snapshots.unpin(snapshot)
 
     def drop_unheld(self) -> Work[None]:
         """Finish dropping the hidden snapshots whose images nobody holds any more."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 from collections.abc import AsyncGenerator, Mapping
+from typing import Final
 
 import trio
 
@@ -13,30 +15,49 @@ from dmafs.core.image import Image
 from dmafs.core.moments import (
     canonical,
     landmark_times,
+    pin_group,
     resolve,
     seqs_at,
     snapshot_group,
     snapshot_groups,
+    unpin_group,
 )
-from dmafs.core.snapshots import Snapshot
+from dmafs.core.points import oldest_point
+from dmafs.core.retention import KeepRules
+from dmafs.core.snapshots import Snapshot, require_unpinned
 from dmafs.core.store import Store
 from dmafs.core.volume import Volume
 from dmafs.errors import NoSuchPointError, NoSuchVolumeError
-from dmafs.service.engine import Engine
+from dmafs.service.alarms import Alarms
+from dmafs.service.engine import TROUBLE, Engine
 from dmafs.service.report import READ_CHUNK, Report, diff_of, image_at, points_of, status_of
+from dmafs.service.thinning import Drops, Shrinking, Thinning
 from dmafs.tree.backend import Space
-from dmafs.units import SECTOR, TimeNs, check_name
+from dmafs.units import SECTOR, TimeNs, check_name, format_bytes, format_rfc3339
+
+SPACE_ALARM: Final = "space"
+RETENTION_ALARM: Final = "retention"
+ROOM_WAIT_S: Final = 2.0
+"""How long freed space may take to be free: some file systems free it in the background."""
+FRUITLESS_S: Final = 1.0
+"""How long nothing is tried again after nothing could be dropped; many writes may ask."""
 
 
 class Appliance:
     """Engines by volume; implements ``tree.backend.Backend``."""
 
-    def __init__(self, store: Store, engines: Mapping[str, Engine]) -> None:
-        """Serve *store* through *engines*, one for each of its volumes."""
+    def __init__(self, store: Store, engines: Mapping[str, Engine], *, rules: KeepRules | None = None) -> None:
+        """Serve *store* through *engines*, one for each of its volumes; keep snapshots by *rules*."""
         self._store = store
         self._engines = engines
         self._volumes: dict[str, Volume] = store.volumes
-        self.started_ns = next(iter(self._volumes.values())).clock()
+        self._rules = rules or KeepRules()
+        self._pinning = trio.Lock()
+        self._retaining = trio.Lock()
+        self._fruitless_until = self.short_at = -math.inf
+        first = next(iter(self._volumes.values()))
+        self.started_ns = first.clock()
+        self.alarms = Alarms(first.clock)
 
     def _engine(self, volume: str) -> Engine:
         try:
@@ -98,8 +119,11 @@ class Appliance:
                 raise
 
     async def drop_snapshot(self, identifier: str) -> None:
-        """See ``Backend``."""
-        for name, snapshot in snapshot_group(self._volumes, identifier).items():
+        """See ``Backend``. Of no volume if it is pinned in any."""
+        group = snapshot_group(self._volumes, identifier)
+        for snapshot in group.values():
+            require_unpinned(snapshot)
+        for name, snapshot in group.items():
             await self._engine(name).drop_snapshot(snapshot)
 
     def image(self, volume: str, seq: int) -> Image:
@@ -188,7 +212,7 @@ class Appliance:
             report["syncing"] = engine.syncing
             report["commits"] = engine.commits
             volumes.append(report)
-        return {"daemon": {"pid": os.getpid()}, "volumes": volumes}
+        return {"daemon": {"pid": os.getpid()}, "alarms": self.alarms.report(), "volumes": volumes}
 
     def points(self) -> Report:
         """Return the recoverable points."""
@@ -199,6 +223,19 @@ class Appliance:
         return {
             "volumes": [{"name": name, "mirror_seq": await engine.sync()} for name, engine in self._engines.items()]
         }
+
+    async def pin(self, identifier: str) -> None:
+        """Have a snapshot not be dropped."""
+        async with self._pinning:
+            await self._any_engine().do(pin_group(self._volumes, identifier))
+
+    async def unpin(self, identifier: str) -> None:
+        """Let a snapshot be dropped again."""
+        async with self._pinning:
+            await self._any_engine().do(unpin_group(self._volumes, identifier))
+
+    def _any_engine(self) -> Engine:
+        return next(iter(self._engines.values()))
 
     async def read_at(self, image: Image, offset: int, length: int) -> AsyncGenerator[bytes]:
         """Yield bytes of an image in parts; it is held from the first to the last."""
@@ -218,3 +255,69 @@ class Appliance:
     def image_at(self, volume: str, at: str) -> Image:
         """Return a volume's image at the moment that a spelling means."""
         return image_at(self._volumes, volume, at)
+
+    # -- retention ------------------------------------------------------------------------------------------------
+
+    @property
+    def reserve(self) -> int:
+        """Return the bytes of the store's filesystem that capture leaves for syncs."""
+        return max(volume.limits.reserve_bytes for volume in self._volumes.values())
+
+    async def thin(self, *, dry_run: bool = False) -> Report:
+        """Drop the snapshots that no rule keeps; with *dry_run* only say which."""
+        async with self._retaining:
+            thinning = Thinning(self._volumes, self._rules)
+            if not dry_run:
+                for drops in thinning.rounds():
+                    await self._drop(drops)
+            return thinning.report(dry_run=dry_run)
+
+    async def _drop(self, drops: Drops) -> None:
+        """Drop snapshots, also of the other volumes if one can't; then raise why it can't."""
+        problem = None
+        for name, snapshots in drops.items():
+            try:
+                await self._engine(name).drop_snapshots(snapshots)
+            except TROUBLE as error:
+                problem = problem or error
+        if problem is not None:
+            raise problem
+
+    async def make_room(self, needed: int) -> None:
+        """See ``Backend``. Drops the oldest snapshots that may go, some more than is needed now; sets the alarm.
+
+        Does nothing while there is *needed* beside the reserve; raises nothing if it can't be had.
+        """
+        async with self._retaining:
+            missing = self.reserve + needed - self.space().available
+            if missing <= 0 or trio.current_time() < self._fruitless_until:
+                return
+            shrinking = Shrinking(self._volumes, self._rules, missing + self.reserve // 2)
+            problem = ""
+            try:
+                for drops in shrinking.steps(spare=self.space().available * 7 // 8):
+                    await self._drop(drops)
+            except TROUBLE as error:
+                problem = f"; {error}"
+            if shrinking.dropped and shrinking.missing <= self.reserve // 2:  # enough for what is needed
+                await self._wait_for_space(self.reserve + needed)
+            if not shrinking.dropped or problem:
+                self._fruitless_until = trio.current_time() + FRUITLESS_S
+            self._tell_of_shrinking(shrinking.dropped, problem)
+
+    async def _wait_for_space(self, wanted: int) -> None:
+        with trio.move_on_after(ROOM_WAIT_S):
+            while self.space().available < wanted:  # noqa: ASYNC110 - file systems have no event for that
+                await trio.sleep(0.02)
+
+    def _tell_of_shrinking(self, dropped: int, problem: str) -> None:
+        self.short_at = trio.current_time()
+        done = {0: "no snapshot can be dropped", 1: "dropped the oldest snapshot"}
+        oldest = [oldest_point(volume).time_ns for volume in self._volumes.values() if volume.pointers.now.copied]
+        history = f"history begins at {format_rfc3339(min(oldest))}" if oldest else "there is no history yet"
+        self.alarms.set(
+            SPACE_ALARM,
+            f"store {self._store.path} runs full, {format_bytes(self.space().available)} free: "
+            f"{done.get(dropped, f'dropped the {dropped} oldest snapshots')}{problem}; {history}",
+            worse=not dropped or bool(problem),
+        )

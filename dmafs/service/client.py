@@ -15,13 +15,16 @@ from typing import Any, Final, Protocol
 import httpx
 
 from dmafs import errors
-from dmafs.core.moments import Volumes
+from dmafs.core.moments import Volumes, pin_group, unpin_group
+from dmafs.core.retention import KeepRules
 from dmafs.core.store import SOCKET_NAME, Store
 from dmafs.core.sync import sync
+from dmafs.core.volume import Volume
 from dmafs.core.work import run
 from dmafs.errors import ControlError, DmafsError, StoreBusyError, StoreError
 from dmafs.service.configuration import load_configuration
 from dmafs.service.report import READ_CHUNK, Report, check_range, diff_of, image_at, points_of, status_of
+from dmafs.service.thinning import Thinning
 from dmafs.units import check_name
 
 TIMEOUT_S: Final = 10.0
@@ -43,6 +46,15 @@ class Session(Protocol):
     def sync(self) -> Report:
         """Sync all volumes."""
 
+    def pin(self, identifier: str) -> Report:
+        """Have a snapshot not be dropped."""
+
+    def unpin(self, identifier: str) -> Report:
+        """Let a snapshot be dropped again."""
+
+    def thin(self, *, dry_run: bool) -> Report:
+        """Drop the snapshots that no rule keeps, or only say which."""
+
     def read(self, volume: str, *, at: str, offset: int, length: int) -> Iterator[bytes]:
         """Yield the bytes of a volume at a moment."""
 
@@ -53,14 +65,15 @@ class Session(Protocol):
 @contextlib.contextmanager
 def session(path: Path) -> Iterator[Session]:
     """Yield a session with the daemon that serves the store, or with the store itself."""
+    configuration = load_configuration(path)
     try:
-        store = Store(path, limits=load_configuration(path).volume_limits())
+        store = Store(path, limits=configuration.volume_limits())
     except StoreBusyError:
         with _connected(path) as client:
             yield RemoteSession(client, path)
         return
     try:
-        yield LocalSession(store.volumes)
+        yield LocalSession(store.volumes, configuration.retention)
     finally:
         store.close()
 
@@ -68,13 +81,14 @@ def session(path: Path) -> Iterator[Session]:
 class LocalSession:
     """A session that works on the store itself."""
 
-    def __init__(self, volumes: Volumes) -> None:
-        """Work on the open *volumes*."""
+    def __init__(self, volumes: Volumes, rules: KeepRules) -> None:
+        """Work on the open *volumes*; keep snapshots by *rules*."""
         self._volumes = volumes
+        self._rules = rules
 
     def status(self) -> Report:
         """See ``Session``."""
-        return {"daemon": None, "volumes": [status_of(volume) for volume in self._volumes.values()]}
+        return {"daemon": None, "alarms": [], "volumes": [status_of(volume) for volume in self._volumes.values()]}
 
     def points(self) -> Report:
         """See ``Session``."""
@@ -99,9 +113,29 @@ class LocalSession:
         found = []
         for name, volume in self._volumes.items():
             found.append({"name": name, "mirror_seq": run(sync(volume))})
-            for segment in volume.take_garbage():
-                segment.close()
+            _close_garbage(volume)
         return {"volumes": found}
+
+    def pin(self, identifier: str) -> Report:
+        """See ``Session``."""
+        run(pin_group(self._volumes, identifier))
+        return {"id": identifier, "pinned": True}
+
+    def unpin(self, identifier: str) -> Report:
+        """See ``Session``."""
+        run(unpin_group(self._volumes, identifier))
+        return {"id": identifier, "pinned": False}
+
+    def thin(self, *, dry_run: bool) -> Report:
+        """See ``Session``."""
+        thinning = Thinning(self._volumes, self._rules)
+        if not dry_run:
+            for drops in thinning.rounds():
+                for name, snapshots in drops.items():
+                    for snapshot in snapshots:
+                        run(self._volumes[name].drop_snapshot(snapshot))
+                        _close_garbage(self._volumes[name])
+        return thinning.report(dry_run=dry_run)
 
     def read(self, volume: str, *, at: str, offset: int, length: int) -> Iterator[bytes]:
         """See ``Session``."""
@@ -152,6 +186,21 @@ class RemoteSession:
         answer: Report = self._ask("POST", "/sync", timeout=None).json()
         return answer
 
+    def pin(self, identifier: str) -> Report:
+        """See ``Session``."""
+        answer: Report = self._ask("POST", "/pin", timeout=None, id=identifier).json()
+        return answer
+
+    def unpin(self, identifier: str) -> Report:
+        """See ``Session``."""
+        answer: Report = self._ask("POST", "/unpin", timeout=None, id=identifier).json()
+        return answer
+
+    def thin(self, *, dry_run: bool) -> Report:
+        """See ``Session``."""
+        answer: Report = self._ask("POST", "/thin", timeout=None, dry_run=int(dry_run)).json()
+        return answer
+
     def read(self, volume: str, *, at: str, offset: int, length: int) -> Iterator[bytes]:
         """See ``Session``."""
         query: dict[str, str | int] = {"volume": volume, "at": at, "offset": offset, "length": length}
@@ -168,6 +217,11 @@ class RemoteSession:
         """See ``Session``."""
         answer: Report = self._ask("GET", "/diff", timeout=None, volume=volume, a=a, b=b).json()
         return answer
+
+
+def _close_garbage(volume: Volume) -> None:
+    for segment in volume.take_garbage():
+        segment.close()
 
 
 @contextlib.contextmanager

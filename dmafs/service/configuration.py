@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import math
 import tomllib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final
 
 from dmafs.core.journal import SegmentLimits
+from dmafs.core.retention import KeepRules
 from dmafs.core.store import CONFIGURATION_NAME
 from dmafs.core.volume import VolumeLimits
 from dmafs.errors import InputError
+from dmafs.service.thinning import RETENTION, retention_of
 from dmafs.units import SECTOR, parse_bytes
 
 _SIZE_KEYS: Final = ("segment_size", "reserve")
@@ -38,6 +40,8 @@ class Configuration:
     """Threads that reads, flushes and copies wait in."""
     allow_other: bool = False
     """Let other users than the daemon's into the tree, as far as the modes allow."""
+    retention: KeepRules = field(default_factory=KeepRules)
+    """Which snapshots are kept: the table of that name."""
 
     def volume_limits(self) -> VolumeLimits:
         """Return what the core needs of it."""
@@ -68,10 +72,13 @@ def load_configuration(store: Path) -> Configuration:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise InputError(f"configuration {path} can't be read: {error}", hint="see dmafs.conf(5)") from error
     known: dict[str, Any] = {entry.name: entry.default for entry in fields(Configuration)}
+    if RETENTION in values:
+        values[RETENTION] = retention_of(values[RETENTION], path)
     for key, value in values.items():
         if key not in known:
             raise InputError(f"configuration {path} has an unknown key {key}", hint=f"keys: {', '.join(known)}")
-        values[key] = _checked(path, key, value, known[key])
+        if key != RETENTION:
+            values[key] = _checked(path, key, value, known[key])
     return Configuration(**values)
 
 

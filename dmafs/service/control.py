@@ -7,6 +7,9 @@ GET      /status                                                               J
 GET      /points                                                               JSON
 POST     /snapshots        name                                                JSON
 POST     /sync                                                                 JSON
+POST     /pin              id                                                  JSON
+POST     /unpin            id                                                  JSON
+POST     /thin             dry_run (0 or 1)                                    JSON
 GET      /read             volume, at, offset, length                          bytes, all of one moment
 GET      /diff             volume, a, b                                        JSON
 =======  ================  ==================================================  =============================
@@ -63,6 +66,19 @@ def application(appliance: Appliance) -> Starlette:
     async def sync(_request: Request) -> Response:
         return JSONResponse(await appliance.sync())
 
+    async def pin(request: Request) -> Response:
+        identifier = request.query_params.get("id", "")
+        await appliance.pin(identifier)
+        return JSONResponse({"id": identifier, "pinned": True})
+
+    async def unpin(request: Request) -> Response:
+        identifier = request.query_params.get("id", "")
+        await appliance.unpin(identifier)
+        return JSONResponse({"id": identifier, "pinned": False})
+
+    async def thin(request: Request) -> Response:
+        return JSONResponse(await appliance.thin(dry_run=_flag(request.query_params.get("dry_run"))))
+
     async def read(request: Request) -> Response:
         query = request.query_params
         offset, length = _number(query.get("offset")), _number(query.get("length"))
@@ -84,6 +100,9 @@ def application(appliance: Appliance) -> Starlette:
             Route("/points", _answering(points), methods=["GET"]),
             Route("/snapshots", _answering(take_snapshot), methods=["POST"]),
             Route("/sync", _answering(sync), methods=["POST"]),
+            Route("/pin", _answering(pin), methods=["POST"]),
+            Route("/unpin", _answering(unpin), methods=["POST"]),
+            Route("/thin", _answering(thin), methods=["POST"]),
             Route("/read", _answering(read), methods=["GET"]),
             Route("/diff", _answering(diff), methods=["GET"]),
         ]
@@ -101,6 +120,12 @@ def _number(text: str | None) -> int:
     if text is None or not _NUMBER.fullmatch(text):
         raise InputError(f"{text!r} is not a number of bytes", hint="give a decimal number")
     return int(text)
+
+
+def _flag(text: str | None) -> bool:
+    if text not in {"0", "1"}:
+        raise InputError(f"{text!r} is neither 0 nor 1", hint="1 means yes")
+    return text == "1"
 
 
 def _answering(handler: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:

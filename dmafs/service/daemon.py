@@ -28,6 +28,7 @@ from dmafs.service.appliance import Appliance
 from dmafs.service.configuration import Configuration, load_configuration
 from dmafs.service.control import close_connections, serve_control
 from dmafs.service.engine import Engine
+from dmafs.service.keeper import Keeper
 from dmafs.service.mounting import mount_source, prepare_mount_point, tune
 from dmafs.service.progress import show_progress
 from dmafs.taps.passthrough import PassThroughTap
@@ -125,7 +126,7 @@ async def _serve_mount(
     options = {"default_permissions", f"fsname={mount_source(store.path)}", "subtype=dmafs", "auto_unmount"}
     if configuration.allow_other:
         options.add("allow_other")
-    appliance = Appliance(store, engines)
+    appliance = Appliance(store, engines, rules=configuration.retention)
     socket_path = store.path / SOCKET_NAME
     async with trio.open_nursery() as nursery:
         for engine in engines.values():
@@ -141,6 +142,7 @@ async def _serve_mount(
             ending.act = pyfuse3.terminate
             nursery.start_soon(trio.to_thread.run_sync, tune, mount_point)
             nursery.start_soon(show_progress, engines)
+            nursery.start_soon(Keeper(appliance).run)
             with contextlib.suppress(OSError):  # the terminal may be gone already
                 print(f"dmafs: serving {store.path} at {mount_point}", file=sys.stderr, flush=True)  # noqa: T201
             await pyfuse3.main(min_tasks=1, max_tasks=FUSE_TASKS)

@@ -9,8 +9,8 @@ Rules:
 2. Syncs, snapshots and drops exclude each other (``_maintenance``), not capture and not reads.
 3. Before each step of a sync or a drop, readers that resolved before are waited for: nothing is overwritten or closed
    under a reader.
-4. Work isn't cancelled, but for syncs, copies and resyncs: these may stop between two steps when the daemon ends.
-   Opening the store again finishes or forgets what they began.
+4. Work isn't cancelled, but for syncs, thinning, copies and resyncs: these may stop between two steps when the daemon
+   ends. Opening the store again finishes or forgets what they began.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from dmafs.core.snapshots import Snapshot
 from dmafs.core.sync import sync
 from dmafs.core.volume import Volume
 from dmafs.core.work import Work
-from dmafs.errors import DmafsError
+from dmafs.errors import CorruptionError, DmafsError
 from dmafs.taps.passthrough import PassThroughTap
 from dmafs.units import SECTOR, format_bytes
 
@@ -358,6 +358,29 @@ class Engine:
         async with self._maintenance:
             await self._drive(self.volume.drop_snapshot(snapshot), drain=True)
             await self._sweep()
+
+    async def drop_snapshots(self, snapshots: list[Snapshot]) -> None:
+        """Drop several snapshots, given oldest first, but those that are pinned or dropped meanwhile.
+
+        In this order each entry is copied once: youngest first, one would go through every snapshot of a run. The space
+        of each is free before the next is merged. One that is damaged is passed over, and raised at the end.
+        """
+        damage = None
+        for snapshot in snapshots:
+            async with self._maintenance:
+                if snapshot.hidden or snapshot.pinned:
+                    continue
+                try:
+                    await self._drive(self.volume.drop_snapshot(snapshot), drain=True, stoppable=True)
+                except CorruptionError as error:
+                    damage = damage or error
+                await self._sweep()
+        if damage is not None:
+            raise damage
+
+    async def do(self, work: Work[Result]) -> Result:
+        """Drive work that touches nothing that is read."""
+        return await self._drive(work)
 
     async def _sweep(self) -> None:
         """Close the journals that nobody can be reading or syncing any more."""

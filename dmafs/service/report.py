@@ -90,6 +90,7 @@ def points_of(volumes: Mapping[str, Volume]) -> Report:
                 "volume": name,
                 "kind": found.kind,
                 "name": found.name,
+                "pinned": found.pinned,
                 "at": format_time(found.time_ns),
                 **point(found.seq, found.time_ns),
             }
@@ -100,6 +101,7 @@ def points_of(volumes: Mapping[str, Volume]) -> Report:
             {
                 "id": identifier,
                 "time": format_rfc3339(max(snapshot.time_ns for snapshot in group.values())),
+                "pinned": any(snapshot.pinned for snapshot in group.values()),
                 "volumes": {name: snapshot.seq for name, snapshot in group.items()},
             }
             for identifier, group in snapshot_groups(volumes).items()

@@ -47,7 +47,7 @@ class Backend(Protocol):
         """Take a snapshot of all volumes now."""
 
     async def drop_snapshot(self, identifier: str) -> None:
-        """Drop a snapshot of all volumes."""
+        """Drop a snapshot of all volumes; PinnedError if it is pinned."""
 
     def image(self, volume: str, seq: int) -> Image:
         """Return the image at a seq; NotFoundError if it isn't recoverable any more."""
@@ -90,6 +90,9 @@ class Backend(Protocol):
 
     def write_tap(self, volume: str, offset: int, data: bytes) -> None:
         """Write within the primary, captured."""
+
+    async def make_room(self, needed: int) -> None:
+        """Have *needed* bytes of space for writes, as far as retention lets go of snapshots."""
 
     async def flush_tap(self, volume: str) -> None:
         """Make all writes durable."""

@@ -25,7 +25,7 @@ from pyfuse3 import FUSEError
 
 from dmafs.core.image import Image
 from dmafs.core.moments import LATEST
-from dmafs.errors import DmafsError, InputError, NotFoundError
+from dmafs.errors import DmafsError, InputError, NotFoundError, PinnedError, StoreFullError
 from dmafs.tree.backend import Backend
 from dmafs.tree.nodes import (
     SUFFIX,
@@ -66,7 +66,7 @@ def guarded(handler: Handler) -> Handler:
             return await handler(self, *args)
         except FUSEError:
             raise
-        except (NotFoundError, InputError) as error:
+        except (NotFoundError, InputError, PinnedError) as error:
             raise FUSEError(error.errno) from None
         except DmafsError as error:
             log.error("%s: %s", handler.__name__, error.message)
@@ -449,13 +449,17 @@ class Tree(pyfuse3.Operations):
 
     @guarded
     async def write(self, fh: pyfuse3.FileHandleT, off: int, buf: bytes) -> int:
-        """Write to a tap; ENOSPC past its end, as a disk."""
+        """Write to a tap; ENOSPC past its end, as a disk. In a full store, wait for what can be dropped."""
         handle = self._handles[fh]
         if not handle.tap:
             raise FUSEError(errno.EROFS)
         if off + len(buf) > self._backend.size(handle.volume):
             raise FUSEError(errno.ENOSPC)
-        self._backend.write_tap(handle.volume, off, buf)
+        try:
+            self._backend.write_tap(handle.volume, off, buf)
+        except StoreFullError:
+            await self._backend.make_room(len(buf))
+            self._backend.write_tap(handle.volume, off, buf)
         return len(buf)
 
     @guarded

@@ -26,9 +26,11 @@ from dmafs.cli.main import parser
 from dmafs.core import ondisk
 from dmafs.core.extent import MAX_EXTENT_SECTORS
 from dmafs.core.moments import LATEST
+from dmafs.core.retention import KeepRules
 from dmafs.core.store import CONFIGURATION_NAME, SOCKET_NAME
 from dmafs.errors import DmafsError
 from dmafs.service.configuration import _MINIMA, _SIZE_KEYS, Configuration, load_configuration
+from dmafs.service.thinning import RETENTION
 from dmafs.units import SECTOR, TimeNs, format_bytes, parse_bytes, parse_spelling
 
 ROOT: Final = Path(__file__).parents[2]
@@ -75,7 +77,7 @@ def literals(text: str) -> list[str]:
 def options_in(text: str) -> set[str]:
     """Return all that ``Fl`` marks."""
     macros = [line for line in text.splitlines() if line.startswith(".")]
-    return {f"-{name}" for line in macros for name in re.findall(r"\bFl (-?[a-z]+)", line)}
+    return {f"-{name}" for line in macros for name in re.findall(r"\bFl (-?[a-z]+(?:-[a-z]+)*)", line)}
 
 
 def arguments_in(text: str) -> set[str]:
@@ -257,9 +259,37 @@ def test_keys_are_the_configurations() -> None:
             else r"\-",
         )
         for field in dataclasses.fields(Configuration)
+        if field.name != RETENTION
     ]
+    assert rows(part(text, "DESCRIPTION")) == expected
+    assert re.findall(r"^\.It Ic (\S+)$", part(text, "DESCRIPTION"), re.MULTILINE) == [row[0] for row in expected]
+
+
+def test_keys_of_retention_are_the_rules() -> None:
+    """The table of retention has each key with unit and default, in the order of the class, and explains each."""
+    text = part(page("dmafs.conf.5"), "RETENTION")
+    defaults = KeepRules()
+    expected = []
+    for field in dataclasses.fields(KeepRules):
+        value = getattr(defaults, field.name)
+        kind = {"within_s": "duration", "quota": "size"}.get(field.name, "flag" if field.name == "named" else "number")
+        default = {"duration": f"{value / 3600:g}h", "size": format_bytes(int(value))}.get(kind, str(value).lower())
+        expected.append((field.name.removesuffix("_s"), kind, default))
     assert rows(text) == expected
-    assert re.findall(r"^\.It Ic (\S+)$", text, re.MULTILINE) == [row[0] for row in expected]
+    explained = re.findall(r"^\.It Ic (.+)$", text, re.MULTILINE)
+    assert " , ".join(explained).split(" , ") == [row[0] for row in expected]
+
+
+def test_examples_of_durations_and_shares_are_understood(tmp_path: Path) -> None:
+    """Each that the page of the configuration gives is one for the program."""
+    text = page("dmafs.conf.5")
+    found = [plain(one).strip('"') for one in re.findall(r"^\.Li (\S+)", text.partition(".Sh FILES")[0], re.MULTILINE)]
+    durations = [one for one in found if re.fullmatch(r"[0-9].*[dhnsw]", one)]
+    shares = [one for one in found if one.endswith("%")]
+    assert (len(durations), len(shares)) == (3, 1)
+    for duration in durations:
+        (tmp_path / CONFIGURATION_NAME).write_text(f'[retention]\nwithin = "{duration}"\nquota = "{shares[0]}"\n')
+        assert load_configuration(tmp_path).retention.quota > 0
 
 
 @pytest.mark.parametrize(
@@ -273,7 +303,7 @@ def test_example_configurations_are_right(text: str, tmp_path: Path) -> None:
 
 def test_example_sizes_are_understood() -> None:
     """The ways to write a size are ways to write a size."""
-    found = re.findall(r"^\.Li (\S+)", page("dmafs.conf.5").partition(".Bl")[0], re.MULTILINE)
+    found = re.findall(r"^\.Li (\S+)", page("dmafs.conf.5").partition(".Em duration")[0], re.MULTILINE)
     values = [tomllib.loads(f"x = {text}")["x"] for text in map(plain, found) if text not in {"true", "false"}]
     assert [parse_bytes(str(value)) for value in values] == [64 << 20, 64 << 20, 1 << 30]
 

@@ -10,11 +10,11 @@ import pytest
 
 from dmafs.core.ondisk import HEADER_SIZE, RECORD_SIZE, Header, Kind
 from dmafs.core.segment import Segment
-from dmafs.core.snapshots import DIRECTORY, IndexLimits, Snapshot, Snapshots
+from dmafs.core.snapshots import DIRECTORY, Forecast, IndexLimits, Snapshot, Snapshots
 from dmafs.core.storage import RealStorage
 from dmafs.core.vrmo import Stack, Vrmo, split_reference
 from dmafs.core.work import run
-from dmafs.errors import CorruptionError, ExistsError
+from dmafs.errors import CorruptionError, ExistsError, NoSuchSnapshotError, PinnedError
 from dmafs.units import SECTOR
 from tests.unit.tools import FOREIGN, OURS, files, fill, flip, tree
 
@@ -394,3 +394,130 @@ def test_header_holds_what_a_snapshot_is(bench: Bench) -> None:
     header = Header.decode((bench.path / f"{10:020d}.ext").read_bytes()[:HEADER_SIZE], "x")
     assert (header.kind, header.uuid, header.first) == (Kind.BACKWARD, OURS, 1)
     assert (header.snapshot_seq, header.snapshot_time_ns, header.name, header.temporary) == (10, 100, "a", True)
+
+
+# -- pins -----------------------------------------------------------------------------------------------------------
+
+
+def at(snapshots: Snapshots, seq: int) -> Snapshot:
+    [found] = [one for one in snapshots if one.seq == seq]
+    return found
+
+
+def pins(snapshots: Snapshots) -> list[int]:
+    return [one.seq for one in snapshots if one.pinned]
+
+
+def test_a_pin_is_a_file_that_lasts(bench: Bench) -> None:
+    """A pinned snapshot is pinned after reopening, until it is unpinned; doing either twice changes nothing."""
+    snapshots = three(bench)
+    for _ in range(2):
+        run(snapshots.pin(at(snapshots, 20)))
+        pin = bench.path / f"{20:020d}.pin"
+        assert pin.read_bytes() == b""
+        assert pin.stat().st_mode & 0o777 == 0o600
+        assert pins(snapshots) == pins(bench.open()) == [20]
+    for _ in range(2):
+        run(snapshots.unpin(at(snapshots, 20)))
+        assert pins(snapshots) == pins(bench.open()) == []
+        assert not pin.exists()
+
+
+def test_twins_have_pins_of_their_own(bench: Bench) -> None:
+    """Of two snapshots at one seq one can be pinned."""
+    snapshots = bench.open()
+    create(snapshots, 10, "a")
+    run(snapshots.pin(create(snapshots, 10, "b")))
+    assert [one.name for one in bench.open() if one.pinned] == ["b"]
+
+
+def test_a_pinned_snapshot_is_not_dropped(bench: Bench) -> None:
+    """Dropping it is refused and nothing is changed; unpinned it goes."""
+    snapshots = three(bench)
+    old = at(snapshots, 10)
+    run(snapshots.pin(old))
+    before = tree(bench.path)
+    with pytest.raises(PinnedError, match="snapshot old is pinned") as caught:
+        run(snapshots.doom(old))
+    assert "unpin" in caught.value.hint
+    assert tree(bench.path) == before
+    assert snapshots.find("old") is old
+    run(snapshots.unpin(old))
+    drop(snapshots, old)
+    assert summary(snapshots) == summary(bench.open())
+    assert files(bench.path) == sorted(f"{seq:020d}{suffix}" for seq in (20, 30) for suffix in (".ext", ".dat"))
+
+
+def test_what_is_being_dropped_is_not_pinned(bench: Bench) -> None:
+    """A snapshot that users don't see any more can't be pinned."""
+    snapshots = three(bench)
+    mid = at(snapshots, 20)
+    run(snapshots.doom(mid))
+    with pytest.raises(NoSuchSnapshotError, match="snapshot mid is being dropped"):
+        run(snapshots.pin(mid))
+    assert pins(bench.open()) == []
+
+
+def test_a_pin_counts_before_it_is_durable(bench: Bench) -> None:
+    """No drop begins while a snapshot is being pinned; where the pin can't be made, it can be dropped."""
+    snapshots = three(bench)
+    mid = at(snapshots, 20)
+    work = snapshots.pin(mid)
+    next(work)
+    with pytest.raises(PinnedError):
+        run(snapshots.doom(mid))
+    with pytest.raises(OSError, match="full"):
+        work.throw(OSError("full"))
+    drop(snapshots, mid)
+
+
+def test_stray_pins_are_removed_when_opened(bench: Bench) -> None:
+    """A pin without a snapshot, of one being dropped, or of a temporary one means nothing."""
+    snapshots = three(bench)
+    create(snapshots, 40, temporary=True)
+    run(snapshots.doom(at(snapshots, 20)))
+    run(snapshots.pin(at(snapshots, 30)))
+    for seq in (15, 20, 40):
+        (bench.path / f"{seq:020d}.pin").write_bytes(b"")
+    assert pins(bench.open()) == [30]
+    assert [name for name in files(bench.path) if name.endswith(".pin")] == [f"{30:020d}.pin"]
+
+
+def test_forecast_is_what_drops_copy_and_free(bench: Bench) -> None:
+    """For every run of drops, from each snapshot on, what it will copy and free is known before, to the byte."""
+    for first, last in [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]:
+        folder = bench.root / f"{first}-{last}"
+        folder.mkdir()
+        part = Bench(folder)
+        snapshots = three(part)
+        create(snapshots, 40, "newest", (0, 1, 9), (11, 1, 0))
+        chosen = list(snapshots)[first:last]
+        sizes = {one.seq: snapshots.held_bytes(one) for one in snapshots}
+        for closed in snapshots.unload(keep=None, everything=True):
+            closed.close()
+        assert {one.seq: snapshots.held_bytes(one) for one in snapshots} == sizes
+        forecast = Forecast(snapshots)
+        for copied, freed, one in [(*forecast.drop(one), one) for one in chosen]:
+            before = sum(map(snapshots.held_bytes, snapshots))
+            older = [(at(snapshots, other), sizes[other]) for other in sizes if other < chosen[0].seq][-1:]
+            held = [snapshots.held_bytes(found) for found, _ in older]
+            drop(snapshots, one)
+            assert before - sum(map(snapshots.held_bytes, snapshots)) == freed
+            assert [snapshots.held_bytes(found) - was for (found, _), was in zip(older, held, strict=True)] == [
+                copied
+            ] * len(older)
+            assert older or copied == 0
+        part.close()
+
+
+def test_forecast_begins_anew_behind_what_is_kept(bench: Bench) -> None:
+    """A snapshot that stays after all is what the next ones merge into."""
+    snapshots = three(bench)
+    forecast = Forecast(snapshots)
+    old, mid, new = snapshots
+    forecast.drop(old)
+    forecast.drop(mid)
+    forecast.keep(mid)
+    expected = Forecast(snapshots).drop(new)
+    assert forecast.drop(new) == expected
+    assert expected[0] > 0

@@ -402,3 +402,13 @@ def test_only_a_directory_can_be_locked(tmp_path: Path, name: str) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(NoStoreError, match=f"store {tmp_path / name} can't be opened"):
         lock_directory(tmp_path / name)
+
+
+def test_size_of_a_file_that_is_not_open(storage: RealStorage) -> None:
+    """The size is that of the file; there is none of what isn't there."""
+    file = storage.create("sized")
+    file.write([b"12345"], 0)
+    file.close()
+    assert storage.size("sized") == 5
+    with pytest.raises(FileNotFoundError):
+        storage.size("missing")

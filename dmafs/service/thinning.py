@@ -1,0 +1,199 @@
+"""Thinning in the service: the table ``[retention]`` of the configuration, and thinning and shrinking step by step.
+
+``Thinning`` and ``Shrinking`` plan and say what is to be dropped next; who uses them drops it, the daemon through
+engines and a command directly. Both ask the pure plans of ``core.retention`` again after each step, since what a drop
+frees is known only then.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Final
+
+from dmafs.core.moments import Volumes, snapshot_groups
+from dmafs.core.retention import NOT_NEEDED, SPACE, Groups, KeepRules, Verdict, plan_shrink, plan_thinning
+from dmafs.core.snapshots import Forecast, Snapshot
+from dmafs.errors import InputError
+from dmafs.service.report import Report
+from dmafs.units import format_rfc3339, parse_bytes, parse_duration
+
+RETENTION: Final = "retention"
+_WITHIN: Final = "within"
+_PERCENT: Final = re.compile(r"([1-9][0-9]?|100)%", re.ASCII)
+_SECOND_NS: Final = 1_000_000_000
+
+Drops = dict[str, list[Snapshot]]
+"""What is to be dropped, by volume."""
+
+
+# -- configuration ---------------------------------------------------------------------------------------------------
+
+
+def retention_of(values: Any, path: Path) -> KeepRules:  # noqa: ANN401 - whatever stands in the file
+    """Return the rules in the table ``[retention]`` of the configuration *path*; InputError for anything not right."""
+    defaults = KeepRules()
+    known = {(_WITHIN if entry.name == "within_s" else entry.name): entry.name for entry in fields(KeepRules)}
+    if not isinstance(values, Mapping):
+        raise InputError(f"configuration {path}: {RETENTION} is not a table", hint=f"write [{RETENTION}]")
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in known:
+            raise InputError(
+                f"configuration {path} has an unknown key {RETENTION}.{key}", hint=f"keys: {', '.join(known)}"
+            )
+        try:
+            found[known[key]] = _value(key, value, getattr(defaults, known[key]), path)
+        except InputError as error:
+            raise InputError(f"configuration {path}: {RETENTION}.{key}: {error.message}", hint=error.hint) from error
+    return KeepRules(**found)
+
+
+def _value(key: str, value: Any, default: float, path: Path) -> Any:  # noqa: ANN401 - of the default's type
+    """Return a value of the table as the rules have it."""
+    if key == _WITHIN and isinstance(value, str):
+        return parse_duration(value) / _SECOND_NS
+    if key == "quota" and isinstance(value, str):
+        return _quota(value, path)
+    if key != _WITHIN and type(value) is type(default) and value >= 0:
+        return value
+    hint = {_WITHIN: 'a duration: "24h"', "quota": 'a size or a share: "500GiB", "20%"', "named": "true or false"}
+    raise InputError(f"{value!r} is not right", hint=hint.get(key, "a whole number, at least 0"))
+
+
+def _quota(text: str, path: Path) -> int:
+    """Return the bytes of a quota: a size, or a share of the file system that the configuration is on."""
+    share = _PERCENT.fullmatch(text)
+    if share is None:
+        return parse_bytes(text)
+    info = os.statvfs(path.parent)
+    return info.f_blocks * info.f_frsize * int(share[1]) // 100
+
+
+# -- thinning --------------------------------------------------------------------------------------------------------
+
+
+def held_of(volumes: Volumes, groups: Groups) -> dict[str, int]:
+    """Return the bytes of the backward journal that each group holds."""
+    return {
+        identifier: sum(volumes[name].snapshots.held_bytes(snapshot) for name, snapshot in group.items())
+        for identifier, group in groups.items()
+    }
+
+
+class Thinning:
+    """One thinning: rounds of plans at one time, until a plan drops nothing more."""
+
+    def __init__(self, volumes: Volumes, rules: KeepRules) -> None:
+        """Plan for now."""
+        self._volumes = volumes
+        self._rules = rules
+        self._now_ns = next(iter(volumes.values())).clock()
+        self._dropped: list[Verdict] = []
+        self._plan: list[Verdict] = []
+        self._groups: Groups = {}
+        self._look()
+
+    def _look(self) -> None:
+        self._groups = snapshot_groups(self._volumes)
+        held = held_of(self._volumes, self._groups)
+        self._plan = plan_thinning(self._groups, self._rules, self._now_ns, held=held)
+
+    def rounds(self) -> Iterator[Drops]:
+        """Yield what is to be dropped, oldest first, and look again once that is done."""
+        while dropped := [verdict for verdict in self._plan if not verdict.kept]:
+            groups = self._groups
+            yield drops_of(groups, dropped)
+            self._dropped += [verdict for verdict in dropped if _is_gone(groups[verdict.id])]
+            self._look()
+
+    def report(self, *, dry_run: bool) -> Report:
+        """Return what became of each snapshot, oldest first; of a dry run what the first round would do."""
+        verdicts = sorted([*self._dropped, *self._plan], key=lambda verdict: (verdict.time_ns, verdict.id))
+        return {
+            "dry_run": dry_run,
+            "snapshots": [
+                {
+                    "id": verdict.id,
+                    "time": format_rfc3339(verdict.time_ns),
+                    "kept": verdict.kept,
+                    "reasons": list(verdict.reasons),
+                    "held_bytes": verdict.held_bytes,
+                }
+                for verdict in verdicts
+            ],
+        }
+
+
+def _is_gone(group: Mapping[str, Snapshot]) -> bool:
+    return all(snapshot.hidden for snapshot in group.values())
+
+
+def drops_of(groups: Groups, verdicts: list[Verdict]) -> Drops:
+    """Return the snapshots of groups by volume, in each volume oldest first."""
+    drops: Drops = {}
+    for verdict in verdicts:
+        for name, snapshot in groups[verdict.id].items():
+            drops.setdefault(name, []).append(snapshot)
+    return {name: sorted(snapshots, key=lambda snapshot: snapshot.key) for name, snapshots in drops.items()}
+
+
+class Shrinking:
+    """One shrinking: runs of groups that may go, oldest first, until enough is freed or the floor is reached.
+
+    What a run frees is forecast as a whole, since its snapshots are merged into one. Of the last run only as much goes
+    as is needed, and nothing of a run that frees nothing. Runs end at what has to stay: the floor, a snapshot whose
+    image is held, since its files stay as long as that, and one whose merge would take more space than there is.
+    """
+
+    def __init__(self, volumes: Volumes, rules: KeepRules, missing: int) -> None:
+        """Have *missing* bytes freed."""
+        self._volumes = volumes
+        self._rules = rules
+        self._groups = snapshot_groups(volumes)
+        self.missing = missing
+        self.dropped = 0
+
+    def steps(self, spare: int) -> Iterator[Drops]:
+        """Yield one run to be dropped after the other; a merge may take *spare* bytes and what was freed before it."""
+        held = held_of(self._volumes, self._groups)
+        forecasts = {name: Forecast(volume.snapshots) for name, volume in self._volumes.items()}
+        run: list[Verdict] = []
+        freed, best, count = 0, 0, 0  # of the run; the most that a part of it frees, and how long that part is
+        for verdict in [*plan_shrink(self._groups, self._rules, sum(held.values()), held=held), None]:
+            gain = None if verdict is None or best >= self.missing else self._gain(verdict, forecasts, spare + freed)
+            if gain is not None and verdict is not None:
+                run.append(verdict)
+                freed += gain
+                if freed > best:
+                    best, count = freed, len(run)
+                continue
+            if count:
+                self.missing -= best
+                self.dropped += count
+                spare += best
+                yield drops_of(self._groups, run[:count])
+            if self.missing <= 0:
+                return
+            for left in run[count:] + ([verdict] if verdict is not None else []):
+                for name, snapshot in self._groups[left.id].items():
+                    forecasts[name].keep(snapshot)
+            run, freed, best, count = [], 0, 0, 0
+
+    def _gain(self, verdict: Verdict, forecasts: Mapping[str, Forecast], spare: int) -> int | None:
+        """Return the bytes that dropping a group frees, None if it has to stay."""
+        group = self._groups[verdict.id]
+        if not set(verdict.reasons) <= {SPACE, NOT_NEEDED}:
+            return None
+        if any(one.hidden or one.pinned or self._volumes[name].is_held(one.seq) for name, one in group.items()):
+            return None
+        total = 0
+        for name, snapshot in group.items():
+            copied, freed = forecasts[name].drop(snapshot)
+            if copied > spare:
+                return None
+            total += freed
+        return total
