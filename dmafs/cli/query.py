@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from dmafs.cli.output import say, write
 from dmafs.service.client import session
@@ -13,6 +13,9 @@ from dmafs.units import format_bytes
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
+
+
+_LINE: Final = "{:<28}  {:<10}  {:>10}  {:<8}  {:<6}  {}"
 
 
 def add_commands(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -89,10 +92,10 @@ def run_ls(options: argparse.Namespace) -> int:
     if options.json:
         say(json.dumps(report, indent=2))
         return 0
-    say(f"{'TIME':<28}  {'VOLUME':<10}  {'SEQ':>10}  {'KIND':<8}  NAME")
+    say(_LINE.format("TIME", "VOLUME", "SEQ", "KIND", "STATE", "NAME"))
     for point in report["points"]:
-        line = f"{point['at']}  {point['volume']:<10}  {point['seq']:>10}  {point['kind']:<8}  {point['name']}"
-        say(line.rstrip())
+        columns = (point[key] for key in ("at", "volume", "seq", "kind", "consistency", "name"))
+        say(_LINE.format(*columns).rstrip())
     return 0
 
 

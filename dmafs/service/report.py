@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from dmafs.core.image import Image
-from dmafs.core.moments import resolve, seqs_at, snapshot_groups
-from dmafs.core.points import landmarks, oldest_point
+from dmafs.core.moments import instant, resolve, seqs_at, snapshot_groups
+from dmafs.core.points import consistency, landmarks, oldest_point
 from dmafs.core.resync import needs_resync
 from dmafs.core.volume import Volume
 from dmafs.errors import InputError, NoSuchPointError, NoSuchVolumeError
@@ -86,7 +86,8 @@ def points_of(volumes: Mapping[str, Volume]) -> Report:
                 "volume": name,
                 "kind": found.kind,
                 "name": found.name,
-                "at": format_time(found.time_ns),
+                "at": format_time(found.instant_ns),
+                "consistency": consistency(volume, found.seq),
                 **point(found.seq, found.time_ns),
             }
             for name, volume in volumes.items()
@@ -95,7 +96,9 @@ def points_of(volumes: Mapping[str, Volume]) -> Report:
         "snapshots": [
             {
                 "id": identifier,
-                "time": format_rfc3339(max(snapshot.time_ns for snapshot in group.values())),
+                "time": format_rfc3339(instant(group)),
+                # "crash", "exact", "frozen" sort by what they promise; a group promises what all of it does
+                "consistency": min(consistency(volumes[name], snapshot.seq) for name, snapshot in group.items()),
                 "volumes": {name: snapshot.seq for name, snapshot in group.items()},
             }
             for identifier, group in snapshot_groups(volumes).items()
