@@ -58,8 +58,13 @@ def run_status(options: argparse.Namespace) -> int:
     else:
         daemon = report["daemon"]
         say(f"store {options.store}: " + (f"served by process {daemon['pid']}" if daemon else "no daemon"))
+        schedule = daemon["schedule"] if daemon else None
+        if schedule:
+            say(f"schedule: {_plan_text(schedule['snapshots'], 'next snapshot')}")
         for volume in report["volumes"]:
             say("\n".join(_volume_lines(volume)))
+            if schedule:
+                say(f"  syncs     {_plan_text(schedule['syncs'][volume['name']], 'next')}")
     return 1 if any(volume["state"] == "read-only" for volume in report["volumes"]) else 0
 
 
@@ -83,6 +88,12 @@ def _volume_lines(volume: dict[str, Any]) -> list[str]:
     lines.append(f"  forward   {forward['events']} events, {format_bytes(forward['bytes'])} in {segments}")
     lines.append(f"  snapshots {volume['snapshots']}")
     return lines
+
+
+def _plan_text(planned: dict[str, Any], label: str) -> str:
+    last = planned["last"]
+    then = f"; last {last['time']} ({last['reason']}): {last['result']}" if last else ""
+    return f"{label} {planned['next'] or 'not known'}{then}"
 
 
 def run_ls(options: argparse.Namespace) -> int:

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from dmafs.core.points import landmarks, point_named, seq_at
+from dmafs.core.resync import needs_resync
 from dmafs.core.snapshots import Snapshot
 from dmafs.core.volume import Volume
 from dmafs.errors import InputError, NoSuchPointError, NoSuchSnapshotError
@@ -127,6 +128,16 @@ def latest(volumes: Volumes) -> dict[str, Snapshot]:
     if not groups:
         raise NoSuchSnapshotError("there is no snapshot yet", hint="take one: dmafs snapshot STORE NAME")
     return groups[list(groups)[-1]]
+
+
+def require_mark(volume: Volume, name: str) -> None:
+    """Raise what a mark of that name on a volume would raise, or fail to mean, before anything is done for it."""
+    volume.require_snapshot(name)
+    with volume.gate():
+        if needs_resync(volume):
+            raise NoSuchPointError(
+                f"volume {volume.info.name} can't be marked: a gap lasts", hint="wait until dmafs status says protected"
+            )
 
 
 def landmark_times(volumes: Volumes) -> tuple[list[TimeNs], dict[str, TimeNs]]:

@@ -192,6 +192,10 @@ class Snapshots:
                 return snapshot
         return None
 
+    def covers(self, seq: int) -> bool:
+        """Say whether a snapshot that users see stands at *seq* or later. O(1) unless many are hidden."""
+        return any(not self._by_key[key].hidden for key in self._by_key.irange(minimum=(seq, 0)))
+
     def is_frozen(self, seq: int) -> bool:
         """Say whether a snapshot at exactly *seq* that users see was taken of a disk at rest."""
         return any(snapshot.frozen for snapshot in self._visible_twins(seq))

@@ -6,6 +6,7 @@ method   path              parameters                                          a
 GET      /status                                                               JSON
 GET      /points                                                               JSON
 POST     /snapshots        name                                                JSON
+POST     /marks            name                                                JSON
 POST     /sync                                                                 JSON
 GET      /read             volume, at, offset, length                          bytes, all of one moment
 =======  ================  ==================================================  =============================
@@ -59,6 +60,11 @@ def application(appliance: Appliance) -> Starlette:
         await appliance.take_snapshot(name)
         return JSONResponse({"name": name})
 
+    async def mark(request: Request) -> Response:
+        name = check_name(request.query_params.get("name", ""), "mark")
+        await appliance.mark(name)
+        return JSONResponse({"name": name})
+
     async def sync(_request: Request) -> Response:
         return JSONResponse(await appliance.sync())
 
@@ -77,6 +83,7 @@ def application(appliance: Appliance) -> Starlette:
             Route("/status", _answering(status), methods=["GET"]),
             Route("/points", _answering(points), methods=["GET"]),
             Route("/snapshots", _answering(take_snapshot), methods=["POST"]),
+            Route("/marks", _answering(mark), methods=["POST"]),
             Route("/sync", _answering(sync), methods=["POST"]),
             Route("/read", _answering(read), methods=["GET"]),
         ]

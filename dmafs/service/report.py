@@ -39,7 +39,7 @@ def status_of(volume: Volume) -> Report:
         "source": volume.info.source,
         "tap": volume.info.tap,
         "size_bytes": size * SECTOR,
-        "state": _state(volume),
+        "state": state_of(volume),
         "failure": volume.failure,
         "copy_fraction": 1.0 if now.copied else now.copied_sectors / size,
         "copy_bytes_per_s": 0,
@@ -70,7 +70,8 @@ def status_of(volume: Volume) -> Report:
     }
 
 
-def _state(volume: Volume) -> str:
+def state_of(volume: Volume) -> str:
+    """Return what ``status`` calls a volume: read-only, copying, resyncing or protected."""
     if volume.failure:
         return "read-only"
     if not volume.pointers.now.copied:

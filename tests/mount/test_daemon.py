@@ -198,7 +198,7 @@ def test_unflushed_writes_are_written_to_the_primary_again(rig: Rig) -> None:
     """What was in the journal and not yet flushed when the daemon was killed is on the primary after the next start."""
     rig.allow(REDONE)
     primary = rig.create()
-    (rig.store / "dmafs.conf").write_text("tick_s = 1000\n")
+    rig.configure("tick_s = 1000\n")
     rig.start()
     pwrite(rig.tap(), b"new" * 1000, 5000)
     rig.kill()
