@@ -60,11 +60,11 @@ def run_status(options: argparse.Namespace) -> int:
         say(f"store {options.store}: " + (f"served by process {daemon['pid']}" if daemon else "no daemon"))
         schedule = daemon["schedule"] if daemon else None
         if schedule:
-            say(f"schedule: {_plan_text(schedule['snapshots'], 'next snapshot')}")
+            say(f"snapshots by schedule: {_plan_text(schedule['snapshots'])}")
         for volume in report["volumes"]:
             say("\n".join(_volume_lines(volume)))
             if schedule:
-                say(f"  syncs     {_plan_text(schedule['syncs'][volume['name']], 'next')}")
+                say(f"  syncs     {_plan_text(schedule['syncs'][volume['name']])}")
     return 1 if any(volume["state"] == "read-only" for volume in report["volumes"]) else 0
 
 
@@ -90,10 +90,10 @@ def _volume_lines(volume: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _plan_text(planned: dict[str, Any], label: str) -> str:
+def _plan_text(planned: dict[str, Any]) -> str:
     last = planned["last"]
     then = f"; last {last['time']} ({last['reason']}): {last['result']}" if last else ""
-    return f"{label} {planned['next'] or 'not known'}{then}"
+    return (f"next {planned['next']}" if planned["next"] else "none planned") + then
 
 
 def run_ls(options: argparse.Namespace) -> int:

@@ -594,7 +594,7 @@ def test_bad_circumstances_are_refused(rig: Rig, name: str) -> None:
 
 def test_usage(rig: Rig) -> None:
     """Every command has a help text, and wrong usage is exit code 2."""
-    for command in ("create", "serve", "status", "ls", "read", "snapshot", "sync"):
+    for command in ("create", "serve", "status", "ls", "read", "snapshot", "mark", "sync"):
         assert rig.dmafs(command, "--help").stdout.startswith(f"usage: dmafs {command}")
         rig.dmafs(command, "--no-such-option", code=2)
     rig.dmafs("no-such-command", code=2)
