@@ -111,6 +111,52 @@ def parse_bytes(text: str) -> int:
     raise InputError(f"size {_shown(text)} not understood", hint="use whole bytes, or K M G T P E: 4096, 64MiB, 1G")
 
 
+# --- durations, shares and times of day, as the configuration has them
+
+_SHARE: Final = re.compile(r"([0-9]{1,2})(?:\.([0-9]))? ?%")
+_TIME_OF_DAY: Final = re.compile(r"([01][0-9]|2[0-3]):([0-5][0-9])")
+
+
+def parse_duration_s(text: str) -> int:
+    """Return the seconds of a duration as in ``2h ago``: ``24h``, ``1h30min``; InputError if they aren't whole."""
+    try:
+        if len(text) > SPELLING_CHARS_MAX:
+            raise _not_understood(text)
+        seconds, rest = divmod(_parse_duration(text, text), _SECOND_NS)
+    except NoSuchPointError:
+        seconds, rest = 0, 1
+    if rest:
+        raise InputError(
+            f"duration {_shown(text)} not understood", hint="use whole seconds, in the units w d h min s: 24h, 1h30min"
+        )
+    return seconds
+
+
+def parse_share(text: str) -> float:
+    """Return the part of 1 that *text* names: ``10%``, ``2.5%``; less than all. InputError for anything else."""
+    match = _SHARE.fullmatch(text)
+    if match is None:
+        raise InputError(f"share {_shown(text)} not understood", hint="use percent, less than 100: 10%, 2.5%")
+    return (int(match[1]) * 10 + int(match[2] or 0)) / 1000
+
+
+def parse_time_of_day(text: str) -> int:
+    """Return the seconds since midnight of ``HH:MM``; InputError for anything else."""
+    match = _TIME_OF_DAY.fullmatch(text)
+    if match is None:
+        raise InputError(f"time of day {_shown(text)} not understood", hint="use HH:MM, from 00:00 to 23:59")
+    return int(match[1]) * 3600 + int(match[2]) * 60
+
+
+def local_offset_s(time_s: int, timezone: str | None = None) -> int:
+    """Return by how many seconds clocks in *timezone* (None: the system's) are ahead of UTC at a time."""
+    try:
+        local = Instant.from_timestamp(time_s).to_tz(SYSTEM_TZ if timezone is None else timezone)
+    except TimeZoneNotFoundError as error:
+        raise _no_zone("a time of day", timezone) from error
+    return int(local.offset.total("seconds"))
+
+
 # --- names
 
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -340,18 +386,6 @@ def _parse_duration(duration: str, text: str) -> int:
     if total_ns >= _INT64_END:
         raise _out_of_range(text)
     return total_ns
-
-
-def parse_duration(text: str) -> int:
-    """Return the nanoseconds of a duration by the grammar above, such as ``24h`` or ``1h30min``; else InputError."""
-    try:
-        if len(text) <= SPELLING_CHARS_MAX:
-            return _parse_duration(text, text)
-    except NoSuchPointError:
-        pass
-    raise InputError(
-        f"duration {_shown(text)} not understood", hint="units are w d h min s ms us ns, in this order: 24h, 1h30min"
-    )
 
 
 def _checked_time(time_ns: int, text: str) -> TimeNs:

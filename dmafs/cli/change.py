@@ -1,4 +1,4 @@
-"""``dmafs snapshot`` and ``sync``: what changes history."""
+"""``dmafs snapshot``, ``mark`` and ``sync``: what changes history."""
 
 from __future__ import annotations
 
@@ -24,6 +24,16 @@ def add_commands(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
     snapshot.add_argument("name", metavar="NAME", help="name of the snapshot")
     snapshot.set_defaults(run=run_snapshot)
 
+    mark = commands.add_parser(
+        "mark",
+        help="give this moment a name in the journal",
+        description="Flush, and put a named mark into the journals of all volumes, at one instant. It names the moment "
+        "as long as the journal has it; what is to stay after a sync needs a snapshot.",
+    )
+    mark.add_argument("store", metavar="STORE", type=Path, help="directory of the store")
+    mark.add_argument("name", metavar="NAME", help="name of the mark")
+    mark.set_defaults(run=run_mark)
+
     sync = commands.add_parser(
         "sync",
         help="move the mirror to the newest flushed moment",
@@ -39,6 +49,14 @@ def run_snapshot(options: argparse.Namespace) -> int:
     with session(options.store) as asked:
         report = asked.take_snapshot(options.name)
     say(f"snapshot {report['name']} taken")
+    return 0
+
+
+def run_mark(options: argparse.Namespace) -> int:
+    """Set the mark."""
+    with session(options.store) as asked:
+        report = asked.mark(options.name)
+    say(f"mark {report['name']} set")
     return 0
 
 

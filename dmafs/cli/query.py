@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from dmafs.cli.output import say, write
 from dmafs.service.client import session
@@ -13,6 +13,9 @@ from dmafs.units import format_bytes
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
+
+
+_LINE: Final = "{:<28}  {:<10}  {:>10}  {:<8}  {:<6}  {}"
 
 
 def add_commands(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -70,8 +73,13 @@ def run_status(options: argparse.Namespace) -> int:
         say(f"store {options.store}: " + (f"served by process {daemon['pid']}" if daemon else "no daemon"))
         for alarm in report["alarms"]:
             say(f"  alarm     {alarm['message']} (since {alarm['since']})")
+        schedule = daemon["schedule"] if daemon else None
+        if schedule:
+            say(f"snapshots by schedule: {_plan_text(schedule['snapshots'])}")
         for volume in report["volumes"]:
             say("\n".join(_volume_lines(volume)))
+            if schedule:
+                say(f"  syncs     {_plan_text(schedule['syncs'][volume['name']])}")
     return 1 if report["alarms"] or any(volume["state"] == "read-only" for volume in report["volumes"]) else 0
 
 
@@ -97,6 +105,12 @@ def _volume_lines(volume: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _plan_text(planned: dict[str, Any]) -> str:
+    last = planned["last"]
+    then = f"; last {last['time']} ({last['reason']}): {last['result']}" if last else ""
+    return (f"next {planned['next']}" if planned["next"] else "none planned") + then
+
+
 def run_ls(options: argparse.Namespace) -> int:
     """List the points."""
     with session(options.store) as asked:
@@ -104,11 +118,11 @@ def run_ls(options: argparse.Namespace) -> int:
     if options.json:
         say(json.dumps(report, indent=2))
         return 0
-    say(f"{'TIME':<28}  {'VOLUME':<10}  {'SEQ':>10}  {'KIND':<8}  NAME")
+    say(_LINE.format("TIME", "VOLUME", "SEQ", "KIND", "STATE", "NAME"))
     for point in report["points"]:
         kind = "pinned" if point["pinned"] else point["kind"]
-        line = f"{point['at']}  {point['volume']:<10}  {point['seq']:>10}  {kind:<8}  {point['name']}"
-        say(line.rstrip())
+        columns = (point[key] for key in ("consistency", "name"))
+        say(_LINE.format(point["at"], point["volume"], point["seq"], kind, *columns).rstrip())
     return 0
 
 

@@ -309,6 +309,33 @@ class ForwardJournal:
         for segment in self.segments:
             yield from segment.marks()
 
+    def indicators(self, after: int, upto: int) -> tuple[Ints, Ints, Ints]:
+        """Return the sync indicators with *after* < seq <= *upto*: seqs, times, bytes of data behind each. O(n)."""
+        parts = [(np.empty(0, np.int64),) * 3]
+        behind = self.data_bytes() // SECTOR
+        for segment in self.segments:
+            behind -= segment.data_sectors  # of the segments after this one
+            begin = bisect_right(segment.indicator_seqs, after)
+            end = bisect_right(segment.indicator_seqs, upto)
+            if begin < end:
+                seqs = np.array(segment.indicator_seqs[begin:end], np.int64)
+                first = int(seqs[0]) + 1 - segment.header.first
+                physicals = np.append(np.array(segment.physicals[first:], np.int64), segment.data_sectors)
+                left = behind + segment.data_sectors - physicals[seqs - seqs[0]]
+                parts.append((seqs, np.array(segment.indicator_times[begin:end], np.int64), left * SECTOR))
+        seqs, times, left = (np.concatenate(column) for column in zip(*parts, strict=True))
+        return seqs, times, left
+
+    def data_after(self, seq: int) -> int:
+        """Return the bytes of data of the events after *seq*. O(segments)."""
+        sectors = 0
+        for segment in self.segments:
+            if segment.header.first > seq + 1:
+                sectors += segment.data_sectors
+            elif segment.next_seq > seq + 1:
+                sectors += segment.data_sectors - segment.physicals[seq + 1 - segment.header.first]
+        return sectors * SECTOR
+
     def extents(self, after: int, upto: int) -> tuple[Ints, Ints]:
         """Return copies of starts and stops of the events *after*+1 .. *upto*; index 0 is event *after*+1."""
         parts = []

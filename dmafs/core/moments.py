@@ -1,7 +1,11 @@
 """Moments: one instant across all volumes of a store, and what a spelling of it means.
 
 The canonical time of a moment is the greatest of its volumes' canonical times. Nothing happened on any volume between a
-volume's own time and that, so the canonical time resolves to the same seqs, and equal states have equal names.
+volume's own time and that, so the canonical time resolves to the same seqs, and equal states have equal names. That
+holds since all volumes of a store share one clock that never goes back.
+
+A *group* is what was taken at one instant: the snapshots, or the marks, of all volumes. Each of its snapshots knows the
+instant's canonical time, so they are found again as one group, and ``at/<that time>`` shows what they show.
 """
 
 from __future__ import annotations
@@ -9,7 +13,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-from dmafs.core.points import landmarks, seq_at, seq_named
+from dmafs.core.points import landmarks, point_named, seq_at
+from dmafs.core.resync import needs_resync
 from dmafs.core.snapshots import Snapshot
 from dmafs.core.volume import Volume
 from dmafs.core.work import Work
@@ -43,10 +48,15 @@ def canonical(volumes: Volumes, time_ns: int) -> TimeNs:
     return TimeNs(max(volumes[name].time_of(seq) for name, seq in seqs_at(volumes, time_ns).items()))
 
 
+def instant_of(volumes: Volumes, seqs: Mapping[str, int]) -> TimeNs:
+    """Return the canonical time of a moment that is known by the newest seq of each volume."""
+    return TimeNs(max(volumes[name].time_of(seq) for name, seq in seqs.items()))
+
+
 def resolve(volumes: Volumes, text: str) -> TimeNs:
     """Return the canonical time of the moment that a spelling means; NoSuchPointError if there is none."""
     if text == LATEST:
-        return canonical(volumes, max(snapshot.time_ns for snapshot in latest(volumes).values()))
+        return canonical(volumes, instant(latest(volumes)))
     clock = next(iter(volumes.values())).clock
     try:
         spelling = parse_spelling(text, now=TimeNs(clock()))
@@ -73,21 +83,17 @@ def _time_of_seq(volumes: Volumes, seq: int, text: str) -> int:
 
 
 def _time_of_name(volumes: Volumes, name: str) -> int:
-    times = []
-    for volume in volumes.values():
-        seq = seq_named(volume, name)
-        if seq is not None:
-            times.append(volume.time_of(seq))
-    if not times:
+    points = [point for volume in volumes.values() if (point := point_named(volume, name))]
+    if not points:
         raise NoSuchPointError(f"no snapshot or mark named {name}", hint="list them with: dmafs ls STORE")
-    return max(times)
+    return max(point.instant_ns for point in points)
 
 
 def snapshot_groups(volumes: Volumes) -> dict[str, dict[str, Snapshot]]:
     """Return all snapshots by id (name or canonical time), then by volume; oldest first."""
     found: list[tuple[int, str, str, Snapshot]] = []
     for name, volume in volumes.items():
-        found += [(snap.time_ns, snapshot_id(snap), name, snap) for snap in volume.snapshots]
+        found += [(snap.instant_ns, snapshot_id(snap), name, snap) for snap in volume.snapshots]
     groups: dict[str, dict[str, Snapshot]] = {}
     for _, identifier, name, snapshot in sorted(found, key=lambda entry: entry[:3]):
         groups.setdefault(identifier, {})[name] = snapshot
@@ -95,8 +101,13 @@ def snapshot_groups(volumes: Volumes) -> dict[str, dict[str, Snapshot]]:
 
 
 def snapshot_id(snapshot: Snapshot) -> str:
-    """Return what a snapshot is called: its name or its canonical time."""
-    return snapshot.name or format_time(snapshot.time_ns)
+    """Return what a snapshot is called: its name or the canonical time of the instant it was taken at."""
+    return snapshot.name or format_time(snapshot.instant_ns)
+
+
+def instant(group: Mapping[str, Snapshot]) -> TimeNs:
+    """Return the canonical time of what was taken together."""
+    return TimeNs(max(snapshot.instant_ns for snapshot in group.values()))
 
 
 def snapshot_group(volumes: Volumes, identifier: str) -> dict[str, Snapshot]:
@@ -104,11 +115,8 @@ def snapshot_group(volumes: Volumes, identifier: str) -> dict[str, Snapshot]:
     group = {}
     time_ns = parse_canonical(identifier)
     for name, volume in volumes.items():
-        if time_ns is None:
-            snapshot = volume.snapshots.find(identifier)
-        else:
-            snapshot = volume.snapshots.newest_before(time_ns, volume.journal.head + 1)
-        if snapshot is not None and snapshot_id(snapshot) == identifier:
+        snapshot = volume.snapshots.find(identifier) if time_ns is None else volume.snapshots.taken_at(time_ns)
+        if snapshot is not None:
             group[name] = snapshot
     if not group:
         raise NoSuchSnapshotError(f"no snapshot named {identifier}", hint="list them with: dmafs ls STORE")
@@ -143,13 +151,26 @@ def latest(volumes: Volumes) -> dict[str, Snapshot]:
     return groups[list(groups)[-1]]
 
 
+def require_mark(volume: Volume, name: str) -> None:
+    """Raise what a mark of that name on a volume would raise, or fail to mean, before anything is done for it."""
+    volume.require_snapshot(name)
+    with volume.gate():
+        if needs_resync(volume):
+            raise NoSuchPointError(
+                f"volume {volume.info.name} can't be marked: a gap lasts", hint="wait until dmafs status says protected"
+            )
+
+
 def landmark_times(volumes: Volumes) -> tuple[list[TimeNs], dict[str, TimeNs]]:
     """Return the canonical times worth listing, ascending, and the canonical times of named marks and snapshots."""
-    times, names = set(), {}
+    times: set[TimeNs] = set()
+    instants: dict[str, int] = {}
     for volume in volumes.values():
+        newest: dict[str, int] = {}  # of a name: snapshots before marks, among these the last one
         for point in landmarks(volume):
-            time_ns = canonical(volumes, point.time_ns)
-            times.add(time_ns)
-            if point.name:
-                names[point.name] = time_ns
-    return sorted(times), names
+            times.add(canonical(volumes, point.instant_ns))
+            if point.name and not (point.kind == "mark" and volume.snapshots.find(point.name)):
+                newest[point.name] = point.instant_ns
+        for name, instant_ns in newest.items():
+            instants[name] = max(instants.get(name, 0), instant_ns)
+    return sorted(times), {name: canonical(volumes, instant_ns) for name, instant_ns in instants.items()}

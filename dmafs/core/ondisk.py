@@ -14,10 +14,13 @@ Segment header, the first 512 bytes of each ``.ext`` file::
         40      8  first: seq of the first event (forward), 1 (backward)
         48      8  seq of the snapshot (backward), 0 (forward)
         56      8  time_ns of the snapshot (backward), 0 (forward)
-        64      4  flags: 1 temporary (a snapshot kept only while somebody holds its image open)
+        64      4  flags: 1 temporary (a snapshot kept only while somebody holds its image open),
+                     2 frozen (a hook had brought what uses the disk to rest)
         68      4  length of the name in bytes
         72    256  name, UTF-8, padded with zeros
-       328    176  zeros
+       328      8  instant: canonical time_ns of the moment across all volumes that it was taken with (backward), 0
+                     (forward)
+       336    168  zeros
        504      8  checksum of bytes 0-503, seed 0
 
 Descriptor record, 64 bytes each from offset 512 on (fig. 7, queue 701; fig. 13, queue 1300)::
@@ -92,11 +95,13 @@ NAME_LIMIT: Final = 256
 SIZE_SECTORS_MAX: Final = (2**63 - 1) // 512
 """The largest size whose bytes the operating system can address."""
 
-_HEADER = struct.Struct("<8sII16sQQQQII256s176x")
+_HEADER = struct.Struct("<8sII16sQQQQII256sQ168x")
 _RECORD = struct.Struct("<QQQIIQQQ")
 _CHECKSUM = struct.Struct("<Q")
 _SLOT = struct.Struct("<8sII16sQQQQQQQQQQ16s376x")
 _HEADER_MAGIC: Final = b"DMAFSEXT"
+_TEMPORARY: Final = 1
+_FROZEN: Final = 2
 _SLOT_MAGIC: Final = b"DMAFSPTR"
 
 RECORD_DTYPE: Final = np.dtype(
@@ -156,6 +161,8 @@ class Header:
     snapshot_time_ns: int = 0
     temporary: bool = False
     name: str = ""
+    frozen: bool = False
+    instant_ns: int = 0
 
     def encode(self) -> bytes:
         """Return the 512 bytes of the header."""
@@ -170,9 +177,10 @@ class Header:
             self.first,
             self.snapshot_seq,
             self.snapshot_time_ns,
-            int(self.temporary),
+            self.temporary * _TEMPORARY | self.frozen * _FROZEN,
             len(name),
             name,
+            self.instant_ns,
         )
         return body + _CHECKSUM.pack(checksum(body))
 
@@ -180,11 +188,13 @@ class Header:
     def decode(cls, data: bytes | bytearray, where: str) -> Header:
         """Return the header in *data*; CorruptionError or VersionError naming *where* if it is none of ours."""
         _check_block(data, HEADER_SIZE, _HEADER_MAGIC, where)
-        (_, _, kind, uuid, salt, first, seq, time_ns, flags, length, name) = _HEADER.unpack_from(data)
+        (_, _, kind, uuid, salt, first, seq, time_ns, flags, length, name, instant_ns) = _HEADER.unpack_from(data)
         try:
-            if flags > 1 or length > NAME_LIMIT:
+            if flags > _TEMPORARY | _FROZEN or length > NAME_LIMIT:
                 raise ValueError
-            return cls(Kind(kind), UUID(bytes=uuid), salt, first, seq, time_ns, bool(flags), name[:length].decode())
+            temporary, frozen = bool(flags & _TEMPORARY), bool(flags & _FROZEN)
+            name = name[:length].decode()
+            return cls(Kind(kind), UUID(bytes=uuid), salt, first, seq, time_ns, temporary, name, frozen, instant_ns)
         except ValueError as error:
             raise CorruptionError(f"header of {where} has a field out of range", hint="the file is foreign") from error
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
+from dmafs.core.snapshots import Snapshot
 from dmafs.core.volume import Volume
 from dmafs.errors import NoSuchPointError
 from dmafs.units import format_rfc3339
@@ -22,10 +23,14 @@ _GRID_STEPS_S: Final = (1, 5, 15, 60, 300, 900, 3600, 4 * 3600, 86400, 7 * 86400
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One recoverable moment; *kind* is origin, mirror, snapshot, mark, grid or newest."""
+    """One recoverable moment; *kind* is origin, mirror, snapshot, mark, grid or newest.
+
+    *instant_ns* means that moment in all volumes: for a snapshot the canonical time it was taken at with others.
+    """
 
     seq: int
     time_ns: int
+    instant_ns: int
     kind: str
     name: str = ""
     pinned: bool = False
@@ -62,28 +67,48 @@ def oldest_point(volume: Volume) -> Point:
     seq = max(volume.floor, volume.pointers.now.origin_seq)
     for snapshot in volume.snapshots:
         if snapshot.seq <= seq and volume.recoverable(snapshot.seq):
-            return Point(snapshot.seq, snapshot.time_ns, "snapshot", snapshot.name, snapshot.pinned)
-    return Point(seq, volume.time_of(seq), "origin")
+            return _snapshot_point(snapshot)
+    return _plain_point(volume, seq, "origin")
 
 
-def seq_named(volume: Volume, name: str) -> int | None:
-    """Return the seq of the snapshot or the newest recoverable mark called *name*, or None."""
+def point_named(volume: Volume, name: str) -> Point | None:
+    """Return the snapshot or the newest recoverable mark called *name*, or None."""
     snapshot = volume.snapshots.find(name)
     if snapshot is not None:
-        return snapshot.seq
+        return _snapshot_point(snapshot)
     for mark in reversed(list(volume.journal.marks())):
         if mark.name == name and volume.recoverable(mark.seq):
-            return mark.seq
+            return _plain_point(volume, mark.seq, "mark", name)
     return None
+
+
+def consistency(volume: Volume, seq: int) -> str:
+    """Return what the image at a recoverable *seq* is like, by what is known now.
+
+    ``frozen`` a snapshot that a hook brought what uses the disk to rest for; ``exact`` where a sync indicator stands,
+    as a power cut at a flush would have left it; ``crash`` between two of them.
+    """
+    if volume.snapshots.is_frozen(seq):
+        return "frozen"
+    return "exact" if volume.is_exact(seq) else "crash"
+
+
+def _snapshot_point(snapshot: Snapshot) -> Point:
+    return Point(snapshot.seq, snapshot.time_ns, snapshot.instant_ns, "snapshot", snapshot.name, snapshot.pinned)
+
+
+def _plain_point(volume: Volume, seq: int, kind: str, name: str = "") -> Point:
+    time_ns = volume.time_of(seq)
+    return Point(seq, time_ns, time_ns, kind, name)
 
 
 def landmarks(volume: Volume) -> list[Point]:
     """Return the points worth listing, oldest first: snapshots, marks, a coarse grid, the newest point."""
     if not volume.pointers.now.copied:
         return []
-    found = [Point(snap.seq, snap.time_ns, "snapshot", snap.name, snap.pinned) for snap in volume.snapshots]
+    found = [_snapshot_point(snapshot) for snapshot in volume.snapshots]
     found += [
-        Point(mark.seq, volume.time_of(mark.seq), "mark", mark.name)
+        _plain_point(volume, mark.seq, "mark", mark.name)
         for mark in volume.journal.marks()
         if volume.recoverable(mark.seq)
     ]
@@ -93,7 +118,7 @@ def landmarks(volume: Volume) -> list[Point]:
     for seq, kind in [*ends, *((seq, "grid") for seq in _grid(volume, first))]:
         if seq not in taken:
             taken.add(seq)
-            found.append(Point(seq, volume.time_of(seq), kind))
+            found.append(_plain_point(volume, seq, kind))
     return sorted(found, key=lambda point: (point.seq, point.name))
 
 

@@ -30,6 +30,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Final
 from uuid import UUID
 
 import numpy as np
@@ -46,6 +47,7 @@ from dmafs.errors import CorruptionError, ExistsError, NoSuchSnapshotError, Pinn
 from dmafs.units import SECTOR, format_time
 
 DIRECTORY = "backward"
+SEQ_END: Final = 2**63
 
 Key = tuple[int, int]
 
@@ -69,8 +71,10 @@ class Snapshot:
     seq: int
     twin: int  # 0 for the first snapshot at a seq, then 1, 2 ...
     time_ns: int
+    instant_ns: int  # canonical time of the moment across all volumes that it was taken with
     name: str
     temporary: bool
+    frozen: bool  # a hook had brought what uses the disk to rest
     serial: int
     gone: bool = False
     slot: int = -1  # in the tree of layers, once the mirror has reached it
@@ -156,7 +160,15 @@ class Snapshots:
     def _add(self, header: Header, twin: int, *, gone: bool = False) -> Snapshot:
         self._serials += 1
         snapshot = Snapshot(
-            header.snapshot_seq, twin, header.snapshot_time_ns, header.name, header.temporary, self._serials, gone
+            header.snapshot_seq,
+            twin,
+            header.snapshot_time_ns,
+            header.instant_ns,
+            header.name,
+            header.temporary,
+            header.frozen,
+            self._serials,
+            gone,
         )
         self._by_key[snapshot.key] = snapshot
         self._by_serial[snapshot.serial] = snapshot
@@ -197,11 +209,7 @@ class Snapshots:
 
     def visible_at(self, seq: int) -> Snapshot | None:
         """Return a snapshot at exactly *seq* that users see."""
-        for key in self._by_key.irange((seq, 0), (seq + 1, 0), inclusive=(True, False)):
-            if not self._by_key[key].hidden:
-                found: Snapshot = self._by_key[key]
-                return found
-        return None
+        return next(self._visible_twins(seq), None)
 
     def open_at(self, mirror_seq: int) -> Snapshot | None:
         """Return the open snapshot: the last one that the mirror has reached. O(log snapshots)."""
@@ -227,6 +235,30 @@ class Snapshots:
         """Return the next older snapshot, hidden or not: what dropping this one merges into."""
         index = self._by_key.index(snapshot.key)
         return self._by_key.peekitem(index - 1)[1] if index else None
+
+    def taken_at(self, instant_ns: int) -> Snapshot | None:
+        """Return the visible snapshot without a name that was taken at that instant. O(log snapshots).
+
+        No event follows its seq up to the instant, so it is among those at the newest seq not after that.
+        """
+        newest = self.newest_before(instant_ns, SEQ_END)
+        for snapshot in self._visible_twins(newest.seq) if newest else ():
+            if snapshot.instant_ns == instant_ns and not snapshot.name:
+                return snapshot
+        return None
+
+    def covers(self, seq: int) -> bool:
+        """Say whether a snapshot that users see stands at *seq* or later. O(1) unless many are hidden."""
+        return any(not self._by_key[key].hidden for key in self._by_key.irange(minimum=(seq, 0)))
+
+    def is_frozen(self, seq: int) -> bool:
+        """Say whether a snapshot at exactly *seq* that users see was taken of a disk at rest."""
+        return any(snapshot.frozen for snapshot in self._visible_twins(seq))
+
+    def _visible_twins(self, seq: int) -> Iterator[Snapshot]:
+        for key in self._by_key.irange((seq, 0), (seq + 1, 0), inclusive=(True, False)):
+            if not self._by_key[key].hidden:
+                yield self._by_key[key]
 
     def of_serial(self, serial: int) -> Snapshot:
         """Return the snapshot that a backward reference means."""
@@ -390,12 +422,25 @@ class Snapshots:
 
     # -- changing -----------------------------------------------------------------------------------------------
 
-    def create(self, seq: int, time_ns: int, name: str = "", *, temporary: bool = False) -> Work[Snapshot]:
-        """Make a snapshot at *seq*; it is durable when this returns. ExistsError if the name is taken."""
+    def create(
+        self,
+        seq: int,
+        time_ns: int,
+        name: str = "",
+        *,
+        temporary: bool = False,
+        frozen: bool = False,
+        instant_ns: int | None = None,
+    ) -> Work[Snapshot]:
+        """Make a snapshot at *seq*; it is durable when this returns. ExistsError if the name is taken.
+
+        *instant_ns* is the canonical time of the moment across volumes, unless it is taken of this one alone.
+        """
         self.require_free(name)
         keys = list(self._by_key.irange((seq, 0), (seq + 1, 0), inclusive=(True, False)))
         twin = keys[-1][1] + 1 if keys else 0
-        header = Header(Kind.BACKWARD, self._uuid, new_salt(), 1, seq, time_ns, temporary, name)
+        instant_ns = time_ns if instant_ns is None else instant_ns
+        header = Header(Kind.BACKWARD, self._uuid, new_salt(), 1, seq, time_ns, temporary, name, frozen, instant_ns)
         snapshot = self._add(header, twin)
 
         def settle(segment: Segment) -> None:

@@ -118,6 +118,9 @@ class Storage(Protocol):
     def free_bytes(self) -> int:
         """Return the space left for this user."""
 
+    def free_share(self) -> float:
+        """Return the part of the file system's space that is left for this user, from 0 to 1."""
+
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -306,6 +309,11 @@ class RealStorage:
         """See ``Storage``."""
         info = os.statvfs(self._root)
         return info.f_bavail * info.f_frsize
+
+    def free_share(self) -> float:
+        """See ``Storage``."""
+        info = os.statvfs(self._root)
+        return info.f_bavail / info.f_blocks if info.f_blocks else 1.0
 
 
 def open_source(path: Path, *, writable: bool) -> RealFile:

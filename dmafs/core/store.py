@@ -40,6 +40,28 @@ _SYSFS_DEVICES: Final = Path("/sys/dev/block")
 _NOT_OURS: Final = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)  # missing, or something else in its place
 
 
+class SteadyClock:
+    """The wall clock as all volumes of a store see it: it never goes back and shows no time twice.
+
+    So a time that one volume's event has is later than all that had happened on the others before, and one instant of
+    all volumes has one name, also when the wall clock is set back.
+    """
+
+    def __init__(self, clock: Callable[[], int]) -> None:
+        """Show what *clock* does as long as it goes on."""
+        self._clock = clock
+        self._last = 0
+
+    def __call__(self) -> int:
+        """Return UTC nanoseconds."""
+        self._last = max(self._clock(), self._last + 1)
+        return self._last
+
+    def pass_over(self, time_ns: int) -> None:
+        """Show only times after *time_ns* from now on."""
+        self._last = max(self._last, time_ns)
+
+
 class Store:
     """An open, locked store with all its volumes open."""
 
@@ -50,9 +72,11 @@ class Store:
         self.path = path.absolute()
         self._lock = lock_directory(self.path)
         self.volumes: dict[str, Volume] = {}
+        steady = SteadyClock(clock)
         try:
             for name in volume_names(self.path):
-                self.volumes[name] = open_volume(self.path / name, limits=limits, clock=clock)
+                self.volumes[name] = volume = open_volume(self.path / name, limits=limits, clock=steady)
+                steady.pass_over(volume.journal.head_time_ns)
             if not self.volumes:
                 raise NoStoreError(
                     f"directory {path} is no store: it has no volume", hint="dmafs create STORE --source PATH makes one"

@@ -62,12 +62,13 @@ def sync_target(volume: Volume) -> int | None:
     return gap.begin if gap else found.seq
 
 
-def sync(volume: Volume, *, open_snapshot: bool = True) -> Work[int]:
-    """Move the mirror to the newest durable sync indicator; return the mirror's new seq.
+def sync(volume: Volume, *, target: int | None = None, open_snapshot: bool = True) -> Work[int]:
+    """Move the mirror to a durable sync indicator, by default the newest one; return the mirror's new seq.
 
-    With *open_snapshot* the mirror's present moment becomes a snapshot first; otherwise the open snapshot goes on being
-    fed and the moments since then are given up. NoSuchPointError while the initial copy isn't complete. When an earlier
-    sync was cut off in this process (the store was full), it is finished first.
+    *target* is the seq of one outside of gaps; if the mirror has passed it nothing is done. With *open_snapshot* the
+    mirror's present moment becomes a snapshot first; otherwise the open snapshot goes on being fed and the moments
+    since then are given up. NoSuchPointError while the initial copy isn't complete. When an earlier sync was cut off in
+    this process (the store was full), it is finished first.
     """
     now = volume.pointers.now
     if not now.copied:
@@ -77,7 +78,10 @@ def sync(volume: Volume, *, open_snapshot: bool = True) -> Work[int]:
         )
     if now.sync_target:
         yield from finish(volume)
-    target = sync_target(volume)
+    newest = sync_target(volume)
+    if target is None or newest is None:
+        target = newest
+    assert target is None or target <= volume.pointers.now.mirror_seq or _may_stop_at(volume, target)
     opens = open_snapshot
     while target is not None and volume.pointers.now.mirror_seq < min(target, volume.sync_limit):
         seq = volume.pointers.now.mirror_seq
@@ -88,6 +92,12 @@ def sync(volume: Volume, *, open_snapshot: bool = True) -> Work[int]:
         opens = open_snapshot and volume.pointers.now.mirror_seq == volume.pointers.now.origin_seq
     yield from volume.drop_unheld()
     return volume.pointers.now.mirror_seq
+
+
+def _may_stop_at(volume: Volume, seq: int) -> bool:
+    journal, now = volume.journal, volume.pointers.now
+    durable_point = now.origin_seq <= seq <= journal.durable and journal.gap_around(seq) is None
+    return durable_point and (journal.is_indicated(seq) or seq == now.origin_seq)
 
 
 def _open_snapshot(volume: Volume, seq: int, *, automatic: bool) -> Work[None]:

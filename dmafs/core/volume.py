@@ -362,15 +362,26 @@ class Volume:
                 hint="wait until dmafs status says protected",
             )
 
-    def snapshot_at(self, seq: int, name: str) -> Work[Snapshot]:
-        """Make the moment of a durable sync indicator a snapshot."""
+    def snapshot_at(
+        self, seq: int, name: str, *, instant_ns: int | None = None, frozen: bool = False
+    ) -> Work[Snapshot]:
+        """Make the moment of a durable sync indicator a snapshot; *instant_ns* is that of all volumes taken with it.
+
+        Without a name there is one snapshot at most of an instant: if it is there already, it is returned.
+        """
         if not self.recoverable(seq):
             raise NoSuchPointError(
                 f"volume {self.info.name} can't be kept at seq {seq}: a gap lasts, or a sync has passed",
                 hint="see dmafs status, and try again later",
             )
+        time_ns = self.time_of(seq)
+        instant_ns = time_ns if instant_ns is None else instant_ns
+        found = None if name else self.snapshots.taken_at(instant_ns)
+        if found is not None:
+            return found
         with self.gate():
-            return (yield from self.snapshots.create(seq, self.time_of(seq), name))
+            work = self.snapshots.create(seq, time_ns, name, frozen=frozen, instant_ns=instant_ns)
+            return (yield from work)
 
     def drop_snapshot(self, snapshot: Snapshot) -> Work[None]:
         """Hide a snapshot and, unless its image is held, merge its entries into the next older one.

@@ -6,34 +6,37 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Final
 
 import trio
 
 from dmafs.core.image import Image
 from dmafs.core.moments import (
-    canonical,
+    instant,
+    instant_of,
     landmark_times,
     pin_group,
+    require_mark,
     resolve,
     seqs_at,
     snapshot_group,
     snapshot_groups,
     unpin_group,
 )
-from dmafs.core.points import oldest_point
+from dmafs.core.ondisk import Flag
+from dmafs.core.points import consistency, oldest_point
 from dmafs.core.retention import KeepRules
 from dmafs.core.snapshots import Snapshot, require_unpinned
 from dmafs.core.store import Store
 from dmafs.core.volume import Volume
-from dmafs.errors import NoSuchPointError, NoSuchVolumeError
+from dmafs.errors import NoSuchPointError, NoSuchVolumeError, StoreFullError
 from dmafs.service.alarms import Alarms
 from dmafs.service.engine import TROUBLE, Engine
-from dmafs.service.report import READ_CHUNK, Report, diff_of, image_at, points_of, status_of
+from dmafs.service.report import READ_CHUNK, Report, diff_of, image_at, points_of, state_of, status_of
 from dmafs.service.thinning import Drops, Shrinking, Thinning
 from dmafs.tree.backend import Space
-from dmafs.units import SECTOR, TimeNs, check_name, format_bytes, format_rfc3339
+from dmafs.units import SECTOR, TimeNs, check_name, format_bytes, format_rfc3339, format_time
 
 SPACE_ALARM: Final = "space"
 RETENTION_ALARM: Final = "retention"
@@ -55,6 +58,8 @@ class Appliance:
         self._pinning = trio.Lock()
         self._retaining = trio.Lock()
         self._fruitless_until = self.short_at = -math.inf
+        self.schedule: Callable[[], Report | None] = lambda: None
+        """Says what is planned; set by who plans."""
         first = next(iter(self._volumes.values()))
         self.started_ns = first.clock()
         self.alarms = Alarms(first.clock)
@@ -99,24 +104,58 @@ class Appliance:
     def snapshot_time(self, identifier: str) -> TimeNs:
         """See ``Backend``."""
         group = snapshot_group(self._volumes, identifier)
-        return canonical(self._volumes, max(snapshot.time_ns for snapshot in group.values()))
+        return instant(group)
 
     async def take_snapshot(self, name: str) -> None:
         """See ``Backend``. All volumes at one instant; none is taken if any volume can't take it."""
         check_name(name, "snapshot")
         for engine in self._engines.values():
             engine.volume.require_snapshot(name)
+        await self._take_group(self._engines, name)
+
+    def has_news(self) -> bool:
+        """Say whether anything was written since the newest snapshot, on any volume that can take one."""
+        return any(not engine.volume.snapshots.covers(engine.volume.journal.head) for engine in self._able().values())
+
+    async def take_scheduled(self, *, frozen: bool) -> str:
+        """Take a snapshot without a name of all volumes that can take one, at one instant; return its id."""
+        able = self._able()
+        if not able:
+            raise NoSuchPointError("no volume can take a snapshot now", hint="see dmafs status")
+        return await self._take_group(able, "", frozen=frozen)
+
+    def _able(self) -> dict[str, Engine]:
+        """Return the volumes that can take a snapshot: those that are protected."""
+        return {name: engine for name, engine in self._engines.items() if state_of(engine.volume) == "protected"}
+
+    async def _take_group(self, engines: Mapping[str, Engine], name: str, *, frozen: bool = False) -> str:
         taken: list[tuple[Engine, Snapshot]] = []
         with contextlib.ExitStack() as marks:
-            marked = [(engine, marks.enter_context(engine.marked())) for engine in self._engines.values()]
+            seqs = {volume: marks.enter_context(engine.marked()) for volume, engine in engines.items()}
+            instant_ns = instant_of(self._volumes, seqs)
             try:
-                for engine, seq in marked:
-                    taken.append((engine, await engine.snapshot_at(seq, name)))
+                for volume, seq in seqs.items():
+                    engine = engines[volume]
+                    there = None if name else engine.volume.snapshots.taken_at(instant_ns)
+                    snapshot = await engine.snapshot_at(seq, name, instant_ns=instant_ns, frozen=frozen)
+                    if snapshot is not there:
+                        taken.append((engine, snapshot))
             except BaseException:
                 with trio.CancelScope(shield=True):
                     for engine, snapshot in taken:
                         await engine.drop_snapshot(snapshot)
                 raise
+        return name or format_time(instant_ns)
+
+    async def mark(self, name: str) -> None:
+        """Set a mark on all volumes at one instant; it is durable when this returns."""
+        check_name(name, "mark")
+        for engine in self._engines.values():
+            require_mark(engine.volume, name)
+        for engine in self._engines.values():
+            engine.volume.indicate(Flag.MARK, name)
+        for engine in self._engines.values():
+            await engine.flush()
 
     async def drop_snapshot(self, identifier: str) -> None:
         """See ``Backend``. Of no volume if it is pinned in any."""
@@ -141,8 +180,8 @@ class Appliance:
 
     def consistency(self, image: Image) -> str:
         """See ``Backend``."""
-        exact = image.volume.is_exact(image.seq) if image is image.volume.live else image.exact
-        return "exact" if exact else "crash"
+        known = consistency(image.volume, image.seq)
+        return "exact" if known == "crash" and image.exact else known  # a sync may have forgotten the indicator
 
     async def measure(self, image: Image) -> None:
         """See ``Backend``."""
@@ -188,7 +227,12 @@ class Appliance:
 
     def write_tap(self, volume: str, offset: int, data: bytes) -> None:
         """See ``Backend``."""
-        self._engine(volume).tap.write(offset, data)
+        engine = self._engine(volume)
+        try:
+            engine.tap.write(offset, data)
+        except StoreFullError:
+            engine.starved.set()
+            raise
 
     async def flush_tap(self, volume: str) -> None:
         """See ``Backend``."""
@@ -212,7 +256,8 @@ class Appliance:
             report["syncing"] = engine.syncing
             report["commits"] = engine.commits
             volumes.append(report)
-        return {"daemon": {"pid": os.getpid()}, "alarms": self.alarms.report(), "volumes": volumes}
+        daemon: Report = {"pid": os.getpid(), "schedule": self.schedule()}
+        return {"daemon": daemon, "alarms": self.alarms.report(), "volumes": volumes}
 
     def points(self) -> Report:
         """Return the recoverable points."""

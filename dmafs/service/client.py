@@ -15,7 +15,8 @@ from typing import Any, Final, Protocol
 import httpx
 
 from dmafs import errors
-from dmafs.core.moments import Volumes, pin_group, unpin_group
+from dmafs.core.moments import Volumes, instant_of, pin_group, require_mark, unpin_group
+from dmafs.core.ondisk import Flag
 from dmafs.core.retention import KeepRules
 from dmafs.core.store import SOCKET_NAME, Store
 from dmafs.core.sync import sync
@@ -42,6 +43,9 @@ class Session(Protocol):
 
     def take_snapshot(self, name: str) -> Report:
         """Take a snapshot of all volumes."""
+
+    def mark(self, name: str) -> Report:
+        """Set a mark on all volumes."""
 
     def sync(self) -> Report:
         """Sync all volumes."""
@@ -73,7 +77,7 @@ def session(path: Path) -> Iterator[Session]:
             yield RemoteSession(client, path)
         return
     try:
-        yield LocalSession(store.volumes, configuration.retention)
+        yield LocalSession(store.volumes, configuration.retention.rules(path))
     finally:
         store.close()
 
@@ -99,14 +103,30 @@ class LocalSession:
         check_name(name, "snapshot")
         for volume in self._volumes.values():
             volume.require_snapshot(name)
+        self._require_closed_in_order()
+        seqs = {each: run(volume.flush()).seq for each, volume in self._volumes.items()}
+        instant_ns = instant_of(self._volumes, seqs)
+        for each, seq in seqs.items():
+            run(self._volumes[each].snapshot_at(seq, name, instant_ns=instant_ns))
+        return {"name": name}
+
+    def mark(self, name: str) -> Report:
+        """See ``Session``. Likewise."""
+        check_name(name, "mark")
+        for volume in self._volumes.values():
+            require_mark(volume, name)
+        self._require_closed_in_order()
+        for volume in self._volumes.values():
+            run(volume.flush(flag=Flag.MARK, name=name))
+        return {"name": name}
+
+    def _require_closed_in_order(self) -> None:
+        for volume in self._volumes.values():
             if volume.journal.durable < volume.journal.head:
                 raise StoreError(
                     f"volume {volume.info.name} wasn't closed in order: its source lacks the last writes",
                     hint="start the daemon, which brings them to the source: dmafs serve STORE MOUNTPOINT",
                 )
-        for volume in self._volumes.values():
-            run(volume.take_snapshot(name=name))
-        return {"name": name}
 
     def sync(self) -> Report:
         """See ``Session``."""
@@ -179,6 +199,11 @@ class RemoteSession:
     def take_snapshot(self, name: str) -> Report:
         """See ``Session``."""
         answer: Report = self._ask("POST", "/snapshots", timeout=None, name=check_name(name, "snapshot")).json()
+        return answer
+
+    def mark(self, name: str) -> Report:
+        """See ``Session``."""
+        answer: Report = self._ask("POST", "/marks", timeout=None, name=check_name(name, "mark")).json()
         return answer
 
     def sync(self) -> Report:

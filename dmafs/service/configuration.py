@@ -1,47 +1,179 @@
 """Configuration: ``dmafs.conf`` in the store, TOML, all keys optional; see dmafs.conf(5).
 
-Every limit of the program has a name here (promise 7). Unknown keys and values out of range are errors.
+Every limit of the program has a name here (promise 7). One dataclass is one table, the top level is ``Configuration``.
+A field says how its key is written (its ``Kind``), its default as the file would have it, and its minimum; loader and
+man page follow from that. Unknown tables and keys, and values out of range, are errors that name file, table and key.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import tomllib
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Mapping
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple, TypeVar
 
 from dmafs.core.journal import SegmentLimits
+from dmafs.core.policy import SnapshotSchedule, SyncPolicy
 from dmafs.core.retention import KeepRules
 from dmafs.core.store import CONFIGURATION_NAME
 from dmafs.core.volume import VolumeLimits
 from dmafs.errors import InputError
-from dmafs.service.thinning import RETENTION, retention_of
-from dmafs.units import SECTOR, parse_bytes
+from dmafs.units import SECTOR, parse_bytes, parse_duration_s, parse_share, parse_time_of_day
 
-_SIZE_KEYS: Final = ("segment_size", "reserve")
+Table = TypeVar("Table")
+
+
+class Kind(NamedTuple):
+    """A way to write a value: its name in dmafs.conf(5), what is allowed, and what turns it into the program's own."""
+
+    name: str
+    allowed: str
+    read: Callable[[Any], Any]
+    """Raises InputError or TypeError."""
+
+
+def _number(value: Any) -> int:  # noqa: ANN401 - whatever TOML has
+    if type(value) is not int:
+        raise TypeError
+    return value
+
+
+def _seconds(value: Any) -> float:  # noqa: ANN401 - whatever TOML has
+    if type(value) not in {int, float} or not abs(value) < 1 << 63:
+        raise TypeError
+    return float(value)
+
+
+def _flag(value: Any) -> bool:  # noqa: ANN401 - whatever TOML has
+    if type(value) is not bool:
+        raise TypeError
+    return value
+
+
+def _text(value: Any) -> str:  # noqa: ANN401 - whatever TOML has
+    if type(value) is not str or not value or "\0" in value:
+        raise TypeError
+    return value
+
+
+def _list_of(read: Callable[[str], Any]) -> Callable[[Any], tuple[Any, ...]]:
+    def read_all(value: Any) -> tuple[Any, ...]:  # noqa: ANN401 - whatever TOML has
+        if type(value) is not list:
+            raise TypeError
+        return tuple(read(_text(entry)) for entry in value)
+
+    return read_all
+
+
+SIZE: Final = Kind(
+    "size", "bytes, or a size", lambda value: parse_bytes(value) if type(value) is str else _number(value)
+)
+NUMBER: Final = Kind("number", "a whole number", _number)
+SECONDS: Final = Kind("seconds", "a number of seconds", _seconds)
+FLAG: Final = Kind("flag", "true or false", _flag)
+DURATION: Final = Kind(
+    "duration", "a duration", lambda value: 0 if value == 0 and value is not False else parse_duration_s(_text(value))
+)
+SHARE: Final = Kind("share", "a share of a whole", lambda value: parse_share(_text(value)))
+SPACE: Final = Kind(
+    "space",
+    "a size, or a share of the file system",
+    lambda value: parse_share(value) if type(value) is str and value.endswith("%") else SIZE.read(value),
+)
+TIMES: Final = Kind("times", "a list of times of day", _list_of(parse_time_of_day))
+PATTERNS: Final = Kind("patterns", "a list of patterns", _list_of(str))
+COMMAND: Final = Kind("command", "a list of a program and its arguments", _list_of(str))
+
+
+def setting(kind: Kind, default: Any, *, minimum: float | None = None) -> Any:  # noqa: ANN401 - a field of any type
+    """Return the field of a key; *default* is as in the file, *minimum* in the program's own unit."""
+    return field(default=kind.read(default), metadata={"kind": kind, "default": default, "minimum": minimum})
+
+
+@dataclass(frozen=True, slots=True)
+class SyncTable:
+    """``[sync]``: when volumes are synced without a command."""
+
+    age: int = setting(DURATION, "24h")
+    exact: int = setting(DURATION, "12h")
+    journal: int = setting(SIZE, 0, minimum=0)
+    free: float = setting(SHARE, "10%")
+    at: tuple[int, ...] = setting(TIMES, [])
+    marks: tuple[str, ...] = setting(PATTERNS, [])
+
+    def __post_init__(self) -> None:
+        """Refuse what can't be meant."""
+        if self.age and self.exact >= self.age:
+            raise InputError("exact is not less than age", hint='set both, such as age = "24h" and exact = "12h"')
+
+    def policy(self) -> SyncPolicy:
+        """Return what the core needs of it."""
+        return SyncPolicy(self.age, self.exact, self.journal, self.free, self.at, self.marks)
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotsTable:
+    """``[snapshots]``: when snapshots are taken without a command."""
+
+    every: int = setting(DURATION, "1h")
+    at: tuple[int, ...] = setting(TIMES, [])
+    before: tuple[str, ...] = setting(COMMAND, [])
+    after: tuple[str, ...] = setting(COMMAND, [])
+    hook_timeout: int = setting(DURATION, "1min", minimum=1)
+
+    def schedule(self) -> SnapshotSchedule:
+        """Return what the core needs of it."""
+        return SnapshotSchedule(self.every, self.at, self.before, self.after, self.hook_timeout)
+
+
+@dataclass(frozen=True, slots=True)
+class RetentionTable:
+    """``[retention]``: which snapshots are kept."""
+
+    within: int = setting(DURATION, "24h")
+    hourly: int = setting(NUMBER, 24, minimum=0)
+    daily: int = setting(NUMBER, 7, minimum=0)
+    weekly: int = setting(NUMBER, 4, minimum=0)
+    monthly: int = setting(NUMBER, 12, minimum=0)
+    yearly: int = setting(NUMBER, 3, minimum=0)
+    minimum: int = setting(NUMBER, 3, minimum=0)
+    named: bool = setting(FLAG, default=True)
+    quota: int | float = setting(SPACE, 0, minimum=0)
+
+    def rules(self, store: Path) -> KeepRules:
+        """Return what the core needs of it; a quota that is a share is one of the file system that *store* is on."""
+        quota = self.quota
+        if isinstance(quota, float):
+            info = os.statvfs(store)
+            quota = int(info.f_blocks * info.f_frsize * quota)
+        counts = self.hourly, self.daily, self.weekly, self.monthly, self.yearly
+        return KeepRules(self.within, *counts, minimum=self.minimum, named=self.named, quota=quota)
 
 
 @dataclass(frozen=True, slots=True)
 class Configuration:
-    """What an administrator may set. Sizes in bytes (``"64MiB"`` in the file), times in seconds."""
+    """What an administrator may set. A new table is one more field here."""
 
-    segment_size: int = 64 << 20
+    segment_size: int = setting(SIZE, "64MiB", minimum=1 << 20)
     """Data of one segment of the forward journal."""
-    segment_records: int = 65536
+    segment_records: int = setting(NUMBER, 65536, minimum=1024)
     """Records of one segment of the forward journal."""
-    idle_images: int = 8
+    idle_images: int = setting(NUMBER, 8, minimum=1)
     """Maps of past images kept in memory although nobody has them open."""
-    reserve: int = 64 << 20
+    reserve: int = setting(SIZE, "64MiB", minimum=0)
     """Space of the store's filesystem that capture leaves for syncs."""
-    tick_s: float = 1.0
+    tick_s: float = setting(SECONDS, 1, minimum=0.01)
     """Longest time between a write and a sync indicator after it."""
-    threads: int = 8
+    threads: int = setting(NUMBER, 8, minimum=2)
     """Threads that reads, flushes and copies wait in."""
-    allow_other: bool = False
+    allow_other: bool = setting(FLAG, default=False)
     """Let other users than the daemon's into the tree, as far as the modes allow."""
-    retention: KeepRules = field(default_factory=KeepRules)
-    """Which snapshots are kept: the table of that name."""
+    sync: SyncTable = field(default_factory=SyncTable, metadata={"table": SyncTable})
+    snapshots: SnapshotsTable = field(default_factory=SnapshotsTable, metadata={"table": SnapshotsTable})
+    retention: RetentionTable = field(default_factory=RetentionTable, metadata={"table": RetentionTable})
 
     def volume_limits(self) -> VolumeLimits:
         """Return what the core needs of it."""
@@ -50,16 +182,6 @@ class Configuration:
             images=self.idle_images,
             reserve_bytes=self.reserve,
         )
-
-
-_MINIMA: Final[dict[str, float]] = {
-    "segment_size": 1 << 20,
-    "segment_records": 1024,
-    "idle_images": 1,
-    "reserve": 0,
-    "tick_s": 0.01,
-    "threads": 2,
-}
 
 
 def load_configuration(store: Path) -> Configuration:
@@ -71,28 +193,39 @@ def load_configuration(store: Path) -> Configuration:
         return Configuration()
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise InputError(f"configuration {path} can't be read: {error}", hint="see dmafs.conf(5)") from error
-    known: dict[str, Any] = {entry.name: entry.default for entry in fields(Configuration)}
-    if RETENTION in values:
-        values[RETENTION] = retention_of(values[RETENTION], path)
+    return _load(Configuration, values, f"configuration {path}")
+
+
+def _load(kind: type[Table], values: Mapping[str, Any], where: str) -> Table:
+    """Return a table made from what the file has; *where* names file and table."""
+    known: dict[str, Field[Any]] = {entry.name: entry for entry in fields(kind)}  # type: ignore[arg-type]  # it is one
+    found: dict[str, Any] = {}
     for key, value in values.items():
         if key not in known:
-            raise InputError(f"configuration {path} has an unknown key {key}", hint=f"keys: {', '.join(known)}")
-        if key != RETENTION:
-            values[key] = _checked(path, key, value, known[key])
-    return Configuration(**values)
+            shown = ", ".join(f"[{name}]" if "table" in entry.metadata else name for name, entry in known.items())
+            raise InputError(f"{where} has an unknown key {key}", hint=f"keys: {shown}")
+        subtable = known[key].metadata.get("table")
+        if subtable is None:
+            found[key] = _checked(known[key], value, where)
+        elif isinstance(value, dict):
+            found[key] = _load(subtable, value, f"{where}, [{key}]")
+        else:
+            raise InputError(f"{where}: {key} = {value!r} is not right", hint=f"it is a table: [{key}]")
+    try:
+        return kind(**found)
+    except InputError as error:
+        raise InputError(f"{where}: {error.message}", hint=error.hint) from error
 
 
-def _checked(path: Path, key: str, value: Any, default: Any) -> Any:  # noqa: ANN401 - of the default's type
-    if key in _SIZE_KEYS and isinstance(value, str):
-        try:
-            value = parse_bytes(value)
-        except InputError as error:
-            raise InputError(f"configuration {path}: {key}: {error.message}", hint=error.hint) from error
-    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value) if abs(value) < 1 << 63 else math.inf
-    if type(value) is not type(default) or (key in _MINIMA and not _MINIMA[key] <= value < math.inf):
-        least = f", at least {_MINIMA[key]:g}" if key in _MINIMA else ""
-        raise InputError(
-            f"configuration {path}: {key} = {value!r} is not right", hint=f"a {type(default).__name__}{least}"
-        )
-    return value
+def _checked(entry: Field[Any], value: Any, where: str) -> Any:  # noqa: ANN401 - of the field's type
+    kind, minimum = entry.metadata["kind"], entry.metadata["minimum"]
+    least = "" if minimum is None else f", at least {minimum:g}"
+    try:
+        read = kind.read(value)
+    except InputError as error:
+        raise InputError(f"{where}: {entry.name}: {error.message}", hint=error.hint) from error
+    except TypeError:
+        read = None
+    if read is None or (minimum is not None and not minimum <= read < math.inf):
+        raise InputError(f"{where}: {entry.name} = {value!r} is not right", hint=f"it is {kind.allowed}{least}")
+    return read

@@ -6,6 +6,7 @@ method   path              parameters                                          a
 GET      /status                                                               JSON
 GET      /points                                                               JSON
 POST     /snapshots        name                                                JSON
+POST     /marks            name                                                JSON
 POST     /sync                                                                 JSON
 POST     /pin              id                                                  JSON
 POST     /unpin            id                                                  JSON
@@ -51,62 +52,85 @@ _NUMBER: Final = re.compile(r"-?[0-9]{1,18}", re.ASCII)  # fits 63 bits
 
 def application(appliance: Appliance) -> Starlette:
     """Return the application that serves *appliance*."""
+    handlers = Handlers(appliance)
+    routes = [
+        ("GET", "/status", handlers.status),
+        ("GET", "/points", handlers.points),
+        ("POST", "/snapshots", handlers.take_snapshot),
+        ("POST", "/marks", handlers.mark),
+        ("POST", "/sync", handlers.sync),
+        ("POST", "/pin", handlers.pin),
+        ("POST", "/unpin", handlers.unpin),
+        ("POST", "/thin", handlers.thin),
+        ("GET", "/read", handlers.read),
+        ("GET", "/diff", handlers.diff),
+    ]
+    return Starlette(routes=[Route(path, _answering(handler), methods=[method]) for method, path, handler in routes])
 
-    async def status(_request: Request) -> Response:
-        return JSONResponse(appliance.status())
 
-    async def points(_request: Request) -> Response:
-        return JSONResponse(appliance.points())
+class Handlers:
+    """What answers requests; see the table above."""
 
-    async def take_snapshot(request: Request) -> Response:
+    def __init__(self, appliance: Appliance) -> None:
+        """Answer for *appliance*."""
+        self._appliance = appliance
+
+    async def status(self, _request: Request) -> Response:
+        """Answer with the state of everything."""
+        return JSONResponse(self._appliance.status())
+
+    async def points(self, _request: Request) -> Response:
+        """Answer with the recoverable points."""
+        return JSONResponse(self._appliance.points())
+
+    async def take_snapshot(self, request: Request) -> Response:
+        """Take a snapshot."""
         name = check_name(request.query_params.get("name", ""), "snapshot")
-        await appliance.take_snapshot(name)
+        await self._appliance.take_snapshot(name)
         return JSONResponse({"name": name})
 
-    async def sync(_request: Request) -> Response:
-        return JSONResponse(await appliance.sync())
+    async def mark(self, request: Request) -> Response:
+        """Set a mark."""
+        name = check_name(request.query_params.get("name", ""), "mark")
+        await self._appliance.mark(name)
+        return JSONResponse({"name": name})
 
-    async def pin(request: Request) -> Response:
+    async def sync(self, _request: Request) -> Response:
+        """Sync."""
+        return JSONResponse(await self._appliance.sync())
+
+    async def pin(self, request: Request) -> Response:
+        """Pin a snapshot."""
         identifier = request.query_params.get("id", "")
-        await appliance.pin(identifier)
+        await self._appliance.pin(identifier)
         return JSONResponse({"id": identifier, "pinned": True})
 
-    async def unpin(request: Request) -> Response:
+    async def unpin(self, request: Request) -> Response:
+        """Take a pin off."""
         identifier = request.query_params.get("id", "")
-        await appliance.unpin(identifier)
+        await self._appliance.unpin(identifier)
         return JSONResponse({"id": identifier, "pinned": False})
 
-    async def thin(request: Request) -> Response:
-        return JSONResponse(await appliance.thin(dry_run=_flag(request.query_params.get("dry_run"))))
+    async def thin(self, request: Request) -> Response:
+        """Thin the snapshots, or say what that would do."""
+        return JSONResponse(await self._appliance.thin(dry_run=_flag(request.query_params.get("dry_run"))))
 
-    async def read(request: Request) -> Response:
+    async def read(self, request: Request) -> Response:
+        """Answer with bytes of an image."""
         query = request.query_params
         offset, length = _number(query.get("offset")), _number(query.get("length"))
-        image = appliance.image_at(query.get("volume", ""), query.get("at", ""))
+        image = self._appliance.image_at(query.get("volume", ""), query.get("at", ""))
         check_range(image, offset, length)
-        parts = appliance.read_at(image, offset, length)
+        parts = self._appliance.read_at(image, offset, length)
         first = await anext(parts, b"")  # from here on the image is held, and most errors would have come
         headers = {"content-length": str(length)}
         return StreamingResponse(_joined(first, parts), headers=headers, media_type="application/octet-stream")
 
-    async def diff(request: Request) -> Response:
+    async def diff(self, request: Request) -> Response:
+        """Answer with what was written between two moments."""
         query = request.query_params
-        found = await appliance.diff(query.get("volume", ""), query.get("a", ""), query.get("b", ""))
+        found = await self._appliance.diff(query.get("volume", ""), query.get("a", ""), query.get("b", ""))
         return Response(found, media_type="application/json")
-
-    return Starlette(
-        routes=[
-            Route("/status", _answering(status), methods=["GET"]),
-            Route("/points", _answering(points), methods=["GET"]),
-            Route("/snapshots", _answering(take_snapshot), methods=["POST"]),
-            Route("/sync", _answering(sync), methods=["POST"]),
-            Route("/pin", _answering(pin), methods=["POST"]),
-            Route("/unpin", _answering(unpin), methods=["POST"]),
-            Route("/thin", _answering(thin), methods=["POST"]),
-            Route("/read", _answering(read), methods=["GET"]),
-            Route("/diff", _answering(diff), methods=["GET"]),
-        ]
-    )
 
 
 async def _joined(first: bytes, rest: AsyncGenerator[bytes]) -> AsyncIterator[bytes]:

@@ -1,8 +1,8 @@
 """The daemon: the composition root. Opens the store, mounts the tree, runs engines and control interface.
 
-Order of starting: lock and recovery, checks, redo onto the primaries, engines, control socket, mount. Order of ending,
-on SIGTERM, SIGINT, SIGHUP or an unmount from outside: unmount, control socket, engines' tasks, last flush, clean mark,
-unlock.
+Order of starting: lock and recovery, checks, redo onto the primaries, engines, control socket, mount, scheduler. Order
+of ending, on SIGTERM, SIGINT, SIGHUP or an unmount from outside: scheduler, unmount, control socket, engines' tasks,
+last flush, clean mark, unlock.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from dmafs.service.engine import Engine
 from dmafs.service.keeper import Keeper
 from dmafs.service.mounting import mount_source, prepare_mount_point, tune
 from dmafs.service.progress import show_progress
+from dmafs.service.scheduler import Scheduler
 from dmafs.taps.passthrough import PassThroughTap
 from dmafs.tree.operations import Tree
 
@@ -126,7 +127,19 @@ async def _serve_mount(
     options = {"default_permissions", f"fsname={mount_source(store.path)}", "subtype=dmafs", "auto_unmount"}
     if configuration.allow_other:
         options.add("allow_other")
-    appliance = Appliance(store, engines, rules=configuration.retention)
+    appliance = Appliance(store, engines, rules=configuration.retention.rules(store.path))
+    scheduler = Scheduler(
+        engines,
+        appliance,
+        configuration.sync.policy(),
+        configuration.snapshots.schedule(),
+        environment={
+            "DMAFS_STORE": str(store.path),
+            "DMAFS_VOLUMES": " ".join(engines),
+            "DMAFS_MOUNT": str(mount_point),
+        },
+    )
+    appliance.schedule = scheduler.report
     socket_path = store.path / SOCKET_NAME
     async with trio.open_nursery() as nursery:
         for engine in engines.values():
@@ -139,7 +152,9 @@ async def _serve_mount(
                 f"mount point {mount_point} can't be mounted on: {error}", hint="is fuse3 installed, and /dev/fuse?"
             ) from error
         try:
-            ending.act = pyfuse3.terminate
+            scheduled = trio.CancelScope()
+            ending.act = scheduled.cancel
+            nursery.start_soon(_schedule, scheduler, scheduled)
             nursery.start_soon(trio.to_thread.run_sync, tune, mount_point)
             nursery.start_soon(show_progress, engines)
             nursery.start_soon(Keeper(appliance).run)
@@ -150,3 +165,13 @@ async def _serve_mount(
             pyfuse3.close(unmount=True)
             close_connections(socket_path)
         nursery.cancel_scope.cancel()
+
+
+async def _schedule(scheduler: Scheduler, scope: trio.CancelScope) -> None:
+    """Run the scheduler until the daemon is told to end, and end the mount then.
+
+    In this order, since a hook that thaws a filesystem writes to the disk behind it, which is in the mount.
+    """
+    with scope:
+        await scheduler.run()
+    pyfuse3.terminate()

@@ -31,6 +31,7 @@ import xxhash
 from dmafs.core.copy import initial_copy
 from dmafs.core.image import Image
 from dmafs.core.ondisk import Flag
+from dmafs.core.policy import VolumeFacts, facts_of, has_past
 from dmafs.core.resync import begin_after_stop, needs_resync, resync
 from dmafs.core.snapshots import Snapshot
 from dmafs.core.sync import sync
@@ -104,6 +105,8 @@ class Engine:
         self._drop_wanted = trio.Event()
         self.progress = CopyProgress(volume.info.size_sectors)
         self.syncing = False
+        self.starved = trio.Event()
+        """Set when the store had no space for a write; whoever makes space puts a new one here."""
 
     # -- tasks --------------------------------------------------------------------------------------------------
 
@@ -324,16 +327,35 @@ class Engine:
     # -- maintenance --------------------------------------------------------------------------------------------
 
     async def sync(self) -> int:
-        """Flush, then move the mirror to that moment; return the mirror's new seq."""
+        """Flush, then move the mirror to that moment, and keep the mirror's old one; return the mirror's new seq."""
         async with self._maintenance:
             await self.flush()
-            self.syncing = True
-            try:
-                seq: int = await self._drive(sync(self.volume), drain=True, stoppable=True)
-            finally:
-                self.syncing = False
-            await self._sweep()
-            return seq
+            return await self._sync(sync(self.volume))
+
+    async def sync_to(self, target: int) -> int:
+        """Move the mirror to a sync indicator as a policy wants it: which moments stay, snapshots alone decide.
+
+        But where there is no snapshot yet, the mirror's moment becomes one: history doesn't vanish as a whole.
+        """
+        async with self._maintenance:
+            return await self._sync(sync(self.volume, target=target, open_snapshot=not has_past(self.volume)))
+
+    async def _sync(self, work: Work[int]) -> int:
+        self.syncing = True
+        try:
+            seq: int = await self._drive(work, drain=True, stoppable=True)
+        finally:
+            self.syncing = False
+        await self._sweep()
+        return seq
+
+    def facts(self) -> VolumeFacts:
+        """Return what a sync policy has to know."""
+        storage = self.volume.storage
+        short = self.starved.is_set() or storage.free_bytes() < self.volume.limits.reserve_bytes
+        return facts_of(
+            self.volume, free=storage.free_share(), starved=short and not self.volume.failure, busy=self.syncing
+        )
 
     async def take_snapshot(self, name: str) -> Snapshot:
         """Flush, and make that moment a snapshot. Doesn't wait for a sync that is under way."""
@@ -348,10 +370,12 @@ class Engine:
         with self.volume.reserved(seq):
             yield seq
 
-    async def snapshot_at(self, seq: int, name: str) -> Snapshot:
+    async def snapshot_at(
+        self, seq: int, name: str, *, instant_ns: int | None = None, frozen: bool = False
+    ) -> Snapshot:
         """Make a marked moment durable and a snapshot."""
         await self.flush()
-        return await self._drive(self.volume.snapshot_at(seq, name))
+        return await self._drive(self.volume.snapshot_at(seq, name, instant_ns=instant_ns, frozen=frozen))
 
     async def drop_snapshot(self, snapshot: Snapshot) -> None:
         """Drop a snapshot, or hide it until its image is closed."""

@@ -12,8 +12,8 @@ import numpy as np
 
 from dmafs.core.diff import diff
 from dmafs.core.image import Image
-from dmafs.core.moments import resolve, seqs_at, snapshot_groups
-from dmafs.core.points import landmarks, oldest_point
+from dmafs.core.moments import instant, resolve, seqs_at, snapshot_groups
+from dmafs.core.points import consistency, landmarks, oldest_point
 from dmafs.core.resync import needs_resync
 from dmafs.core.volume import Volume
 from dmafs.core.work import Work
@@ -43,7 +43,7 @@ def status_of(volume: Volume) -> Report:
         "source": volume.info.source,
         "tap": volume.info.tap,
         "size_bytes": size * SECTOR,
-        "state": _state(volume),
+        "state": state_of(volume),
         "failure": volume.failure,
         "copy_fraction": 1.0 if now.copied else now.copied_sectors / size,
         "copy_bytes_per_s": 0,
@@ -74,7 +74,8 @@ def status_of(volume: Volume) -> Report:
     }
 
 
-def _state(volume: Volume) -> str:
+def state_of(volume: Volume) -> str:
+    """Return what ``status`` calls a volume: read-only, copying, resyncing or protected."""
     if volume.failure:
         return "read-only"
     if not volume.pointers.now.copied:
@@ -91,7 +92,8 @@ def points_of(volumes: Mapping[str, Volume]) -> Report:
                 "kind": found.kind,
                 "name": found.name,
                 "pinned": found.pinned,
-                "at": format_time(found.time_ns),
+                "at": format_time(found.instant_ns),
+                "consistency": consistency(volume, found.seq),
                 **point(found.seq, found.time_ns),
             }
             for name, volume in volumes.items()
@@ -100,8 +102,10 @@ def points_of(volumes: Mapping[str, Volume]) -> Report:
         "snapshots": [
             {
                 "id": identifier,
-                "time": format_rfc3339(max(snapshot.time_ns for snapshot in group.values())),
+                "time": format_rfc3339(instant(group)),
                 "pinned": any(snapshot.pinned for snapshot in group.values()),
+                # "crash", "exact", "frozen" sort by what they promise; a group promises what all of it does
+                "consistency": min(consistency(volumes[name], snapshot.seq) for name, snapshot in group.items()),
                 "volumes": {name: snapshot.seq for name, snapshot in group.items()},
             }
             for identifier, group in snapshot_groups(volumes).items()

@@ -1,4 +1,4 @@
-"""Thinning in the service: the table ``[retention]`` of the configuration, and thinning and shrinking step by step.
+"""Thinning in the service: thinning and shrinking step by step.
 
 ``Thinning`` and ``Shrinking`` plan and say what is to be dropped next; who uses them drops it, the daemon through
 engines and a command directly. Both ask the pure plans of ``core.retention`` again after each step, since what a drop
@@ -7,73 +7,16 @@ frees is known only then.
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Iterator, Mapping
-from dataclasses import fields
-from pathlib import Path
-from typing import Any, Final
 
 from dmafs.core.moments import Volumes, snapshot_groups
 from dmafs.core.retention import NOT_NEEDED, SPACE, Groups, KeepRules, Verdict, plan_shrink, plan_thinning
 from dmafs.core.snapshots import Forecast, Snapshot
-from dmafs.errors import InputError
 from dmafs.service.report import Report
-from dmafs.units import format_rfc3339, parse_bytes, parse_duration
-
-RETENTION: Final = "retention"
-_WITHIN: Final = "within"
-_PERCENT: Final = re.compile(r"([1-9][0-9]?|100)%", re.ASCII)
-_SECOND_NS: Final = 1_000_000_000
+from dmafs.units import format_rfc3339
 
 Drops = dict[str, list[Snapshot]]
 """What is to be dropped, by volume."""
-
-
-# -- configuration ---------------------------------------------------------------------------------------------------
-
-
-def retention_of(values: Any, path: Path) -> KeepRules:  # noqa: ANN401 - whatever stands in the file
-    """Return the rules in the table ``[retention]`` of the configuration *path*; InputError for anything not right."""
-    defaults = KeepRules()
-    known = {(_WITHIN if entry.name == "within_s" else entry.name): entry.name for entry in fields(KeepRules)}
-    if not isinstance(values, Mapping):
-        raise InputError(f"configuration {path}: {RETENTION} is not a table", hint=f"write [{RETENTION}]")
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        if key not in known:
-            raise InputError(
-                f"configuration {path} has an unknown key {RETENTION}.{key}", hint=f"keys: {', '.join(known)}"
-            )
-        try:
-            found[known[key]] = _value(key, value, getattr(defaults, known[key]), path)
-        except InputError as error:
-            raise InputError(f"configuration {path}: {RETENTION}.{key}: {error.message}", hint=error.hint) from error
-    return KeepRules(**found)
-
-
-def _value(key: str, value: Any, default: float, path: Path) -> Any:  # noqa: ANN401 - of the default's type
-    """Return a value of the table as the rules have it."""
-    if key == _WITHIN and isinstance(value, str):
-        return parse_duration(value) / _SECOND_NS
-    if key == "quota" and isinstance(value, str):
-        return _quota(value, path)
-    if key != _WITHIN and type(value) is type(default) and value >= 0:
-        return value
-    hint = {_WITHIN: 'a duration: "24h"', "quota": 'a size or a share: "500GiB", "20%"', "named": "true or false"}
-    raise InputError(f"{value!r} is not right", hint=hint.get(key, "a whole number, at least 0"))
-
-
-def _quota(text: str, path: Path) -> int:
-    """Return the bytes of a quota: a size, or a share of the file system that the configuration is on."""
-    share = _PERCENT.fullmatch(text)
-    if share is None:
-        return parse_bytes(text)
-    info = os.statvfs(path.parent)
-    return info.f_blocks * info.f_frsize * int(share[1]) // 100
-
-
-# -- thinning --------------------------------------------------------------------------------------------------------
 
 
 def held_of(volumes: Volumes, groups: Groups) -> dict[str, int]:

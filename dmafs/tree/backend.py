@@ -56,7 +56,7 @@ class Backend(Protocol):
         """Return the image that follows the primary; NotFoundError before the first recoverable point."""
 
     def consistency(self, image: Image) -> str:
-        """Return ``exact`` if the image ends at a sync indicator (a flush or tick), else ``crash``."""
+        """Return ``frozen``, ``exact`` or ``crash``; see ``core.points.consistency``."""
 
     async def measure(self, image: Image) -> None:
         """Count the bytes of an image that hold data, so that ``allocated`` knows at once."""

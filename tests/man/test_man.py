@@ -26,12 +26,10 @@ from dmafs.cli.main import parser
 from dmafs.core import ondisk
 from dmafs.core.extent import MAX_EXTENT_SECTORS
 from dmafs.core.moments import LATEST
-from dmafs.core.retention import KeepRules
 from dmafs.core.store import CONFIGURATION_NAME, SOCKET_NAME
 from dmafs.errors import DmafsError
-from dmafs.service.configuration import _MINIMA, _SIZE_KEYS, Configuration, load_configuration
-from dmafs.service.thinning import RETENTION
-from dmafs.units import SECTOR, TimeNs, format_bytes, parse_bytes, parse_spelling
+from dmafs.service.configuration import DURATION, SIZE, Configuration, load_configuration
+from dmafs.units import SECTOR, TimeNs, format_bytes, parse_spelling
 
 ROOT: Final = Path(__file__).parents[2]
 PAGES: Final = sorted((ROOT / "man").iterdir())
@@ -232,64 +230,53 @@ def test_examples_parse(line: str) -> None:
 # -- dmafs.conf(5) --------------------------------------------------------------------------------------------------
 
 
-def shown(key: str, value: object) -> str:
-    """Return a default or minimum as the page's table shows it."""
-    if key in _SIZE_KEYS:
-        assert isinstance(value, int)
-        return format_bytes(value)
-    return str(value).lower() if isinstance(value, bool) else f"{value:g}"
-
-
-def unit(key: str, default: object) -> str:
-    if key in _SIZE_KEYS:
-        return "size"
-    return {bool: "flag", int: "number", float: "seconds"}[type(default)]
-
-
-def test_keys_are_the_configurations() -> None:
-    """The table has each key with unit, default and minimum, in the order of the class, and the list explains each."""
-    text = page("dmafs.conf.5")
-    expected = [
-        (
-            field.name,
-            unit(field.name, field.default),
-            shown(field.name, field.default),
-            shown(field.name, int(_MINIMA[field.name]) if field.name in _SIZE_KEYS else _MINIMA[field.name])
-            if field.name in _MINIMA
-            else r"\-",
-        )
+TABLE_FIELDS = {
+    "Top level": [field for field in dataclasses.fields(Configuration) if "table" not in field.metadata],
+    **{
+        f"[{field.name}]": dataclasses.fields(field.metadata["table"])
         for field in dataclasses.fields(Configuration)
-        if field.name != RETENTION
+        if "table" in field.metadata
+    },
+}
+
+
+def shown_default(field: dataclasses.Field[object]) -> str:
+    """Return a default as the page's table shows it: as the file would, sizes with a blank."""
+    default = field.metadata["default"]
+    if field.metadata["kind"] is SIZE:
+        return format_bytes(SIZE.read(default))
+    return "none" if default == [] else str(default).lower()
+
+
+def shown_minimum(field: dataclasses.Field[object]) -> str:
+    kind, minimum = field.metadata["kind"], field.metadata["minimum"]
+    if minimum is None:
+        return r"\-"
+    return format_bytes(minimum) if kind is SIZE else f"{minimum:g}" + ("s" if kind is DURATION else "")
+
+
+def test_tables_are_the_configurations() -> None:
+    """The page has a part for each table, and no other."""
+    assert subheadings(part(page("dmafs.conf.5"), "KEYS")) == list(TABLE_FIELDS)
+
+
+@pytest.mark.parametrize("title", TABLE_FIELDS)
+def test_keys_are_the_configurations(title: str) -> None:
+    """Each part has each key with unit, default and minimum, in the order of the class, and explains each."""
+    text = part(page("dmafs.conf.5"), title, "Ss")
+    expected = [
+        (field.name, field.metadata["kind"].name, shown_default(field), shown_minimum(field))
+        for field in TABLE_FIELDS[title]
     ]
-    assert rows(part(text, "DESCRIPTION")) == expected
-    assert re.findall(r"^\.It Ic (\S+)$", part(text, "DESCRIPTION"), re.MULTILINE) == [row[0] for row in expected]
-
-
-def test_keys_of_retention_are_the_rules() -> None:
-    """The table of retention has each key with unit and default, in the order of the class, and explains each."""
-    text = part(page("dmafs.conf.5"), "RETENTION")
-    defaults = KeepRules()
-    expected = []
-    for field in dataclasses.fields(KeepRules):
-        value = getattr(defaults, field.name)
-        kind = {"within_s": "duration", "quota": "size"}.get(field.name, "flag" if field.name == "named" else "number")
-        default = {"duration": f"{value / 3600:g}h", "size": format_bytes(int(value))}.get(kind, str(value).lower())
-        expected.append((field.name.removesuffix("_s"), kind, default))
     assert rows(text) == expected
-    explained = re.findall(r"^\.It Ic (.+)$", text, re.MULTILINE)
-    assert " , ".join(explained).split(" , ") == [row[0] for row in expected]
+    assert re.findall(r"^\.It Ic (\S+)$", text, re.MULTILINE) == [row[0] for row in expected]
 
 
-def test_examples_of_durations_and_shares_are_understood(tmp_path: Path) -> None:
-    """Each that the page of the configuration gives is one for the program."""
-    text = page("dmafs.conf.5")
-    found = [plain(one).strip('"') for one in re.findall(r"^\.Li (\S+)", text.partition(".Sh FILES")[0], re.MULTILINE)]
-    durations = [one for one in found if re.fullmatch(r"[0-9].*[dhnsw]", one)]
-    shares = [one for one in found if one.endswith("%")]
-    assert (len(durations), len(shares)) == (3, 1)
-    for duration in durations:
-        (tmp_path / CONFIGURATION_NAME).write_text(f'[retention]\nwithin = "{duration}"\nquota = "{shares[0]}"\n')
-        assert load_configuration(tmp_path).retention.quota > 0
+def test_units_are_the_configurations() -> None:
+    """Each unit is explained, and there is no other."""
+    units = {field.metadata["kind"].name for table in TABLE_FIELDS.values() for field in table}
+    explained = re.findall(r"^\.Em (\w+)", part(page("dmafs.conf.5"), "DESCRIPTION"), re.MULTILINE)
+    assert set(explained) == units - {"number"}
 
 
 @pytest.mark.parametrize(
@@ -301,11 +288,20 @@ def test_example_configurations_are_right(text: str, tmp_path: Path) -> None:
     assert load_configuration(tmp_path) != Configuration()
 
 
-def test_example_sizes_are_understood() -> None:
-    """The ways to write a size are ways to write a size."""
-    found = re.findall(r"^\.Li (\S+)", page("dmafs.conf.5").partition(".Em duration")[0], re.MULTILINE)
-    values = [tomllib.loads(f"x = {text}")["x"] for text in map(plain, found) if text not in {"true", "false"}]
-    assert [parse_bytes(str(value)) for value in values] == [64 << 20, 64 << 20, 1 << 30]
+def test_example_values_are_understood() -> None:
+    """The ways to write a value are ways to write one of its unit."""
+    text = part(page("dmafs.conf.5"), "DESCRIPTION").partition("The file is TOML")[2]
+    kinds = {field.metadata["kind"].name: field.metadata["kind"] for table in TABLE_FIELDS.values() for field in table}
+    kind, values = "", []
+    for line in text.splitlines():
+        if line.startswith(".Em "):
+            kind = line.split()[1]
+        elif line.startswith(".Li "):
+            value = tomllib.loads(f"x = {re.sub(' [.,;]$', '', plain(line.removeprefix('.Li ')))}")["x"]
+            values.append((kind, kinds[kind].read(value)))
+    assert [value for kind, value in values if kind == "size"] == [64 << 20, 64 << 20, 1 << 30]
+    assert [value for kind, value in values if kind == "duration"] == [86400, 5400]
+    assert {kind for kind, _ in values} == set(kinds) - {"number", "seconds"}
 
 
 # -- dmafs-store(5) -------------------------------------------------------------------------------------------------

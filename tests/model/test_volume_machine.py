@@ -339,11 +339,13 @@ class VolumeMachine(RuleBasedStateMachine):
     # -- work ---------------------------------------------------------------------------------------------------
 
     @precondition(lambda self: self.idle and self.copied)
-    @rule(open_snapshot=st.booleans(), calls=st.sampled_from([0, 1, 2, 3, 5, 8, 10**6]))
-    def sync(self, open_snapshot: bool, calls: int) -> None:  # noqa: FBT001
+    @rule(open_snapshot=st.booleans(), calls=st.sampled_from([0, 1, 2, 3, 5, 8, 10**6]), back=st.integers(0, 3))
+    def sync(self, open_snapshot: bool, calls: int, back: int = 0) -> None:  # noqa: FBT001
+        """Sync to the newest durable indicator, or to one before it."""
         base = max(self.floor, self.origin)
-        durable = [seq for seq in self.indicated if seq <= self.durable]
-        target = max([self.floor, *(seq for seq in durable if seq >= self.origin)])
+        durable = sorted(seq for seq in self.indicated if self.origin <= seq <= self.durable)
+        chosen = durable[-1 - back] if 0 < back < len(durable) else None
+        target = max([self.floor, *durable]) if chosen is None else max(self.floor, chosen)
         if open_snapshot and base < target and all(seq != base for seq, _ in self.most):
             self.most = [*self.most, (base, "")]
         self.floors = self.floor, target
@@ -353,7 +355,7 @@ class VolumeMachine(RuleBasedStateMachine):
             self.floors = target, target
             self.least = self.most
 
-        self._begin("sync", sync.sync(self.volume, open_snapshot=open_snapshot), done)
+        self._begin("sync", sync.sync(self.volume, target=chosen, open_snapshot=open_snapshot), done)
         self.advance(calls=calls)
 
     @precondition(lambda self: self.idle and self.copied and self.flushing is None)
@@ -365,11 +367,12 @@ class VolumeMachine(RuleBasedStateMachine):
             with pytest.raises(ExistsError):
                 run(work)
             return
-        self.most = [*self.most, (head, name)]
+        if name or (head, "") not in self.least:  # without a name there is one of an instant
+            self.most = [*self.most, (head, name)]
         self.indicated.add(head)
 
         def done(snapshot: Any) -> None:
-            assert (snapshot.seq, snapshot.name) == (head, name)
+            assert (snapshot.seq, snapshot.name, snapshot.instant_ns) == (head, name, snapshot.time_ns)
             self.durable = max(self.durable, head)
             self.least = self.most
 

@@ -23,6 +23,7 @@ from typing import Any, Final, Self
 import pytest
 
 from dmafs.core.mounts import mounts
+from dmafs.core.store import CONFIGURATION_NAME
 from dmafs.service.client import session
 
 DMAFS: Final = Path(sys.executable).with_name("dmafs")
@@ -176,7 +177,17 @@ class Rig:
             file.write(content)
             file.truncate(size)
         self.dmafs("create", self.store, volume, "--source", primary)
+        if not (self.store / CONFIGURATION_NAME).exists():
+            self.configure("")
         return primary
+
+    def configure(self, text: str) -> None:
+        """Write dmafs.conf. Unless *text* has the table, nothing happens by itself: neither a full hour nor a full disk
+        of the machine's makes a difference.
+        """
+        off = {"[snapshots]": "every = 0", "[sync]": 'age = "0s"\nfree = "0%"'}
+        quiet = "".join(f"{table}\n{keys}\n" for table, keys in off.items() if table not in text)
+        (self.store / CONFIGURATION_NAME).write_text(f"{text}\n{quiet}")
 
     def status(self, volume: str = "disk") -> dict[str, Any]:
         """Ask the running daemon, without the start-up time of a command."""

@@ -198,7 +198,7 @@ def test_unflushed_writes_are_written_to_the_primary_again(rig: Rig) -> None:
     """What was in the journal and not yet flushed when the daemon was killed is on the primary after the next start."""
     rig.allow(REDONE)
     primary = rig.create()
-    (rig.store / "dmafs.conf").write_text("tick_s = 1000\n")
+    rig.configure("tick_s = 1000\n")
     rig.start()
     pwrite(rig.tap(), b"new" * 1000, 5000)
     rig.kill()
@@ -594,7 +594,7 @@ def test_bad_circumstances_are_refused(rig: Rig, name: str) -> None:
 
 def test_usage(rig: Rig) -> None:
     """Every command has a help text, and wrong usage is exit code 2."""
-    for command in ("create", "serve", "status", "ls", "read", "snapshot", "sync"):
+    for command in ("create", "serve", "status", "ls", "read", "snapshot", "mark", "sync"):
         assert rig.dmafs(command, "--help").stdout.startswith(f"usage: dmafs {command}")
         rig.dmafs(command, "--no-such-option", code=2)
     rig.dmafs("no-such-command", code=2)

@@ -31,7 +31,7 @@ def at(text: str) -> int:
 
 
 def snapshot(time_ns: int, name: str = "", *, pinned: bool = False) -> Snapshot:
-    return Snapshot(time_ns, 0, time_ns, name, temporary=False, serial=1, pinned=pinned)
+    return Snapshot(time_ns, 0, time_ns, time_ns, frozen=False, name=name, temporary=False, serial=1, pinned=pinned)
 
 
 def groups_of(*times: str | int) -> dict[str, dict[str, Snapshot]]:

@@ -23,7 +23,7 @@ NONE = KeepRules(within_s=0, hourly=0, daily=0, weekly=0, monthly=0, yearly=0, m
 
 def rules_of(path: Path, text: str) -> KeepRules:
     (path / "dmafs.conf").write_text(text)
-    return load_configuration(path).retention
+    return load_configuration(path).retention.rules(path)
 
 
 # -- configuration --------------------------------------------------------------------------------------------------
@@ -31,7 +31,7 @@ def rules_of(path: Path, text: str) -> KeepRules:
 
 def test_no_table_and_an_empty_one_are_the_defaults(tmp_path: Path) -> None:
     """All keys are optional."""
-    assert load_configuration(tmp_path).retention == rules_of(tmp_path, "") == KeepRules()
+    assert load_configuration(tmp_path).retention.rules(tmp_path) == rules_of(tmp_path, "") == KeepRules()
     assert rules_of(tmp_path, "[retention]\n") == KeepRules()
 
 
@@ -50,8 +50,8 @@ def test_a_quota_may_be_a_share_of_the_file_system(tmp_path: Path) -> None:
     """Percents are of the store's file system as a whole."""
     info = os.statvfs(tmp_path)
     total = info.f_blocks * info.f_frsize
-    assert rules_of(tmp_path, '[retention]\nquota = "20%"').quota == total * 20 // 100
-    assert rules_of(tmp_path, '[retention]\nquota = "100%"').quota == total
+    assert rules_of(tmp_path, '[retention]\nquota = "20%"').quota == int(total * 0.2)
+    assert rules_of(tmp_path, '[retention]\nquota = "0.5%"').quota == int(total * 0.005)
     assert rules_of(tmp_path, "[retention]\nquota = 4096").quota == 4096
 
 
@@ -73,10 +73,8 @@ def test_a_quota_may_be_a_share_of_the_file_system(tmp_path: Path) -> None:
         '[retention]\ndaily = "1"',
         "[retention]\nnamed = 1",
         "[retention]\nquota = -1",
-        '[retention]\nquota = "0%"',
+        '[retention]\nquota = "100%"',
         '[retention]\nquota = "101%"',
-        '[retention]\nquota = "1.5%"',
-        '[retention]\nquota = "20 %"',
         '[retention]\nquota = "1GB"',
     ],
 )

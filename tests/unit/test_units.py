@@ -25,7 +25,6 @@ from dmafs.units import (
     format_time,
     parse_bytes,
     parse_canonical,
-    parse_duration,
     parse_spelling,
     valid_name,
 )
@@ -480,19 +479,3 @@ def test_never_another_error(text: str, now: int) -> None:
         assert valid_name(spelling.name)
     else:
         assert 0 <= (spelling.seq if isinstance(spelling, AtSeq) else spelling.time) < END
-
-
-@pytest.mark.parametrize(
-    ("text", "seconds"), [("24h", 86400), ("1h30min", 5400), ("1w", 604800), ("1ns", 1e-9), ("0s", 0)]
-)
-def test_durations_of_the_configuration(text: str, seconds: float) -> None:
-    """A duration by itself is what it is in a spelling."""
-    assert parse_duration(text) == round(seconds * 10**9)
-
-
-@pytest.mark.parametrize("text", ["", "h", "24", "1m", "30min1h", " 1h", "1h ", "-1h", "9" * 300 + "h", "9" * 5000])
-def test_durations_that_are_not_understood(text: str) -> None:
-    """Anything else is an error of the tree, of bounded length."""
-    with pytest.raises(InputError, match="not understood") as caught:
-        parse_duration(text)
-    assert len(caught.value.message) < 150
