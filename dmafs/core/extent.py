@@ -87,10 +87,15 @@ def join(starts: Ints, stops: Ints) -> tuple[Ints, Ints]:
 
 def subtract(starts: Ints, stops: Ints, held_starts: Ints, held_stops: Ints) -> tuple[Ints, Ints]:
     """Return the parts of the extents that no held extent covers, as a disjoint joined list."""
-    count = len(starts)
+    change = lacking(starts, stops, held_starts, held_stops)
+    return join(change.starts, change.stops)
+
+
+def lacking(starts: Ints, stops: Ints, held_starts: Ints, held_stops: Ints) -> NetChange:
+    """Return the pieces of extents that no held extent covers; *winner* is the extent's index."""
     change = net_change(np.concatenate([starts, held_starts]), np.concatenate([stops, held_stops]))
-    mine = change.winner < count
-    return join(change.starts[mine], change.stops[mine])
+    mine = change.winner < len(starts)
+    return NetChange(*(column[mine] for column in change))
 
 
 def chop(starts: Ints, stops: Ints, limit: int = MAX_EXTENT_SECTORS) -> tuple[Ints, Ints]:

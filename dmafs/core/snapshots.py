@@ -36,7 +36,7 @@ from uuid import UUID
 import numpy as np
 from sortedcontainers import SortedDict
 
-from dmafs.core.extent import Ints, NetChange, net_change
+from dmafs.core.extent import Ints, lacking
 from dmafs.core.layers import Growing, Layer, LayerTree, Selectable, entries, net_layer, stacked
 from dmafs.core.ondisk import HEADER_SIZE, RECORD_SIZE, Header, Kind, Records
 from dmafs.core.segment import Segment, new_salt, parts, read_header
@@ -609,45 +609,6 @@ def require_unpinned(snapshot: Snapshot) -> None:
             f"snapshot {snapshot.name or format_time(snapshot.time_ns)} is pinned",
             hint="to drop it, unpin it first: dmafs unpin STORE ID",
         )
-
-
-class Forecast:
-    """What a run of drops will copy and free, oldest first, without doing it."""
-
-    def __init__(self, snapshots: Snapshots) -> None:
-        """Begin with nothing dropped."""
-        self._snapshots = snapshots
-        self._dropped: set[Key] = set()
-        self._target: tuple[Ints, Ints] | None = None  # what the snapshot that is merged into will hold; None: none is
-
-    def drop(self, snapshot: Snapshot) -> tuple[int, int]:
-        """Return how many bytes dropping a snapshot copies to the next older one left, and how many it frees."""
-        held = self._snapshots.held_bytes(snapshot)
-        older = self._snapshots.older(snapshot)
-        if older is None or older.key not in self._dropped:
-            self._target = None if older is None else self._snapshots.segment(older).extents()
-        self._dropped.add(snapshot.key)
-        if self._target is None:
-            return 0, held
-        source = self._snapshots.segment(snapshot)
-        change = lacking(*source.extents(), *self._target)
-        starts, stops = self._target
-        self._target = np.concatenate([starts, change.starts]), np.concatenate([stops, change.stops])
-        data = np.array([not source.is_zero(entry) for entry in change.winner.tolist()], bool)
-        records = len(data) + (len(data) > 0)  # one seals them
-        copied = records * RECORD_SIZE + int((change.stops - change.starts)[data].sum()) * SECTOR
-        return copied, held - copied
-
-    def keep(self, snapshot: Snapshot) -> None:
-        """Take back the last drops down to this one."""
-        self._dropped.discard(snapshot.key)
-
-
-def lacking(starts: Ints, stops: Ints, held_starts: Ints, held_stops: Ints) -> NetChange:
-    """Return the pieces of extents that no held extent covers; *winner* is the extent's index."""
-    change = net_change(np.concatenate([starts, held_starts]), np.concatenate([stops, held_stops]))
-    mine = change.winner < len(starts)
-    return NetChange(*(column[mine] for column in change))
 
 
 def _entry(source: Segment, start: int, stop: int, index: int) -> tuple[int, int, Buffer | None]:

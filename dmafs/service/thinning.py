@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from dmafs.core.forecast import Forecast
 from dmafs.core.moments import Volumes, snapshot_groups
 from dmafs.core.retention import NOT_NEEDED, SPACE, Groups, KeepRules, Verdict, plan_shrink, plan_thinning
-from dmafs.core.snapshots import Forecast, Snapshot
+from dmafs.core.snapshots import Snapshot
 from dmafs.service.report import Report
 from dmafs.units import format_rfc3339
 
@@ -97,8 +98,13 @@ class Shrinking:
         self._volumes = volumes
         self._rules = rules
         self._groups = snapshot_groups(volumes)
+        self._asked: list[Verdict] = []
         self.missing = missing
-        self.dropped = 0
+
+    @property
+    def dropped(self) -> int:
+        """Return how many groups have been dropped as asked."""
+        return sum(_is_gone(self._groups[verdict.id]) for verdict in self._asked)
 
     def steps(self, spare: int) -> Iterator[Drops]:
         """Yield one run to be dropped after the other; a merge may take *spare* bytes and what was freed before it."""
@@ -115,10 +121,10 @@ class Shrinking:
                     best, count = freed, len(run)
                 continue
             if count:
-                self.missing -= best
-                self.dropped += count
-                spare += best
+                self._asked += run[:count]
                 yield drops_of(self._groups, run[:count])
+                self.missing -= best
+                spare += best
             if self.missing <= 0:
                 return
             for left in run[count:] + ([verdict] if verdict is not None else []):

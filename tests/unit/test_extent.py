@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dmafs.core.extent import Ints, chop, join, net_change, subtract
+from dmafs.core.extent import Ints, chop, join, lacking, net_change, subtract
 
 SIZE = 40
 
@@ -114,3 +114,12 @@ def test_chop_bounds_every_length(writes: Extents, limit: int) -> None:
     assert all(0 < stop - start <= limit for start, stop in parts)
     assert pairs(*join(*columns(parts))) == whole
     assert len(parts) == sum(-(-(stop - start) // limit) for start, stop in whole)
+
+
+@given(extents, extents)
+def test_lacking_says_which_extent_each_piece_is_of(writes: Extents, held: Extents) -> None:
+    """Joined, the pieces are what ``subtract`` leaves; each lies in the extent that it is said to be of."""
+    change = lacking(*columns(writes), *columns(held))
+    assert pairs(*join(change.starts, change.stops)) == pairs(*subtract(*columns(writes), *columns(held)))
+    for (start, stop), winner in zip(pairs(change.starts, change.stops), change.winner.tolist(), strict=True):
+        assert writes[winner][0] <= start < stop <= writes[winner][1]

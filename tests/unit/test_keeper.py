@@ -310,7 +310,7 @@ async def test_trouble_while_making_room_is_an_alarm(bench: Bench) -> None:
     bench.capacity -= bench.free()
     bench.store.volumes["a"].failure = "its disk is gone"
     await bench.appliance.make_room(4096)
-    assert "its disk is gone" in bench.alarms()["space"]
+    assert "no snapshot can be dropped; volume a is read-only: its disk is gone; history" in bench.alarms()["space"]
     bench.store.volumes["a"].failure = ""
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from dmafs.core.ondisk import HEADER_SIZE, RECORD_SIZE, Header, Kind
 from dmafs.core.segment import Segment
-from dmafs.core.snapshots import DIRECTORY, Forecast, IndexLimits, Snapshot, Snapshots
+from dmafs.core.snapshots import DIRECTORY, IndexLimits, Snapshot, Snapshots
 from dmafs.core.storage import RealStorage
 from dmafs.core.vrmo import Stack, Vrmo, split_reference
 from dmafs.core.work import run
@@ -481,43 +481,3 @@ def test_stray_pins_are_removed_when_opened(bench: Bench) -> None:
         (bench.path / f"{seq:020d}.pin").write_bytes(b"")
     assert pins(bench.open()) == [30]
     assert [name for name in files(bench.path) if name.endswith(".pin")] == [f"{30:020d}.pin"]
-
-
-def test_forecast_is_what_drops_copy_and_free(bench: Bench) -> None:
-    """For every run of drops, from each snapshot on, what it will copy and free is known before, to the byte."""
-    for first, last in [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]:
-        folder = bench.root / f"{first}-{last}"
-        folder.mkdir()
-        part = Bench(folder)
-        snapshots = three(part)
-        create(snapshots, 40, "newest", (0, 1, 9), (11, 1, 0))
-        chosen = list(snapshots)[first:last]
-        sizes = {one.seq: snapshots.held_bytes(one) for one in snapshots}
-        for closed in snapshots.unload(keep=None, everything=True):
-            closed.close()
-        assert {one.seq: snapshots.held_bytes(one) for one in snapshots} == sizes
-        forecast = Forecast(snapshots)
-        for copied, freed, one in [(*forecast.drop(one), one) for one in chosen]:
-            before = sum(map(snapshots.held_bytes, snapshots))
-            older = [(at(snapshots, other), sizes[other]) for other in sizes if other < chosen[0].seq][-1:]
-            held = [snapshots.held_bytes(found) for found, _ in older]
-            drop(snapshots, one)
-            assert before - sum(map(snapshots.held_bytes, snapshots)) == freed
-            assert [snapshots.held_bytes(found) - was for (found, _), was in zip(older, held, strict=True)] == [
-                copied
-            ] * len(older)
-            assert older or copied == 0
-        part.close()
-
-
-def test_forecast_begins_anew_behind_what_is_kept(bench: Bench) -> None:
-    """A snapshot that stays after all is what the next ones merge into."""
-    snapshots = three(bench)
-    forecast = Forecast(snapshots)
-    old, mid, new = snapshots
-    forecast.drop(old)
-    forecast.drop(mid)
-    forecast.keep(mid)
-    expected = Forecast(snapshots).drop(new)
-    assert forecast.drop(new) == expected
-    assert expected[0] > 0
