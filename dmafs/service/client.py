@@ -15,13 +15,13 @@ from typing import Any, Final, Protocol
 import httpx
 
 from dmafs import errors
-from dmafs.core.moments import Volumes
+from dmafs.core.moments import Volumes, clone_group
 from dmafs.core.store import SOCKET_NAME, Store
 from dmafs.core.sync import sync
 from dmafs.core.work import run
 from dmafs.errors import ControlError, DmafsError, StoreBusyError, StoreError
 from dmafs.service.configuration import load_configuration
-from dmafs.service.report import READ_CHUNK, Report, check_range, image_at, points_of, status_of
+from dmafs.service.report import READ_CHUNK, Report, check_range, clones_of, image_at, points_of, status_of
 from dmafs.units import check_name
 
 TIMEOUT_S: Final = 10.0
@@ -42,6 +42,15 @@ class Session(Protocol):
 
     def sync(self) -> Report:
         """Sync all volumes."""
+
+    def clones(self) -> Report:
+        """Return all clones."""
+
+    def create_clone(self, name: str, at: str | None) -> Report:
+        """Make a clone of all volumes at a moment, or now."""
+
+    def drop_clone(self, name: str) -> Report:
+        """Drop a clone of all volumes."""
 
     def read(self, volume: str, *, at: str, offset: int, length: int) -> Iterator[bytes]:
         """Yield the bytes of a volume at a moment."""
@@ -100,6 +109,25 @@ class LocalSession:
                 segment.close()
         return {"volumes": found}
 
+    def clones(self) -> Report:
+        """See ``Session``."""
+        return clones_of(self._volumes)
+
+    def create_clone(self, name: str, at: str | None) -> Report:
+        """See ``Session``. Nobody could write to it."""
+        check_name(name, "clone")
+        raise StoreError(
+            f"clone {name}{f' at {at}' if at else ''} can't be made: no daemon serves the store",
+            hint="start one: dmafs serve STORE MOUNTPOINT",
+        )
+
+    def drop_clone(self, name: str) -> Report:
+        """See ``Session``."""
+        for volume, clone in clone_group(self._volumes, check_name(name, "clone")).items():
+            run(self._volumes[volume].clones.drop(clone))
+            run(self._volumes[volume].drop_unheld())
+        return {"name": name}
+
     def read(self, volume: str, *, at: str, offset: int, length: int) -> Iterator[bytes]:
         """See ``Session``."""
         image = image_at(self._volumes, volume, at)
@@ -143,6 +171,22 @@ class RemoteSession:
     def sync(self) -> Report:
         """See ``Session``."""
         answer: Report = self._ask("POST", "/sync", timeout=None).json()
+        return answer
+
+    def clones(self) -> Report:
+        """See ``Session``."""
+        answer: Report = self._ask("GET", "/clones").json()
+        return answer
+
+    def create_clone(self, name: str, at: str | None) -> Report:
+        """See ``Session``."""
+        query = {"name": check_name(name, "clone")} | ({} if at is None else {"at": at})
+        answer: Report = self._ask("POST", "/clones", timeout=None, **query).json()
+        return answer
+
+    def drop_clone(self, name: str) -> Report:
+        """See ``Session``."""
+        answer: Report = self._ask("DELETE", "/clones", timeout=None, name=check_name(name, "clone")).json()
         return answer
 
     def read(self, volume: str, *, at: str, offset: int, length: int) -> Iterator[bytes]:

@@ -17,7 +17,7 @@ from dmafs.core.volume import VolumeLimits
 from dmafs.errors import InputError
 from dmafs.units import SECTOR, parse_bytes
 
-_SIZE_KEYS: Final = ("segment_size", "reserve")
+_SIZE_KEYS: Final = ("segment_size", "reserve", "clone_quota")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +32,8 @@ class Configuration:
     """Maps of past images kept in memory although nobody has them open."""
     reserve: int = 64 << 20
     """Space of the store's filesystem that capture leaves for syncs."""
+    clone_quota: int = 10 << 30
+    """What one clone of one volume may take of the store's space."""
     tick_s: float = 1.0
     """Longest time between a write and a sync indicator after it."""
     threads: int = 8
@@ -45,6 +47,7 @@ class Configuration:
             segments=SegmentLimits(self.segment_size // SECTOR, self.segment_records),
             images=self.idle_images,
             reserve_bytes=self.reserve,
+            clone_bytes=self.clone_quota,
         )
 
 
@@ -53,6 +56,7 @@ _MINIMA: Final[dict[str, float]] = {
     "segment_records": 1024,
     "idle_images": 1,
     "reserve": 0,
+    "clone_quota": 0,
     "tick_s": 0.01,
     "threads": 2,
 }

@@ -7,6 +7,9 @@ GET      /status                                                               J
 GET      /points                                                               JSON
 POST     /snapshots        name                                                JSON
 POST     /sync                                                                 JSON
+GET      /clones                                                               JSON
+POST     /clones           name, at (optional)                                 JSON
+DELETE   /clones           name                                                JSON
 GET      /read             volume, at, offset, length                          bytes, all of one moment
 =======  ================  ==================================================  =============================
 
@@ -62,6 +65,19 @@ def application(appliance: Appliance) -> Starlette:
     async def sync(_request: Request) -> Response:
         return JSONResponse(await appliance.sync())
 
+    async def list_clones(_request: Request) -> Response:
+        return JSONResponse(appliance.list_clones())
+
+    async def create_clone(request: Request) -> Response:
+        name = check_name(request.query_params.get("name", ""), "clone")
+        await appliance.create_clone(name, request.query_params.get("at"))
+        return JSONResponse({"name": name})
+
+    async def drop_clone(request: Request) -> Response:
+        name = check_name(request.query_params.get("name", ""), "clone")
+        await appliance.drop_clone(name)
+        return JSONResponse({"name": name})
+
     async def read(request: Request) -> Response:
         query = request.query_params
         offset, length = _number(query.get("offset")), _number(query.get("length"))
@@ -78,6 +94,9 @@ def application(appliance: Appliance) -> Starlette:
             Route("/points", _answering(points), methods=["GET"]),
             Route("/snapshots", _answering(take_snapshot), methods=["POST"]),
             Route("/sync", _answering(sync), methods=["POST"]),
+            Route("/clones", _answering(list_clones), methods=["GET"]),
+            Route("/clones", _answering(create_clone), methods=["POST"]),
+            Route("/clones", _answering(drop_clone), methods=["DELETE"]),
             Route("/read", _answering(read), methods=["GET"]),
         ]
     )
