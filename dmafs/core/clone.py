@@ -129,8 +129,10 @@ class Clone:
         return self._overlay.blocks * BLOCK if self._overlay else 0
 
     def allocated_sectors(self) -> int:
-        """Return how many sectors hold data, at most: those of the base and those written."""
-        overlay, base = self.parts()
+        """Return how many sectors hold data, at most: those of the base and those written; 0 if it can't be used."""
+        overlay, base = self._overlay, self.base
+        if overlay is None or base is None:
+            return 0
         if self._base_sectors is None:
             self._base_sectors = base.allocated_sectors()
         return min(self._base_sectors + overlay.blocks * BLOCK_SECTORS, overlay.size_sectors)
