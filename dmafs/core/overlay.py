@@ -107,7 +107,7 @@ class Overlay:
     # -- recovery -----------------------------------------------------------------------------------------------
 
     def _recover(self) -> None:
-        """Read the records up to the first invalid one, and truncate the rest durably."""
+        """Read the records up to the first invalid one, truncate the rest, and make what there is durable."""
         if self._dat.size() != self.size_sectors * SECTOR:
             raise CorruptionError(
                 f"{self._dat.name} has {self._dat.size()} bytes instead of {self.size_sectors * SECTOR}",
@@ -130,7 +130,8 @@ class Overlay:
             )
         if size != self._end:
             self._ext.truncate(self._end)
-            self._ext.datasync()
+        self._dat.datasync()  # a killed process may have left both in the page cache only
+        self._ext.datasync()
 
     @property
     def _end(self) -> int:

@@ -94,7 +94,8 @@ class Disk:
     def tear_overlay(self, path: Path, rng: random.Random) -> None:
         """Take back some sectors of what isn't durable in an overlay's data, wherever it stands."""
         durable, content = self.contents[path.stat().st_ino], bytearray(path.read_bytes())
-        for at in range(0, len(content), SECTOR):
-            if rng.random() < 0.5:
-                content[at : at + SECTOR] = durable[at : at + SECTOR]
+        torn = [at for at in range(0, len(content), SECTOR) if rng.random() < 0.5]
+        for at in torn:
+            content[at : at + SECTOR] = durable[at : at + SECTOR]
         path.write_bytes(content)
+        self.contents[path.stat().st_ino] = bytes(content)
