@@ -328,10 +328,10 @@ class CloneMachine(RuleBasedStateMachine):
         self.volume.close()
         if torn:
             self._count("torn")
-            for path in [*(self.store / "forward").iterdir(), *(self.store / "backward").iterdir()]:
+            for path in sorted([*(self.store / "forward").iterdir(), *(self.store / "backward").iterdir()]):
                 if self.rng.random() < 0.6:
                     self.disk.tear(path, self.rng)
-            for path in (self.store / DIRECTORY).rglob("*"):
+            for path in sorted((self.store / DIRECTORY).rglob("*")):
                 if path.name == EXT:
                     self.disk.tear(path, self.rng)
                     self.disk.synced[path.stat().st_ino] = path.stat().st_size
