@@ -15,6 +15,9 @@ DMAFS_PACKAGES=(
     sqlite3 git tar # what runs on the protected disks in tests
     groff-base mandoc # to check the man pages
 )
+DMAFS_TEST_PACKAGES=(
+    postgresql # a database that is started from a clone; the cluster that the package makes is left alone
+)
 
 _dmafs_say() { printf 'setup: %s\n' "$*" >&2; }
 
@@ -57,13 +60,14 @@ _dmafs_installed() {
     [ "$(dpkg-query -W -f '${db:Status-Status}' "$1" 2>/dev/null)" = installed ]
 }
 
+# _dmafs_system_packages PACKAGE...
 _dmafs_system_packages() {
     local missing=() package apt=(env DEBIAN_FRONTEND=noninteractive apt-get -q -y)
     if ! command -v dpkg-query >/dev/null || ! command -v apt-get >/dev/null; then
-        _dmafs_say "not a Debian system: the equivalents of ${DMAFS_PACKAGES[*]} have to be there"
+        _dmafs_say "not a Debian system: the equivalents of $* have to be there"
         return 0
     fi
-    for package in "${DMAFS_PACKAGES[@]}"; do
+    for package in "$@"; do
         _dmafs_installed "$package" || missing+=("$package")
     done
     [ ${#missing[@]} -gt 0 ] || return 0
@@ -153,7 +157,9 @@ _dmafs_virtual_environment() {
 dmafs_setup() {
     # mkfs, losetup and mount are in sbin, which isn't in everybody's PATH.
     export PATH="$PATH:/usr/local/sbin:/usr/sbin:/sbin"
-    _dmafs_system_packages
+    local packages=("${DMAFS_PACKAGES[@]}")
+    [ "${1:-}" != test ] || packages+=("${DMAFS_TEST_PACKAGES[@]}")
+    _dmafs_system_packages "${packages[@]}"
     _dmafs_device /dev/fuse fuse
     _dmafs_device /dev/loop-control loop
     _dmafs_virtual_environment "${1:-}"

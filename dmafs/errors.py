@@ -7,19 +7,21 @@
     │   ├── SourceError         exit  4  EINVAL     source missing, unreadable, of odd size, or changed
     │   ├── SourceBusyError     exit  5  EBUSY      source is mounted or held by somebody else
     │   ├── PlacementError      exit  6  EINVAL     store, source and mount point in each other
-    │   └── ExistsError         exit  7  EEXIST     volume, snapshot or foreign files are already there
+    │   ├── ExistsError         exit  7  EEXIST     volume, snapshot, clone or foreign files are already there
+    │   └── CloneBusyError      exit  8  EBUSY      somebody has the clone open
     ├── StoreError              exit 10  EIO
     │   ├── NoStoreError        exit 11  ENOENT     not a store
     │   ├── StoreBusyError      exit 12  EBUSY      another process has the store
     │   ├── VersionError        exit 13  EIO        format version that this program doesn't know
     │   ├── CorruptionError     exit 14  EIO        a checksum, record or file is wrong or missing
-    │   ├── StoreFullError      exit 15  ENOSPC     no space left for the journal
+    │   ├── StoreFullError      exit 15  ENOSPC     no space left for the journal or a clone
     │   └── ReadOnlyError       exit 16  EROFS      the volume stopped taking writes after an error
     ├── NotFoundError           exit 20  ENOENT
     │   ├── NoSuchPointError    exit 21  ENOENT     a time before the beginning, in the future, not understood
     │   ├── NoSuchVolumeError   exit 22  ENOENT
-    │   └── NoSuchSnapshotError exit 23  ENOENT
-    ├── PinnedError             exit 24  EBUSY      a pinned snapshot isn't dropped
+    │   ├── NoSuchSnapshotError exit 23  ENOENT
+    │   └── NoSuchCloneError    exit 24  ENOENT
+    ├── PinnedError             exit 25  EBUSY      a pinned snapshot isn't dropped
     ├── MountError              exit 30  EIO        the mount point can't be used
     └── ControlError            exit 31  EIO        the daemon doesn't answer, or not in our words
 
@@ -80,6 +82,13 @@ class ExistsError(InputError):
     errno = errno.EEXIST
 
 
+class CloneBusyError(InputError):
+    """Somebody has an image of the clone open; a loop device over it does."""
+
+    exit_code = 8
+    errno = errno.EBUSY
+
+
 class StoreError(DmafsError):
     """The store can't do what was asked."""
 
@@ -113,14 +122,14 @@ class CorruptionError(StoreError):
 
 
 class StoreFullError(StoreError):
-    """The journal has no space left; the write was refused."""
+    """The journal, or a clone within its quota, has no space left; the write was refused."""
 
     exit_code = 15
     errno = errno.ENOSPC
 
 
 class ReadOnlyError(StoreError):
-    """The volume takes no writes any more since one of its writes or fsyncs failed."""
+    """The volume or clone takes no writes any more since one of its writes or fsyncs failed."""
 
     exit_code = 16
     errno = errno.EROFS
@@ -151,10 +160,16 @@ class NoSuchSnapshotError(NotFoundError):
     exit_code = 23
 
 
+class NoSuchCloneError(NotFoundError):
+    """There is no clone of that name."""
+
+    exit_code = 24
+
+
 class PinnedError(DmafsError):
     """The snapshot is pinned, so it isn't dropped; nothing was changed."""
 
-    exit_code = 24
+    exit_code = 25
     errno = errno.EBUSY
 
 

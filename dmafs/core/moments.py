@@ -13,12 +13,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
+from dmafs.core.clone import CLONES_MAX, Clone
 from dmafs.core.points import landmarks, point_named, seq_at
 from dmafs.core.resync import needs_resync
 from dmafs.core.snapshots import Snapshot
 from dmafs.core.volume import Volume
 from dmafs.core.work import Work
-from dmafs.errors import DmafsError, InputError, NoSuchPointError, NoSuchSnapshotError
+from dmafs.errors import (
+    DmafsError,
+    InputError,
+    NoSuchCloneError,
+    NoSuchPointError,
+    NoSuchSnapshotError,
+    StoreFullError,
+)
 from dmafs.units import AtSeq, AtTime, TimeNs, format_time, parse_canonical, parse_spelling
 
 LATEST: Final = "latest"
@@ -159,6 +167,34 @@ def require_mark(volume: Volume, name: str) -> None:
             raise NoSuchPointError(
                 f"volume {volume.info.name} can't be marked: a gap lasts", hint="wait until dmafs status says protected"
             )
+
+
+def clone_groups(volumes: Volumes) -> dict[str, dict[str, Clone]]:
+    """Return all clones by name, then by volume; sorted."""
+    groups: dict[str, dict[str, Clone]] = {}
+    for name, volume in volumes.items():
+        for clone in volume.clones:
+            groups.setdefault(clone.name, {})[name] = clone
+    return dict(sorted(groups.items()))
+
+
+def clone_group(volumes: Volumes, name: str) -> dict[str, Clone]:
+    """Return the clones called *name* by volume; NoSuchCloneError if there is none."""
+    found = {volume.info.name: volume.clones.find(name) for volume in volumes.values()}
+    group = {volume: clone for volume, clone in found.items() if clone is not None}
+    if not group:
+        raise NoSuchCloneError(f"no clone named {name}", hint="list them with: dmafs clone STORE")
+    return group
+
+
+def require_clone(volumes: Volumes, name: str) -> None:
+    """Raise what making a clone of that name would raise, before anything is done for it."""
+    for volume in volumes.values():
+        volume.clones.require_free(name)
+    if len(clone_groups(volumes)) >= CLONES_MAX:
+        raise StoreFullError(
+            f"clone {name} can't be made: there are {CLONES_MAX}, which is the limit", hint="drop one that isn't needed"
+        )
 
 
 def landmark_times(volumes: Volumes) -> tuple[list[TimeNs], dict[str, TimeNs]]:

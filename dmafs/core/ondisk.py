@@ -8,12 +8,12 @@ Segment header, the first 512 bytes of each ``.ext`` file::
     offset  bytes  field
          0      8  magic "DMAFSEXT"
          8      4  format version
-        12      4  kind: 1 forward, 2 backward
+        12      4  kind: 1 forward, 2 backward, 3 clone
         16     16  volume UUID
         32      8  salt
-        40      8  first: seq of the first event (forward), 1 (backward)
-        48      8  seq of the snapshot (backward), 0 (forward)
-        56      8  time_ns of the snapshot (backward), 0 (forward)
+        40      8  first: seq of the first event (forward), 1 (backward, clone)
+        48      8  seq of the snapshot (backward), of the base (clone), 0 (forward)
+        56      8  time_ns of the snapshot (backward), of the base (clone), 0 (forward)
         64      4  flags: 1 temporary (a snapshot kept only while somebody holds its image open),
                      2 frozen (a hook had brought what uses the disk to rest)
         68      4  length of the name in bytes
@@ -35,7 +35,8 @@ Descriptor record, 64 bytes each from offset 512 on (fig. 7, queue 701; fig. 13,
         32      8  physical, sector in the .dat file
         40      8  checksum of the data (0 without data)
         48      8  durable: journal and primary were durable up to this seq when the record was written;
-                     in a backward journal, in the tick that seals it: the number of entries before
+                     in a backward journal, in the tick that seals it: the number of entries before;
+                     in a clone: the number of records that were durable when it was written
         56      8  checksum of bytes 0-55, seed: the file's salt
 
 A record is valid iff (1) its checksum matches; (2) flags hold exactly one kind; (3) an event's seq is that of the event
@@ -121,10 +122,11 @@ Records = npt.NDArray[np.void]
 
 
 class Kind(IntEnum):
-    """Which journal a segment belongs to."""
+    """What a segment belongs to."""
 
     FORWARD = 1
     BACKWARD = 2
+    CLONE = 3
 
 
 class Flag(IntFlag):

@@ -107,10 +107,13 @@ class Storage(Protocol):
         """Make a directory."""
 
     def rename(self, old: str, new: str) -> None:
-        """Rename a file, replacing *new*."""
+        """Rename a file, replacing *new*, or a directory."""
 
     def unlink(self, name: str) -> None:
         """Remove a file."""
+
+    def remove_directory(self, name: str) -> None:
+        """Remove an empty directory."""
 
     def sync_directory(self, name: str) -> None:
         """Make names created, renamed and removed in a directory durable."""
@@ -296,6 +299,10 @@ class RealStorage:
     def unlink(self, name: str) -> None:
         """See ``Storage``."""
         (self._root / name).unlink()
+
+    def remove_directory(self, name: str) -> None:
+        """See ``Storage``."""
+        (self._root / name).rmdir()
 
     def sync_directory(self, name: str) -> None:
         """See ``Storage``."""

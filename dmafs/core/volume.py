@@ -29,8 +29,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import UUID, uuid4
 
+from dmafs.core import clone as writable
 from dmafs.core import journal as forward
 from dmafs.core import snapshots as backward
+from dmafs.core.clone import Allowance, Clones
 from dmafs.core.columns import Indicator
 from dmafs.core.image import Image
 from dmafs.core.journal import ForwardJournal, SegmentLimits
@@ -60,6 +62,8 @@ class VolumeLimits:
     """Maps kept for images that nobody holds."""
     reserve_bytes: int = 64 << 20
     """Space of the store's filesystem that capture leaves for syncs."""
+    clone_bytes: int = 10 << 30
+    """What one clone of the volume may take."""
 
 
 class Volume:
@@ -91,6 +95,10 @@ class Volume:
                 tail_time_ns=max(now.mirror_time_ns, now.origin_time_ns),
                 durable=max(now.durable, now.mirror_seq),
             )
+            reserve = self.limits.reserve_bytes * writable.RESERVES
+            allowance = Allowance(storage, quota=self.limits.clone_bytes, reserve=reserve)
+            self.clones = Clones(storage, self.info, allowance, clock)
+            undo.callback(self.clones.close)
             if now.open_snapshot and not self.snapshots.at(now.open_snapshot):
                 raise CorruptionError(
                     f"volume {self.info.name}: the files of the open snapshot {now.open_snapshot} are missing",
@@ -104,6 +112,7 @@ class Volume:
         self._garbage: list[Segment] = []
         self._allowance = 0
         self.live = Image(self, self.journal.head, self.journal.head_time_ns)
+        self.clones.hold_all(self)
 
     @staticmethod
     def create(
@@ -111,7 +120,7 @@ class Volume:
     ) -> VolumeInfo:
         """Make the files of a new volume in an empty directory; volume.json, written last, makes it one."""
         info = VolumeInfo(uuid4(), name, size_sectors, str(source), tap, created_ns)
-        for directory in (forward.DIRECTORY, backward.DIRECTORY):
+        for directory in (forward.DIRECTORY, backward.DIRECTORY, writable.DIRECTORY):
             storage.make_directory(directory)
         Mirror.create(storage, size_sectors)
         PointerFile.create(storage, Pointers(info.uuid, clean=True))
@@ -215,11 +224,13 @@ class Volume:
             return False
         if seq >= self.floor:
             return seq <= self.journal.head and self.journal.gap_around(seq) is None
-        return self.is_held(seq) or self.snapshots.visible_at(seq) is not None
+        if self.snapshots.visible_at(seq) is not None:
+            return True
+        return self.is_held(seq) and self.snapshots.at(seq) is not None
 
     def is_held(self, seq: int) -> bool:
-        """Say whether somebody needs the image at *seq* to stay as it is."""
-        return seq in self._images and self._images[seq].pins > 0
+        """Say whether somebody needs the image at *seq* to stay as it is: who has it open, or a clone."""
+        return (seq in self._images and self._images[seq].pins > 0) or self.clones.holds(seq)
 
     @contextlib.contextmanager
     def reserved(self, seq: int) -> Iterator[None]:
@@ -457,6 +468,7 @@ class Volume:
         """Close all files."""
         for segment in self.take_garbage():
             segment.close()
+        self.clones.close()
         self.journal.close()
         self.snapshots.close()
         self.mirror.close()
@@ -471,6 +483,7 @@ class Volume:
         assert now.mirror_seq <= self.floor <= self.journal.head
         assert self.live.seq == self.journal.head
         self.live.check()
+        self.clones.check()
         for image in self._images.values():
             if image.pins or self.recoverable(image.seq):
                 image.check()

@@ -11,12 +11,16 @@ from typing import Final
 
 import trio
 
+from dmafs.core.clone import Clone
 from dmafs.core.image import Image
 from dmafs.core.moments import (
+    clone_group,
+    clone_groups,
     instant,
     instant_of,
     landmark_times,
     pin_group,
+    require_clone,
     require_mark,
     resolve,
     seqs_at,
@@ -33,7 +37,16 @@ from dmafs.core.volume import Volume
 from dmafs.errors import NoSuchPointError, NoSuchVolumeError, StoreFullError
 from dmafs.service.alarms import Alarms
 from dmafs.service.engine import TROUBLE, Engine
-from dmafs.service.report import READ_CHUNK, Report, diff_of, image_at, points_of, state_of, status_of
+from dmafs.service.report import (
+    READ_CHUNK,
+    Report,
+    clones_of,
+    diff_of,
+    image_at,
+    points_of,
+    state_of,
+    status_of,
+)
 from dmafs.service.thinning import Drops, Shrinking, Thinning
 from dmafs.tree.backend import Space
 from dmafs.units import SECTOR, TimeNs, check_name, format_bytes, format_rfc3339, format_time
@@ -55,6 +68,7 @@ class Appliance:
         self._engines = engines
         self._volumes: dict[str, Volume] = store.volumes
         self._rules = rules or KeepRules()
+        self._cloning = trio.Lock()
         self._pinning = trio.Lock()
         self._retaining = trio.Lock()
         self._fruitless_until = self.short_at = -math.inf
@@ -165,6 +179,62 @@ class Appliance:
         for name, snapshot in group.items():
             await self._engine(name).drop_snapshot(snapshot)
 
+    def clone_names(self) -> list[str]:
+        """See ``Backend``."""
+        return list(clone_groups(self._volumes))
+
+    def clones(self, name: str) -> dict[str, Clone]:
+        """See ``Backend``."""
+        return clone_group(self._volumes, name)
+
+    async def create_clone(self, name: str, at: str | None) -> None:
+        """See ``Backend``. All volumes at one instant; none is cloned if any volume can't be."""
+        check_name(name, "clone")
+        async with self._cloning:
+            require_clone(self._volumes, name)
+            made: list[tuple[Engine, Clone]] = []
+            with contextlib.ExitStack() as held:
+                bases = []
+                for volume, seq in self._seqs_to_clone(at).items():
+                    engine = self._engine(volume)
+                    engine.hold(base := engine.volume.image(seq))
+                    held.callback(engine.release, base)
+                    bases.append((engine, base))
+                try:
+                    for engine, base in bases:
+                        made.append((engine, await engine.create_clone(base, name)))
+                except BaseException:
+                    with trio.CancelScope(shield=True):
+                        for engine, clone in made:
+                            await engine.drop_clone(clone)
+                    raise
+
+    def _seqs_to_clone(self, at: str | None) -> dict[str, int]:
+        """Return the seq of each volume at the moment that a spelling means; without one, the newest."""
+        if at is not None:
+            return seqs_at(self._volumes, resolve(self._volumes, at))
+        return {name: volume.indicate().seq for name, volume in self._volumes.items()}
+
+    async def drop_clone(self, name: str) -> None:
+        """See ``Backend``."""
+        group = clone_group(self._volumes, name)
+        for volume, clone in group.items():
+            self._engine(volume).volume.clones.require_idle(clone)
+        for volume, clone in group.items():
+            await self._engine(volume).drop_clone(clone)
+
+    async def read_clone(self, clone: Clone, offset: int, length: int) -> memoryview:
+        """See ``Backend``."""
+        return await self._engine(clone.volume).read_clone(clone, offset, length)
+
+    async def write_clone(self, clone: Clone, offset: int, data: bytes) -> None:
+        """See ``Backend``."""
+        await self._engine(clone.volume).write_clone(clone, offset, data)
+
+    async def flush_clone(self, clone: Clone) -> None:
+        """See ``Backend``."""
+        await self._engine(clone.volume).flush_clone(clone)
+
     def image(self, volume: str, seq: int) -> Image:
         """See ``Backend``."""
         return self._engine(volume).volume.image(seq)
@@ -262,6 +332,10 @@ class Appliance:
     def points(self) -> Report:
         """Return the recoverable points."""
         return points_of(self._volumes)
+
+    def list_clones(self) -> Report:
+        """Return all clones."""
+        return clones_of(self._volumes)
 
     async def sync(self) -> Report:
         """Sync all volumes, one after the other."""

@@ -15,7 +15,7 @@ from typing import Any, Final, Protocol
 import httpx
 
 from dmafs import errors
-from dmafs.core.moments import Volumes, instant_of, pin_group, require_mark, unpin_group
+from dmafs.core.moments import Volumes, clone_group, instant_of, pin_group, require_mark, unpin_group
 from dmafs.core.ondisk import Flag
 from dmafs.core.retention import KeepRules
 from dmafs.core.store import SOCKET_NAME, Store
@@ -24,7 +24,7 @@ from dmafs.core.volume import Volume
 from dmafs.core.work import run
 from dmafs.errors import ControlError, DmafsError, StoreBusyError, StoreError
 from dmafs.service.configuration import load_configuration
-from dmafs.service.report import READ_CHUNK, Report, check_range, diff_of, image_at, points_of, status_of
+from dmafs.service.report import READ_CHUNK, Report, check_range, clones_of, diff_of, image_at, points_of, status_of
 from dmafs.service.thinning import Thinning
 from dmafs.units import check_name
 
@@ -58,6 +58,15 @@ class Session(Protocol):
 
     def thin(self, *, dry_run: bool) -> Report:
         """Drop the snapshots that no rule keeps, or only say which."""
+
+    def clones(self) -> Report:
+        """Return all clones."""
+
+    def create_clone(self, name: str, at: str | None) -> Report:
+        """Make a clone of all volumes at a moment, or now."""
+
+    def drop_clone(self, name: str) -> Report:
+        """Drop a clone of all volumes."""
 
     def read(self, volume: str, *, at: str, offset: int, length: int) -> Iterator[bytes]:
         """Yield the bytes of a volume at a moment."""
@@ -157,6 +166,25 @@ class LocalSession:
                         _close_garbage(self._volumes[name])
         return thinning.report(dry_run=dry_run)
 
+    def clones(self) -> Report:
+        """See ``Session``."""
+        return clones_of(self._volumes)
+
+    def create_clone(self, name: str, at: str | None) -> Report:
+        """See ``Session``. Nobody could write to it."""
+        check_name(name, "clone")
+        raise StoreError(
+            f"clone {name}{f' at {at}' if at else ''} can't be made: no daemon serves the store",
+            hint="start one: dmafs serve STORE MOUNTPOINT",
+        )
+
+    def drop_clone(self, name: str) -> Report:
+        """See ``Session``."""
+        for volume, clone in clone_group(self._volumes, check_name(name, "clone")).items():
+            run(self._volumes[volume].clones.drop(clone))
+            run(self._volumes[volume].drop_unheld())
+        return {"name": name}
+
     def read(self, volume: str, *, at: str, offset: int, length: int) -> Iterator[bytes]:
         """See ``Session``."""
         image = image_at(self._volumes, volume, at)
@@ -224,6 +252,22 @@ class RemoteSession:
     def thin(self, *, dry_run: bool) -> Report:
         """See ``Session``."""
         answer: Report = self._ask("POST", "/thin", timeout=None, dry_run=int(dry_run)).json()
+        return answer
+
+    def clones(self) -> Report:
+        """See ``Session``."""
+        answer: Report = self._ask("GET", "/clones").json()
+        return answer
+
+    def create_clone(self, name: str, at: str | None) -> Report:
+        """See ``Session``."""
+        query = {"name": check_name(name, "clone")} | ({} if at is None else {"at": at})
+        answer: Report = self._ask("POST", "/clones", timeout=None, **query).json()
+        return answer
+
+    def drop_clone(self, name: str) -> Report:
+        """See ``Session``."""
+        answer: Report = self._ask("DELETE", "/clones", timeout=None, name=check_name(name, "clone")).json()
         return answer
 
     def read(self, volume: str, *, at: str, offset: int, length: int) -> Iterator[bytes]:

@@ -165,6 +165,8 @@ class Configuration:
     """Maps of past images kept in memory although nobody has them open."""
     reserve: int = setting(SIZE, "64MiB", minimum=0)
     """Space of the store's filesystem that capture leaves for syncs."""
+    clone_quota: int = setting(SIZE, "10GiB", minimum=0)
+    """What one clone of one volume may take of the store's space."""
     tick_s: float = setting(SECONDS, 1, minimum=0.01)
     """Longest time between a write and a sync indicator after it."""
     threads: int = setting(NUMBER, 8, minimum=2)
@@ -181,6 +183,7 @@ class Configuration:
             segments=SegmentLimits(self.segment_size // SECTOR, self.segment_records),
             images=self.idle_images,
             reserve_bytes=self.reserve,
+            clone_bytes=self.clone_quota,
         )
 
 

@@ -11,6 +11,9 @@ POST     /sync                                                                 J
 POST     /pin              id                                                  JSON
 POST     /unpin            id                                                  JSON
 POST     /thin             dry_run (0 or 1)                                    JSON
+GET      /clones                                                               JSON
+POST     /clones           name, at (optional)                                 JSON
+DELETE   /clones           name                                                JSON
 GET      /read             volume, at, offset, length                          bytes, all of one moment
 GET      /diff             volume, a, b                                        JSON
 =======  ================  ==================================================  =============================
@@ -62,6 +65,9 @@ def application(appliance: Appliance) -> Starlette:
         ("POST", "/pin", handlers.pin),
         ("POST", "/unpin", handlers.unpin),
         ("POST", "/thin", handlers.thin),
+        ("GET", "/clones", handlers.list_clones),
+        ("POST", "/clones", handlers.create_clone),
+        ("DELETE", "/clones", handlers.drop_clone),
         ("GET", "/read", handlers.read),
         ("GET", "/diff", handlers.diff),
     ]
@@ -114,6 +120,22 @@ class Handlers:
     async def thin(self, request: Request) -> Response:
         """Thin the snapshots, or say what that would do."""
         return JSONResponse(await self._appliance.thin(dry_run=_flag(request.query_params.get("dry_run"))))
+
+    async def list_clones(self, _request: Request) -> Response:
+        """Answer with all clones."""
+        return JSONResponse(self._appliance.list_clones())
+
+    async def create_clone(self, request: Request) -> Response:
+        """Make a clone."""
+        name = check_name(request.query_params.get("name", ""), "clone")
+        await self._appliance.create_clone(name, request.query_params.get("at"))
+        return JSONResponse({"name": name})
+
+    async def drop_clone(self, request: Request) -> Response:
+        """Drop a clone."""
+        name = check_name(request.query_params.get("name", ""), "clone")
+        await self._appliance.drop_clone(name)
+        return JSONResponse({"name": name})
 
     async def read(self, request: Request) -> Response:
         """Answer with bytes of an image."""

@@ -11,13 +11,14 @@ Rules:
    under a reader.
 4. Work isn't cancelled, but for syncs, thinning, copies and resyncs: these may stop between two steps when the daemon
    ends. Opening the store again finishes or forgets what they began.
+5. Writes, flushes and the drop of a clone exclude each other, with a lock for each clone.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from uuid import UUID
 import trio
 import xxhash
 
+from dmafs.core.clone import Clone
 from dmafs.core.copy import initial_copy
 from dmafs.core.image import Image
 from dmafs.core.ondisk import Flag
@@ -103,6 +105,7 @@ class Engine:
         self._readers: Counter[int] = Counter()
         self._reader_left = trio.lowlevel.ParkingLot()
         self._drop_wanted = trio.Event()
+        self._clone_locks: defaultdict[int, trio.Lock] = defaultdict(trio.Lock)  # by serial
         self.progress = CopyProgress(volume.info.size_sectors)
         self.syncing = False
         self.starved = trio.Event()
@@ -324,6 +327,36 @@ class Engine:
         if not image.pins:
             self._drop_wanted.set()
 
+    # -- clones -------------------------------------------------------------------------------------------------
+
+    async def create_clone(self, base: Image, name: str) -> Clone:
+        """Make *base*, which the caller holds, durable, and a clone of it."""
+        if base.seq > self.volume.journal.durable:
+            await self.flush()
+        return await self._drive(self.volume.clones.create(base, name))
+
+    async def drop_clone(self, clone: Clone) -> None:
+        """Drop a clone that nobody has open; what was kept only for it is dropped in the background."""
+        self.volume.clones.require_idle(clone)
+        async with self._clone_locks[clone.serial]:
+            await self._drive(self.volume.clones.drop(clone))
+        del self._clone_locks[clone.serial]
+        self._drop_wanted.set()
+
+    async def read_clone(self, clone: Clone, offset: int, length: int) -> memoryview:
+        """Return bytes of a clone, fewer at its end."""
+        return await self._drive(clone.read(offset, length), reads=True)
+
+    async def write_clone(self, clone: Clone, offset: int, data: bytes) -> None:
+        """Write within a clone."""
+        async with self._clone_locks[clone.serial]:
+            await self._drive(clone.write(offset, data), reads=True)
+
+    async def flush_clone(self, clone: Clone) -> None:
+        """Make all writes to a clone durable."""
+        async with self._clone_locks[clone.serial]:
+            await self._drive(clone.flush())
+
     # -- maintenance --------------------------------------------------------------------------------------------
 
     async def sync(self) -> int:
@@ -417,6 +450,7 @@ class Engine:
     async def close(self) -> None:
         """Make everything durable and mark the volume clean; the tasks have ended, and nobody writes any more."""
         with trio.CancelScope(shield=True):
+            await self._flush_clones()
             try:
                 await self.flush()
                 await self._call(self.volume.mark_clean)
@@ -424,3 +458,12 @@ class Engine:
                 log.error("volume %s: not closed in order: %s", self.volume.info.name, error)
             self.volume.close()
             self.tap.primary.close()
+
+    async def _flush_clones(self) -> None:
+        for clone in self.volume.clones:
+            if clone.failure:
+                continue
+            try:
+                await self.flush_clone(clone)
+            except TROUBLE as error:
+                log.error("volume %s: clone %s not flushed: %s", self.volume.info.name, clone.name, error)

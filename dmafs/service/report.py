@@ -12,7 +12,7 @@ import numpy as np
 
 from dmafs.core.diff import diff
 from dmafs.core.image import Image
-from dmafs.core.moments import instant, resolve, seqs_at, snapshot_groups
+from dmafs.core.moments import clone_groups, instant, resolve, seqs_at, snapshot_groups
 from dmafs.core.points import consistency, landmarks, oldest_point
 from dmafs.core.resync import needs_resync
 from dmafs.core.volume import Volume
@@ -110,6 +110,23 @@ def points_of(volumes: Mapping[str, Volume]) -> Report:
             }
             for identifier, group in snapshot_groups(volumes).items()
         ],
+    }
+
+
+def clones_of(volumes: Mapping[str, Volume]) -> Report:
+    """Return all clones."""
+    return {
+        "clones": [
+            {
+                "name": name,
+                "time": format_rfc3339(max(clone.time_ns for clone in group.values())),
+                "stored_bytes": sum(clone.stored_bytes for clone in group.values()),
+                "open": any(clone.opens for clone in group.values()),
+                "failure": next((clone.failure for clone in group.values() if clone.failure), ""),
+                "volumes": {volume: clone.seq for volume, clone in group.items()},
+            }
+            for name, group in clone_groups(volumes).items()
+        ]
     }
 
 

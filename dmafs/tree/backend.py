@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
+from dmafs.core.clone import Clone
 from dmafs.core.image import Image
 from dmafs.units import TimeNs
 
@@ -48,6 +49,27 @@ class Backend(Protocol):
 
     async def drop_snapshot(self, identifier: str) -> None:
         """Drop a snapshot of all volumes; PinnedError if it is pinned."""
+
+    def clone_names(self) -> list[str]:
+        """Return the names of all clones, sorted."""
+
+    def clones(self, name: str) -> dict[str, Clone]:
+        """Return the clone of each volume of that name; NotFoundError if there is none."""
+
+    async def create_clone(self, name: str, at: str | None) -> None:
+        """Make a clone of all volumes at the moment that a spelling means, or now."""
+
+    async def drop_clone(self, name: str) -> None:
+        """Drop a clone of all volumes; CloneBusyError while one is open."""
+
+    async def read_clone(self, clone: Clone, offset: int, length: int) -> memoryview:
+        """Return bytes of a clone, fewer at its end."""
+
+    async def write_clone(self, clone: Clone, offset: int, data: bytes) -> None:
+        """Write within a clone."""
+
+    async def flush_clone(self, clone: Clone) -> None:
+        """Make all writes to a clone durable."""
 
     def image(self, volume: str, seq: int) -> Image:
         """Return the image at a seq; NotFoundError if it isn't recoverable any more."""

@@ -4,13 +4,16 @@
 path                                  node
 ====================================  ==============================================================================
 ``/``                                 ``Directory("")``
-``/live /at /snapshots /tap``         ``Directory("live")`` ...
+``/live /at /clones`` ...             ``Directory("live")`` ...
 ``/live/<volume>.img``                ``LiveFile``
 ``/tap/<volume>.img``                 ``TapFile``
 ``/at/<canonical time>``              ``Moment``
 ``/at/<any other spelling>``          ``Link`` to the canonical time
 ``/snapshots/<id>``                   ``SnapshotFolder``
 ``/snapshots/latest``                 ``Link`` to the newest id
+``/clones/<name>``                    ``CloneFolder``
+``/clones/<name>/<volume>.img``       ``CloneFile(volume, name, serial)``: the serial tells it from an earlier clone of
+                                      that name
 ``/at/<time>/<volume>.img``,          ``PastImage(volume, seq)``: one inode for one seq, so all spellings and all ways
 to ``/snapshots/<id>/<volume>.img``      it share the page cache
 ====================================  ==============================================================================
@@ -28,7 +31,7 @@ from typing import Final
 import pyfuse3
 
 SUFFIX: Final = ".img"
-TOP: Final = ("at", "live", "snapshots", "tap")
+TOP: Final = ("at", "clones", "live", "snapshots", "tap")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +53,13 @@ class SnapshotFolder:
     """A folder below ``snapshots``."""
 
     identifier: str
+
+
+@dataclass(frozen=True, slots=True)
+class CloneFolder:
+    """A folder below ``clones``."""
+
+    name: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +93,16 @@ class PastImage:
     seq: int
 
 
-Node = Directory | Moment | SnapshotFolder | Link | LiveFile | TapFile | PastImage
+@dataclass(frozen=True, slots=True)
+class CloneFile:
+    """A volume in a clone."""
+
+    volume: str
+    name: str
+    serial: int
+
+
+Node = Directory | Moment | SnapshotFolder | CloneFolder | Link | CloneFile | LiveFile | TapFile | PastImage
 
 
 class InodeTable:

@@ -2,7 +2,10 @@
 
 - Images of the past never change: ``keep_cache``, long attribute timeouts, EROFS for every change.
 - ``live`` follows the primary: read past the page cache (``direct_io``), no timeouts.
-- ``tap`` is the primary. The kernel writes through its page cache; truncation is ignored as on a disk.
+- ``tap`` is the primary. The kernel writes through its page cache; truncation is ignored as on a disk. A clone's image
+  behaves likewise.
+- ``mkdir clones/<name>@<time>`` is answered with the folder ``<name>``, and the kernel is told to forget the name that
+  it was made by: looking that up finds nothing.
 - Names are looked up each time (no entry timeout): what a time means may coarsen with a sync, and a snapshot's name may
   become another snapshot's.
 - Handlers raise only FUSEError; ``guarded`` translates everything else, since any other exception would end the mount.
@@ -11,25 +14,23 @@
 from __future__ import annotations
 
 import errno
-import functools
-import logging
 import os
 import stat
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, Final, TypeVar, cast
+from typing import Any, Final
 
 import pyfuse3
-import trio
 from pyfuse3 import FUSEError
 
+from dmafs.core.clone import Clone
 from dmafs.core.image import Image
-from dmafs.core.moments import LATEST
-from dmafs.errors import DmafsError, InputError, NotFoundError, PinnedError, StoreFullError
+from dmafs.errors import NotFoundError, StoreFullError
 from dmafs.tree.backend import Backend
+from dmafs.tree.guard import guarded, text_of, with_deadline
+from dmafs.tree.names import Names
 from dmafs.tree.nodes import (
-    SUFFIX,
-    TOP,
+    CloneFile,
+    CloneFolder,
     Directory,
     InodeTable,
     Link,
@@ -40,12 +41,8 @@ from dmafs.tree.nodes import (
     SnapshotFolder,
     TapFile,
 )
-from dmafs.units import SECTOR, format_rfc3339, format_time, parse_canonical
+from dmafs.units import SECTOR, format_rfc3339
 
-log = logging.getLogger(__name__)
-
-DEADLINE_S: Final = 300
-"""Longest that a handler which waits for others may take before its caller gets EIO."""
 HANDLES_MAX: Final = 65536
 PAST_TIMEOUT_S: Final = 3600
 IMAGE_MODE: Final = stat.S_IFREG | 0o440
@@ -53,56 +50,17 @@ TAP_MODE: Final = stat.S_IFREG | 0o600
 _WRITING: Final = os.O_WRONLY | os.O_RDWR
 _XATTRS: Final = ("seq", "time", "volume", "consistency")
 _XATTR_PREFIX: Final = "user.dmafs."
-
-Handler = TypeVar("Handler", bound=Callable[..., Awaitable[Any]])
-
-
-def guarded(handler: Handler) -> Handler:
-    """Translate whatever a handler raises to FUSEError; log what isn't an ordinary answer."""
-
-    @functools.wraps(handler)
-    async def wrapper(self: Tree, *args: Any) -> Any:  # noqa: ANN401 - as the handler
-        try:
-            return await handler(self, *args)
-        except FUSEError:
-            raise
-        except (NotFoundError, InputError, PinnedError) as error:
-            raise FUSEError(error.errno) from None
-        except DmafsError as error:
-            log.error("%s: %s", handler.__name__, error.message)
-            raise FUSEError(error.errno) from None
-        except OSError as error:
-            log.error("%s: %s", handler.__name__, error)
-            raise FUSEError(error.errno or errno.EIO) from None
-        except Exception:
-            log.exception("%s failed, please report this", handler.__name__)
-            raise FUSEError(errno.EIO) from None
-
-    return cast("Handler", wrapper)
-
-
-def with_deadline(handler: Handler) -> Handler:
-    """Give up on a handler that waits for others too long: EIO."""
-
-    @functools.wraps(handler)
-    async def wrapper(self: Tree, *args: Any) -> Any:  # noqa: ANN401 - as the handler
-        try:
-            with trio.fail_after(DEADLINE_S):
-                return await handler(self, *args)
-        except trio.TooSlowError:
-            log.error("%s took longer than %s s", handler.__name__, DEADLINE_S)
-            raise FUSEError(errno.EIO) from None
-
-    return cast("Handler", wrapper)
+_WITH_XATTRS: Final = (PastImage, LiveFile, CloneFile)
 
 
 @dataclass(slots=True)
 class Handle:
-    """An open file: a past image (held), live, or a tap."""
+    """An open file: a past image (held), a clone (counted), a tap, or live."""
 
     volume: str
-    image: Image | None
-    tap: bool
+    image: Image | None = None
+    clone: Clone | None = None
+    tap: bool = False
 
 
 class Tree(pyfuse3.Operations):
@@ -115,6 +73,7 @@ class Tree(pyfuse3.Operations):
         """Show *backend*; *started_ns* is the time that fixed directories have."""
         super().__init__()
         self._backend = backend
+        self._names = Names(backend)
         self._table = InodeTable()
         self._handles: dict[int, Handle] = {}
         self._listings: dict[int, list[tuple[str, Node]]] = {}
@@ -124,96 +83,12 @@ class Tree(pyfuse3.Operations):
 
     # -- names --------------------------------------------------------------------------------------------------
 
-    def _child(self, parent: Node, name: str) -> Node:  # noqa: C901, PLR0911 - one case for each kind of directory
-        """Return the node called *name* in *parent*; NotFoundError or FUSEError ENOENT."""
-        match parent:
-            case Directory(""):
-                if name in TOP:
-                    return Directory(name)
-            case Directory("live"):
-                volume = self._volume_of(name)
-                self._backend.live(volume)
-                return LiveFile(volume)
-            case Directory("tap"):
-                volume = self._volume_of(name)
-                if self._backend.has_tap(volume):
-                    return TapFile(volume)
-            case Directory("at"):
-                return self._moment(name)
-            case Directory("snapshots"):
-                if name == LATEST:
-                    return Link("snapshots", name, self._latest())
-                self._backend.snapshot_seqs(name)
-                return SnapshotFolder(name)
-            case Moment() | SnapshotFolder():
-                volume = self._volume_of(name)
-                seqs = self._seqs(parent)
-                if volume in seqs:
-                    return PastImage(volume, seqs[volume])
-            case _:
-                raise FUSEError(errno.ENOTDIR)
-        raise FUSEError(errno.ENOENT)
-
-    def _volume_of(self, name: str) -> str:
-        volume = name.removesuffix(SUFFIX)
-        if volume == name or volume not in self._backend.volume_names():
-            raise FUSEError(errno.ENOENT)
-        return volume
-
-    def _moment(self, name: str) -> Node:
-        time_ns = self._backend.resolve(name)
-        return Moment(time_ns) if parse_canonical(name) == time_ns else Link("at", name, format_time(time_ns))
-
-    def _seqs(self, parent: Moment | SnapshotFolder) -> dict[str, int]:
-        """Return the images in a folder; ENOENT when it has coarsened away."""
-        if isinstance(parent, SnapshotFolder):
-            return self._backend.snapshot_seqs(parent.identifier)
-        if self._backend.resolve(format_time(parent.time_ns)) != parent.time_ns:
-            raise FUSEError(errno.ENOENT)
-        return self._backend.seqs_at(parent.time_ns)
-
-    def _latest(self) -> str:
-        identifiers = self._backend.snapshot_ids()
-        if not identifiers:
-            raise FUSEError(errno.ENOENT)
-        return identifiers[-1]
-
-    def _list(self, node: Node) -> list[tuple[str, Node]]:
-        """Return names and nodes in a directory."""
-        match node:
-            case Directory(""):
-                return [(name, Directory(name)) for name in TOP]
-            case Directory("at"):
-                times, names = self._backend.landmarks()
-                entries: list[tuple[str, Node]] = [(format_time(time_ns), Moment(time_ns)) for time_ns in times]
-                links = ((name, Link("at", name, format_time(time_ns))) for name, time_ns in names.items())
-                return entries + list(links)
-            case Directory("snapshots"):
-                identifiers = self._backend.snapshot_ids()
-                folders: list[tuple[str, Node]] = [(name, SnapshotFolder(name)) for name in identifiers]
-                return folders + [(LATEST, Link("snapshots", LATEST, name)) for name in identifiers[-1:]]
-            case Directory():
-                return self._list_files(node)
-            case Moment() | SnapshotFolder():
-                return [(name + SUFFIX, PastImage(name, seq)) for name, seq in self._seqs(node).items()]
-            case _:
-                raise FUSEError(errno.ENOTDIR)
-
-    def _list_files(self, parent: Directory) -> list[tuple[str, Node]]:
-        entries = []
-        for volume in self._backend.volume_names():
-            try:
-                entries.append((volume + SUFFIX, self._child(parent, volume + SUFFIX)))
-            except (NotFoundError, FUSEError):
-                continue  # no recoverable point yet, or no tap
-        return entries
-
     @guarded
     async def lookup(
         self, parent_inode: pyfuse3.InodeT, name: bytes, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
         """Find a name."""
-        node = self._child(self._table.node(parent_inode), _text(name))
+        node = self._names.child(self._table.node(parent_inode), text_of(name))
         await self._measure(node)
         attributes = self._attributes(node)
         self._table.looked_up(node)
@@ -257,22 +132,34 @@ class Tree(pyfuse3.Operations):
                 self._file(entry, TAP_MODE, volume, self._backend.tap_allocated(volume))
                 entry.attr_timeout = PAST_TIMEOUT_S
                 time_ns = self._backend.tap_time(volume)
+            case CloneFile(volume):
+                clone = self._names.clone(node)
+                self._file(entry, TAP_MODE, volume, clone.allocated_sectors() * SECTOR)
+                entry.attr_timeout = PAST_TIMEOUT_S
+                time_ns = clone.written_ns
             case Link(_, _, target):
                 entry.st_mode, entry.st_nlink, entry.st_size = stat.S_IFLNK | 0o777, 1, len(target)
             case _:
-                writable = node == Directory("snapshots")
+                writable = node in (Directory("snapshots"), Directory("clones"))
                 entry.st_mode, entry.st_nlink, entry.st_size = stat.S_IFDIR | (0o750 if writable else 0o550), 2, 0
                 if isinstance(node, Moment):
                     time_ns = node.time_ns
                 elif isinstance(node, SnapshotFolder):
                     time_ns = self._backend.snapshot_time(node.identifier)
+                elif isinstance(node, CloneFolder):
+                    time_ns = max(clone.time_ns for clone in self._backend.clones(node.name).values())
         entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = time_ns
         return entry
 
     async def _measure(self, node: Node) -> None:
-        """Have ready what the attributes of a past image need: counting its blocks may take a while."""
+        """Have ready what the attributes of an image or clone need: counting its blocks may take a while."""
+        base: Image | None = None
         if isinstance(node, PastImage):
-            await self._backend.measure(self._backend.image(node.volume, node.seq))
+            base = self._image(node)
+        elif isinstance(node, CloneFile):
+            base = self._names.clone(node).base
+        if base is not None:
+            await self._backend.measure(base)
 
     def _file(self, entry: pyfuse3.EntryAttributes, mode: int, volume: str, allocated: int) -> None:
         entry.st_mode, entry.st_nlink = pyfuse3.ModeT(mode), 1
@@ -295,9 +182,9 @@ class Tree(pyfuse3.Operations):
         fh: pyfuse3.FileHandleT | None,
         ctx: pyfuse3.RequestContext,
     ) -> pyfuse3.EntryAttributes:
-        """Refuse changes; a tap's times are the kernel's business, and truncating it changes nothing, as on a disk."""
+        """Refuse changes; of what can be written times are the kernel's business, and truncating changes nothing."""
         node = self._table.node(inode)
-        if not isinstance(node, TapFile):
+        if not isinstance(node, (TapFile, CloneFile)):
             raise FUSEError(errno.EROFS)
         if fields.update_mode or fields.update_uid or fields.update_gid:
             raise FUSEError(errno.EPERM)
@@ -307,15 +194,12 @@ class Tree(pyfuse3.Operations):
 
     @guarded
     async def getxattr(self, inode: pyfuse3.InodeT, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
-        """Return ``user.dmafs.seq``, ``.time``, ``.volume``, ``.consistency`` or ``.digest`` of an image."""
+        """Return ``user.dmafs.seq``, ``.time``, ``.volume``, ``.consistency`` or ``.digest``; of a clone its base's."""
         node = self._table.node(inode)
-        key = _text(name)
-        if not isinstance(node, (PastImage, LiveFile)) or not key.startswith(_XATTR_PREFIX):
+        key = text_of(name)
+        if not isinstance(node, _WITH_XATTRS) or not key.startswith(_XATTR_PREFIX):
             raise FUSEError(pyfuse3.ENOATTR)
-        live = isinstance(node, LiveFile)
-        image = (
-            self._backend.live(node.volume) if live else self._backend.image(node.volume, cast("PastImage", node).seq)
-        )
+        image = self._image(node)
         match key.removeprefix(_XATTR_PREFIX):
             case "seq":
                 return str(image.seq).encode()
@@ -324,8 +208,8 @@ class Tree(pyfuse3.Operations):
             case "volume":
                 return node.volume.encode()
             case "consistency":
-                return self._backend.consistency(image).encode()
-            case "digest" if not live:
+                return b"clone" if isinstance(node, CloneFile) else self._backend.consistency(image).encode()
+            case "digest" if isinstance(node, PastImage):
                 self._backend.hold(image)
                 try:
                     return (await self._backend.digest(image)).encode()
@@ -333,10 +217,20 @@ class Tree(pyfuse3.Operations):
                     self._backend.release(image)
         raise FUSEError(pyfuse3.ENOATTR)
 
+    def _image(self, node: PastImage | LiveFile | CloneFile) -> Image:
+        """Return the image that a file shows, or that a clone is based on."""
+        match node:
+            case PastImage(volume, seq):
+                return self._backend.image(volume, seq)
+            case LiveFile(volume):
+                return self._backend.live(volume)
+            case CloneFile():
+                return self._names.clone(node).parts()[1]
+
     @guarded
     async def listxattr(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> list[bytes]:
         """List the cheap attributes; the digest, which reads the whole image, only on demand."""
-        if isinstance(self._table.node(inode), (PastImage, LiveFile)):
+        if isinstance(self._table.node(inode), _WITH_XATTRS):
             return [(_XATTR_PREFIX + name).encode() for name in _XATTRS]
         return []
 
@@ -361,7 +255,7 @@ class Tree(pyfuse3.Operations):
     async def opendir(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> pyfuse3.FileHandleT:
         """Open a directory: its listing stays as it is now."""
         handle = self._new_handle()
-        self._listings[handle] = self._list(self._table.node(inode))
+        self._listings[handle] = self._names.listing(self._table.node(inode))
         return handle
 
     def _new_handle(self) -> pyfuse3.FileHandleT:
@@ -394,11 +288,18 @@ class Tree(pyfuse3.Operations):
     async def mkdir(
         self, parent_inode: pyfuse3.InodeT, name: bytes, mode: pyfuse3.ModeT, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
-        """Take a snapshot: ``mkdir snapshots/<name>``."""
-        if self._table.node(parent_inode) != Directory("snapshots"):
-            raise FUSEError(errno.EROFS)
-        await self._backend.take_snapshot(_text(name))
-        node = SnapshotFolder(_text(name))
+        """Take a snapshot: ``mkdir snapshots/<name>``, or make a clone: ``mkdir clones/<name>[@<time>]``."""
+        node: Node
+        match self._table.node(parent_inode):
+            case Directory("snapshots"):
+                await self._backend.take_snapshot(text_of(name))
+                node = SnapshotFolder(text_of(name))
+            case Directory("clones"):
+                clone, sign, at = text_of(name).partition("@")
+                await self._backend.create_clone(clone, at if sign else None)
+                node = CloneFolder(clone)
+            case _:
+                raise FUSEError(errno.EROFS)
         attributes = self._attributes(node)
         self._table.looked_up(node)
         return attributes
@@ -406,34 +307,44 @@ class Tree(pyfuse3.Operations):
     @guarded
     @with_deadline
     async def rmdir(self, parent_inode: pyfuse3.InodeT, name: bytes, ctx: pyfuse3.RequestContext) -> None:
-        """Drop a snapshot: ``rmdir snapshots/<id>``."""
-        if self._table.node(parent_inode) != Directory("snapshots"):
-            raise FUSEError(errno.EROFS)
-        await self._backend.drop_snapshot(_text(name))
-        self._table.retire(SnapshotFolder(_text(name)))
+        """Drop a snapshot or a clone: ``rmdir snapshots/<id>``, ``rmdir clones/<name>``."""
+        match self._table.node(parent_inode):
+            case Directory("snapshots"):
+                await self._backend.drop_snapshot(text_of(name))
+                self._table.retire(SnapshotFolder(text_of(name)))
+            case Directory("clones"):
+                await self._backend.drop_clone(text_of(name))
+                self._table.retire(CloneFolder(text_of(name)))
+            case _:
+                raise FUSEError(errno.EROFS)
 
     # -- files --------------------------------------------------------------------------------------------------
 
     @guarded
     async def open(self, inode: pyfuse3.InodeT, flags: pyfuse3.FlagT, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
-        """Open an image, which holds it, or a tap."""
+        """Open an image, which holds it, a clone, which can't be dropped then, or a tap."""
         node = self._table.node(inode)
         match node:
             case PastImage(volume, seq):
-                handle = Handle(volume, self._backend.image(volume, seq), tap=False)
-                cached, direct = True, False
+                handle = Handle(volume, image=self._backend.image(volume, seq))
             case LiveFile(volume):
                 self._backend.live(volume)
-                handle, cached, direct = Handle(volume, None, tap=False), False, True
+                handle = Handle(volume)
             case TapFile(volume):
-                handle, cached, direct = Handle(volume, None, tap=True), False, False
+                handle = Handle(volume, tap=True)
+            case CloneFile(volume):
+                handle = Handle(volume, clone=self._names.clone(node))
             case _:
                 raise FUSEError(errno.EISDIR)
-        if flags & _WRITING and not handle.tap:
+        cached, direct = isinstance(node, PastImage), isinstance(node, LiveFile)
+        if flags & _WRITING and (cached or direct):
             raise FUSEError(errno.EROFS)
         number = self._new_handle()
         if handle.image is not None:
             self._backend.hold(handle.image)
+        if handle.clone is not None:
+            handle.clone.parts()  # a damaged one can't be opened
+            handle.clone.opens += 1
         self._handles[number] = handle
         return pyfuse3.FileInfo(fh=number, keep_cache=cached, direct_io=direct)
 
@@ -445,16 +356,21 @@ class Tree(pyfuse3.Operations):
         handle = self._handles[fh]
         if handle.tap:
             return await self._backend.read_tap(handle.volume, off, size)
+        if handle.clone is not None:
+            return await self._backend.read_clone(handle.clone, off, size)
         return await self._backend.read(handle.image or self._backend.live(handle.volume), off, size)
 
     @guarded
     async def write(self, fh: pyfuse3.FileHandleT, off: int, buf: bytes) -> int:
-        """Write to a tap; ENOSPC past its end, as a disk. In a full store, wait for what can be dropped."""
+        """Write to a tap or a clone; ENOSPC past its end, as a disk. In a full store, wait for what can be dropped."""
         handle = self._handles[fh]
-        if not handle.tap:
+        if not handle.tap and handle.clone is None:
             raise FUSEError(errno.EROFS)
         if off + len(buf) > self._backend.size(handle.volume):
             raise FUSEError(errno.ENOSPC)
+        if handle.clone is not None:
+            await self._backend.write_clone(handle.clone, off, buf)
+            return len(buf)
         try:
             self._backend.write_tap(handle.volume, off, buf)
         except StoreFullError:
@@ -464,8 +380,10 @@ class Tree(pyfuse3.Operations):
 
     @guarded
     async def fsync(self, fh: pyfuse3.FileHandleT, datasync: bool) -> None:  # noqa: FBT001 - the kernel's interface
-        """Make a tap's writes durable."""
+        """Make the writes to a tap or a clone durable."""
         handle = self._handles[fh]
+        if handle.clone is not None:
+            await self._backend.flush_clone(handle.clone)
         if handle.tap:
             await self._backend.flush_tap(handle.volume)
 
@@ -479,6 +397,8 @@ class Tree(pyfuse3.Operations):
         handle = self._handles.pop(fh)
         if handle.image is not None:
             self._backend.release(handle.image)
+        if handle.clone is not None:
+            handle.clone.opens -= 1
 
     # -- everything else is refused --------------------------------------------------------------------------------
 
@@ -489,12 +409,4 @@ class Tree(pyfuse3.Operations):
 
     @guarded
     async def fsyncdir(self, fh: pyfuse3.FileHandleT, datasync: bool) -> None:  # noqa: FBT001 - the kernel's interface
-        """Do nothing: snapshots are durable when mkdir returns."""
-
-
-def _text(name: bytes) -> str:
-    """Decode a name; ENOENT for what isn't UTF-8."""
-    try:
-        return name.decode()
-    except UnicodeDecodeError:
-        raise FUSEError(errno.ENOENT) from None
+        """Do nothing: snapshots and clones are durable when mkdir returns."""

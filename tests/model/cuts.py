@@ -2,7 +2,8 @@
 
 ``Disk`` watches the real storage. For every file it knows the size at its last fdatasync: files of the journals are
 only appended, so what lies behind that size is what a power cut may take back. With a fuse set, the n-th change of a
-file raises ``Cut`` instead of being done, as if the process had been killed right before it.
+file raises ``Cut`` instead of being done, as if the process had been killed right before it. Of overlays, which are
+overwritten in place, it keeps the whole content at the last fdatasync.
 """
 
 from __future__ import annotations
@@ -16,7 +17,11 @@ from typing import Any
 from unittest import mock
 
 from dmafs.core.ondisk import HEADER_SIZE
+from dmafs.core.overlay import DAT
 from dmafs.core.storage import RealFile, RealStorage
+from dmafs.units import SECTOR
+
+_NAMING = ("rename", "unlink", "make_directory", "remove_directory")
 
 
 class Cut(BaseException):
@@ -28,11 +33,12 @@ class Disk:
 
     def __init__(self) -> None:
         self.synced: dict[int, int] = {}  # by inode, which a rename doesn't change
+        self.contents: dict[int, bytes] = {}  # likewise, of overlays
         self.fuse = -1
         self._stack = contextlib.ExitStack()
 
     def enter(self) -> None:
-        for kind, names in ((RealFile, ("write", "zero", "truncate", "datasync")), (RealStorage, ("rename", "unlink"))):
+        for kind, names in ((RealFile, ("write", "zero", "truncate", "datasync")), (RealStorage, _NAMING)):
             for name in names:
                 patch = mock.patch.object(kind, name, self._watched(getattr(kind, name), name))
                 self._stack.enter_context(patch)
@@ -62,6 +68,9 @@ class Disk:
                 known = self.synced.get(info.st_ino, 0)
                 sizes = {"datasync": info.st_size, "truncate": min(known, info.st_size), "create": 0}
                 self.synced[info.st_ino] = sizes[name]
+                file = result if name == "create" else target
+                if file.name.endswith(DAT):
+                    self.contents[info.st_ino] = Path(f"/proc/self/fd/{file.fileno()}").read_bytes()
             return result
 
         return watched
@@ -81,3 +90,12 @@ class Disk:
                 content[:header] = bytes(header)
         path.write_bytes(content)
         return True
+
+    def tear_overlay(self, path: Path, rng: random.Random) -> None:
+        """Take back some sectors of what isn't durable in an overlay's data, wherever it stands."""
+        durable, content = self.contents[path.stat().st_ino], bytearray(path.read_bytes())
+        torn = [at for at in range(0, len(content), SECTOR) if rng.random() < 0.5]
+        for at in torn:
+            content[at : at + SECTOR] = durable[at : at + SECTOR]
+        path.write_bytes(content)
+        self.contents[path.stat().st_ino] = bytes(content)

@@ -76,7 +76,13 @@ def time_of(rig: Rig, spelling: str) -> int:
 def test_root_has_four_directories(told: Told) -> None:
     """The root lists at, live, snapshots and tap; only snapshots is writable."""
     found = {entry.name: stat.filemode(entry.stat().st_mode) for entry in told.rig.mnt.iterdir()}
-    assert found == {"at": "dr-xr-x---", "live": "dr-xr-x---", "snapshots": "drwxr-x---", "tap": "dr-xr-x---"}
+    assert found == {
+        "at": "dr-xr-x---",
+        "clones": "drwxr-x---",
+        "live": "dr-xr-x---",
+        "snapshots": "drwxr-x---",
+        "tap": "dr-xr-x---",
+    }
 
 
 def test_listings_name_landmarks(told: Told) -> None:

@@ -9,10 +9,10 @@ from uuid import UUID
 import pytest
 import trio
 
-from dmafs.core.storage import open_source
+from dmafs.core.storage import RealStorage, open_source
 from dmafs.core.store import Store, create_volume
 from dmafs.core.volume import VolumeLimits
-from dmafs.errors import ExistsError
+from dmafs.errors import CloneBusyError, ExistsError, NoSuchCloneError, NoSuchPointError, StoreError
 from dmafs.service.appliance import Appliance
 from dmafs.service.engine import Engine
 from dmafs.taps.passthrough import PassThroughTap
@@ -96,3 +96,94 @@ async def test_a_long_read_is_of_one_moment(appliance: Appliance) -> None:
     assert bytes(await appliance.read(image, 512, 512)) == first == b"old".ljust(512)
     await parts.aclose()
     assert image.pins == 0
+
+
+async def shown(appliance: Appliance, name: str, volume: str) -> int:
+    return number_at(await appliance.read_clone(appliance.clones(name)[volume], 0, 512))
+
+
+async def test_a_clone_is_one_instant_of_all_volumes(appliance: Appliance) -> None:
+    """Of a moment or of now: each volume is as it was then, while a writer goes on."""
+    counter = 0
+    done = False
+
+    async def write() -> None:
+        nonlocal counter
+        while not done:
+            counter += 1
+            for name in ("a", "b"):
+                appliance.write_tap(name, 0, counter.to_bytes(8, "little").ljust(512, b"."))
+                await trio.lowlevel.checkpoint()
+
+    async with trio.open_nursery() as writers:
+        writers.start_soon(write)
+        for number in range(4):
+            await appliance.create_clone(f"now{number}", None)
+            await appliance.create_clone(f"then{number}", "0s ago")
+        done = True
+    for name in appliance.clone_names():
+        a, b = await shown(appliance, name, "a"), await shown(appliance, name, "b")
+        assert a - 1 <= b <= a
+        seqs = {volume: clone.seq for volume, clone in appliance.clones(name).items()}
+        assert all(appliance.image(volume, seq).pins for volume, seq in seqs.items())
+    assert len(appliance.list_clones()["clones"]) == 8
+
+
+async def test_no_volume_is_cloned_when_one_cannot_be(appliance: Appliance, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All volumes have the clone or none has: a name that is taken, an error on the way, a moment that isn't there."""
+    await appliance.create_clone("mine", None)
+    with pytest.raises(ExistsError):
+        await appliance.create_clone("mine", None)
+    with pytest.raises(NoSuchPointError):
+        await appliance.create_clone("other", "seq:1")
+    make = RealStorage.make_directory
+
+    def fail(storage: RealStorage, name: str) -> None:
+        if storage._root.name == "b":
+            raise OSError(5, "broken")
+        make(storage, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RealStorage, "make_directory", fail)
+        with pytest.raises(StoreError, match="clone other of volume b: broken"):
+            await appliance.create_clone("other", None)
+    assert appliance.clone_names() == ["mine"]
+    seq = appliance.clones("mine")["a"].seq
+    assert appliance.image("a", seq).pins == 1
+    await appliance.create_clone("other", None)
+
+
+async def test_a_clone_is_dropped_as_a_whole(appliance: Appliance) -> None:
+    """While one volume's image is open, none is dropped; afterwards all are, and what was kept for them."""
+    await appliance.create_clone("mine", None)
+    clones = appliance.clones("mine")
+    clones["b"].opens += 1
+    with pytest.raises(CloneBusyError):
+        await appliance.drop_clone("mine")
+    assert appliance.clones("mine") == clones
+    clones["b"].opens -= 1
+    appliance.write_tap("a", 0, b"x".ljust(512))
+    await appliance.sync()
+    await appliance.drop_clone("mine")
+    with pytest.raises(NoSuchCloneError):
+        await appliance.drop_clone("mine")
+    with trio.fail_after(10):
+        while any(s.hidden for e in appliance._engines.values() for s in e.volume.snapshots.all()):  # noqa: ASYNC110
+            await trio.sleep(0.005)
+
+
+async def test_writers_of_one_clone_do_not_mix(appliance: Appliance) -> None:
+    """Parts of one block, written by many at once with flushes in between, are all there."""
+    await appliance.create_clone("mine", None)
+    clone = appliance.clones("mine")["a"]
+
+    async def write(number: int) -> None:
+        await appliance.write_clone(clone, number * 100, bytes([number + 1]) * 100)
+        if number % 5 == 0:
+            await appliance.flush_clone(clone)
+
+    async with trio.open_nursery() as writers:
+        for number in range(60):
+            writers.start_soon(write, number)
+    found = await appliance.read_clone(clone, 0, 6000)
+    assert found == b"".join(bytes([number + 1]) * 100 for number in range(60))

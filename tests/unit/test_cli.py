@@ -46,3 +46,15 @@ def test_status_of_a_file_says_that_it_is_no_store(store: Path) -> None:
     status, said = run("status", store.parent / "disk.raw", output="/dev/null")
     assert status == 11
     assert "can't be opened: not a directory" in said
+
+
+def test_clones_without_a_daemon(store: Path) -> None:
+    """They can be listed; why none can be made is said, and what is missing on the command line too."""
+    assert run("clone", store, output="/dev/null") == (0, "")
+    status, said = run("clone", store, "one", "--at", "1h ago", output="/dev/null")
+    assert status == 10
+    assert said.startswith("dmafs: error: clone one at 1h ago can't be made: no daemon serves the store\nhint: start")
+    for arguments in (["--drop"], ["--at", "1h ago"], ["one", "--json"]):
+        status, said = run("clone", store, *arguments, output="/dev/null")
+        assert status == 3
+        assert "clone" in said

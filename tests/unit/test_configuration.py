@@ -20,10 +20,13 @@ def test_defaults(tmp_path: Path) -> None:
 
 def test_values(tmp_path: Path) -> None:
     """Sizes may have units, times may be whole numbers."""
-    (tmp_path / "dmafs.conf").write_text('segment_size = "8MiB"\nreserve = 0\ntick_s = 2\nallow_other = true\n')
+    (tmp_path / "dmafs.conf").write_text(
+        'segment_size = "8MiB"\nreserve = 0\nclone_quota = "1MiB"\ntick_s = 2\nallow_other = true\n'
+    )
     found = load_configuration(tmp_path)
     assert (found.segment_size, found.reserve, found.tick_s, found.allow_other) == (8 << 20, 0, 2.0, True)
     assert found.volume_limits().segments.data_sectors == 16384
+    assert found.volume_limits().clone_bytes == 1 << 20
 
 
 def test_store_that_is_a_file_is_left_to_the_store(tmp_path: Path) -> None:

@@ -413,7 +413,7 @@ def test_wrong_version_of_info_is_named() -> None:
         VolumeInfo.decode(b'{"format": 2, "new": 1}', "some/file")
 
 
-@pytest.mark.parametrize("change", [(12, 3), (12, 0), (64, 4), (68, 255), (69, 2), (72, 0xFF)])
+@pytest.mark.parametrize("change", [(12, 4), (12, 0), (64, 4), (68, 255), (69, 2), (72, 0xFF)])
 def test_header_field_out_of_range_is_corruption(change: tuple[int, int]) -> None:
     """A header with a right checksum but an unknown kind, flag, length or text is none of ours."""
     data = bytearray(Header(Kind.FORWARD, UUID(int=1), 1, 1, name="a").encode())

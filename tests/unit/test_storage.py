@@ -241,6 +241,21 @@ def test_files_and_directories_are_private(storage: RealStorage, tmp_path: Path)
     assert modes == {"d": 0o700, "d/f": 0o600, "d/g": 0o600}
 
 
+def test_only_empty_directories_are_removed(storage: RealStorage) -> None:
+    """A directory is renamed with what is in it, and removed when it is empty."""
+    storage.make_directory("d")
+    storage.create("d/f").close()
+    storage.rename("d", "e")
+    assert storage.names("e") == ["f"]
+    with pytest.raises(OSError, match="not empty"):
+        storage.remove_directory("e")
+    storage.unlink("e/f")
+    storage.remove_directory("e")
+    assert not storage.exists("e")
+    with pytest.raises(FileNotFoundError):
+        storage.remove_directory("e")
+
+
 def test_symbolic_links_are_not_followed(storage: RealStorage, tmp_path: Path) -> None:
     """A link in place of a file is refused, so nobody's files can be read or written through it."""
     target = tmp_path / "target"

@@ -344,7 +344,7 @@ def test_what_is_no_store_is_refused(bench: Bench, kind: str) -> None:
         Store(bench.store)
 
 
-@pytest.mark.parametrize("name", [INFO_NAME, "pointers", "mirror.img", "forward", "backward"])
+@pytest.mark.parametrize("name", [INFO_NAME, "pointers", "mirror.img", "forward", "backward", "clones"])
 def test_missing_part_of_a_volume_is_named(bench: Bench, name: str) -> None:
     """A volume that lacks a file is a CorruptionError that names it, and nothing stays open."""
     bench.create()
