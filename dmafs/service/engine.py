@@ -340,7 +340,7 @@ class Engine:
         self.volume.clones.require_idle(clone)
         async with self._clone_locks[clone.serial]:
             await self._drive(self.volume.clones.drop(clone))
-        del self._clone_locks[clone.serial]
+        self._clone_locks.pop(clone.serial, None)
         self._drop_wanted.set()
 
     async def read_clone(self, clone: Clone, offset: int, length: int) -> memoryview:

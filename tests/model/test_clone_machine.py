@@ -296,7 +296,10 @@ class CloneMachine(RuleBasedStateMachine):
             clone, _ = self._clone(number)
             work = clone.flush() if during == "flush" else self.volume.clones.drop(clone)
             allowed |= {frozenset(before - {clone.name})} if during == "drop" else set()
-        elif during == "work" and self.running is not None:
+        elif during == "work":
+            if self.running is None:
+                run(self.volume.flush())
+                self.sync(open_snapshot=number % 2 == 0, calls=number % 5)
             self._count("cut of work")
             with self.disk.fused(changes):
                 self.advance(10**6)
@@ -395,5 +398,5 @@ def test_clones_show_what_was_written_to_them(capsys: pytest.CaptureFixture[str]
         run_machine(hypothesis.seed(SEED)(CloneMachine), settings=profile)
         print(f"{CloneMachine.steps} steps, {dict(sorted(CloneMachine.counts.items()))}")  # noqa: T201
     assert CloneMachine.steps >= EXAMPLES * STEPS // 2
-    cuts = {"cut of flush", "cut of make", "cut of drop", "torn"}
+    cuts = {"cut of flush", "cut of make", "cut of drop", "cut of work", "torn"}
     assert {"make", "write", "flush", "drop", "full", "sync", "drop of a snapshot", *cuts} <= set(CloneMachine.counts)

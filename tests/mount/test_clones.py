@@ -346,6 +346,27 @@ def test_clones_outlive_the_daemon(rig: Rig) -> None:
     assert os.getxattr(path, "user.dmafs.seq") == b"0"
 
 
+def test_a_damaged_clone_hurts_nobody(rig: Rig) -> None:
+    """The daemon starts, says which clone can't be used, and serves the rest; that one can be listed and dropped."""
+    begun(rig, content=b"base")
+    for name in ("bad", "good"):
+        pwrite(make(rig, name), b"mine", 0, sync=True)
+    rig.stop()
+    pwrite(rig.store / "disk" / "clones" / "bad" / "overlay.ext", b"?", 100)
+    rig.allow("clone bad can't be used", "clone bad of volume disk can't be used")
+    rig.start()
+    assert rig.log().count("clone bad can't be used: checksum of") == 1
+    assert sorted(os.listdir(rig.mnt / "clones")) == ["bad", "good"]
+    assert run("ls", "-l", rig.mnt / "clones" / "bad").stdout.endswith("disk.img\n")
+    fails(errno.EIO, os.open, clone(rig, "bad"), os.O_RDONLY)
+    fails(errno.EIO, os.getxattr, clone(rig, "bad"), "user.dmafs.seq")
+    assert "checksum" in rig.dmafs("clone", rig.store).stdout
+    assert pread(clone(rig, "good"), 4, 0) == b"mine"
+    pwrite(rig.tap(), b"on", 0, sync=True)
+    drop(rig, "bad")
+    assert os.listdir(rig.store / "disk" / "clones") == ["good"]
+
+
 def test_two_volumes_at_one_instant(rig: Rig) -> None:
     """A clone has each volume as it was at the same moment, however they are written meanwhile."""
     for volume in ("a", "b"):
