@@ -471,6 +471,9 @@ class Snapshots:
         if snapshot.slot >= 0:
             del self._by_slot[snapshot.slot]
             self._tree.remove(snapshot.slot)
+        if snapshot.key == self._reached:  # the next one at this seq may get the same key, and needs a slot too
+            before = self._by_key.irange((snapshot.seq, 0), snapshot.key, inclusive=(True, False), reverse=True)
+            self._reached = next(before, (snapshot.seq, -1))
         if self._names.get(snapshot.name) is snapshot:
             del self._names[snapshot.name]
 

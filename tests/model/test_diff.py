@@ -1,7 +1,7 @@
 """Diffs of a volume under random histories, measured against an oracle that keeps every moment's full image.
 
-Claims, for all pairs of recoverable moments after every step of a history of writes, discards, syncs, snapshots, drops,
-holds and restarts:
+Claims, for many pairs of recoverable moments after every step of a history of writes, discards, syncs, snapshots,
+drops, holds and restarts:
 
 1. Every sector whose bytes differ is listed.
 2. Every sector that is listed was written between the two.
@@ -16,6 +16,8 @@ from __future__ import annotations
 import itertools
 import os
 import random
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -32,7 +34,9 @@ from tests.unit.tools import TINY, Ticking, copied_volume
 SEED = int(os.environ.get("DMAFS_TEST_SEED", "1"))
 HISTORIES = 20
 STEPS = 40
+PAIRS = 40
 SIZE = 40
+SHM = Path("/dev/shm")  # noqa: S108 - a private directory is made in it
 
 
 class History:
@@ -115,9 +119,10 @@ class History:
         return [seq for seq in range(self.oracle.head + 1) if self.volume.recoverable(seq)]
 
     def check(self) -> None:
-        """Assert the claims for all pairs of moments."""
+        """Assert the claims for some pairs of moments."""
         points = self.points()
-        for a, b in itertools.combinations_with_replacement(points, 2):
+        pairs = list(itertools.combinations_with_replacement(points, 2))
+        for a, b in self.rng.sample(pairs, min(len(pairs), PAIRS)):
             starts, stops = run(diff(self.volume, a, b))
             assert all(
                 column.tolist() == other.tolist()
@@ -135,13 +140,20 @@ def assert_disjoint_joined(starts: list[int], stops: list[int]) -> set[int]:
     return {sector for start, stop in zip(starts, stops, strict=True) for sector in range(start, stop)}
 
 
-def test_a_diff_is_what_was_written_between(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture
+def scratch() -> Iterator[Path]:
+    """A folder in memory, where there is such a thing."""
+    with tempfile.TemporaryDirectory(dir=SHM if SHM.is_dir() else None) as name:
+        yield Path(name)
+
+
+def test_a_diff_is_what_was_written_between(scratch: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Claims 1 to 3 hold in every step of all histories; enough pairs lie before the mirror."""
     over_snapshots = 0
     with capsys.disabled():
         print(f"\nDMAFS_TEST_SEED={SEED}")  # noqa: T201
     for number in range(HISTORIES):
-        history = History(tmp_path / str(number), random.Random(f"{SEED} {number}"))
+        history = History(scratch / str(number), random.Random(f"{SEED} {number}"))
         try:
             for _ in range(STEPS):
                 history.step()

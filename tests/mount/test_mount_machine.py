@@ -47,12 +47,13 @@ from tests.mount.harness import REDONE, Rig, fails, spelled, wait_until
 pytestmark = [pytest.mark.mount, pytest.mark.slow]
 
 SEED: Final = int(os.environ.get("DMAFS_TEST_SEED", "1"))
-EXAMPLES: Final = int(os.environ.get("DMAFS_TEST_MOUNT_EXAMPLES", "9"))
-STEPS: Final = 100
+EXAMPLES: Final = int(os.environ.get("DMAFS_TEST_MOUNT_EXAMPLES", "13"))
+STEPS: Final = 60
 KIB: Final = 1024
 WRITE_MAX: Final = 64 * KIB
 """What the kernel passes on in one piece, but for a part of a page that it hasn't cached."""
 PAGE: Final = 4096
+NAMES: Final = "abcdef"
 HOLDS_MAX: Final = 4
 DEVICES_MAX: Final = 2
 STEPS_BETWEEN_ENDS: Final = 15
@@ -183,19 +184,22 @@ class MountMachine(RuleBasedStateMachine):
         return int(os.getxattr(path, "user.dmafs.seq"))
 
     def _any(self, number: int) -> int:
-        """Return a reachable seq; every third one is among the newest three."""
+        """Return a reachable seq: often the mirror's, which a sync takes away first, or one of the newest."""
         seqs = self.expected.reachable()
-        return seqs[-1 - number // 3 % min(len(seqs), 3)] if number % 3 == 0 else seqs[number % len(seqs)]
+        if number % 4 == 0:
+            return self.expected.mirror_seq
+        return seqs[-1 - number // 4 % min(len(seqs), 3)] if number % 4 == 1 else seqs[number % len(seqs)]
 
     # -- capture ----------------------------------------------------------------------------------------------------
 
     @rule(
         places=st.lists(st.tuples(st.integers(0, 1 << 20), st.integers(1, WRITE_MAX)), min_size=1, max_size=4),
         kind=st.sampled_from(["bytes", "sectors", "pages", "zeros", "the same"]),
-        sync=st.booleans(),
+        then=st.sampled_from(["", "flush", "sync", "snapshot and sync"]),
+        name=st.sampled_from(NAMES),
     )
-    def write(self, places: list[tuple[int, int]], kind: str, sync: bool) -> None:  # noqa: FBT001
-        """Write some times, of any size and alignment or of whole sectors or pages; perhaps flush."""
+    def write(self, places: list[tuple[int, int]], kind: str, then: str, name: str) -> None:
+        """Write some times, of any size and alignment or in whole sectors or pages; often go on, to get deep."""
         grain = {"sectors": SECTOR, "pages": PAGE}.get(kind, 1)
         for place, length in places:
             offset = place % self.size // grain * grain
@@ -205,8 +209,12 @@ class MountMachine(RuleBasedStateMachine):
                 "the same": self.expected.image(self.expected.head)[offset : offset + count],
             }.get(kind, self.rng.randbytes(count))
             self._write(offset, data)
-        if sync:
-            os.fsync(self.tap)
+        if then == "flush":
+            self.flush()
+        if then == "snapshot and sync":
+            self.snapshot(name)
+        if then.endswith("sync"):
+            self.sync()
 
     def _write(self, offset: int, data: bytes) -> None:
         """Write, and take in what that was: two events if the kernel cut it behind a page that it had in part only."""
@@ -226,7 +234,7 @@ class MountMachine(RuleBasedStateMachine):
 
     # -- what changes which moments there are -----------------------------------------------------------------------
 
-    @rule(name=st.sampled_from(["a", "b", "c", "d"]))
+    @rule(name=st.sampled_from(NAMES))
     def snapshot(self, name: str) -> None:
         folder = self.rig.mnt / "snapshots" / name
         if name in self.expected.snapshots:
@@ -239,7 +247,9 @@ class MountMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.expected.snapshots)
     @rule(number=st.integers(0, 100))
     def drop(self, number: int) -> None:
-        name = sorted(self.expected.snapshots)[number % len(self.expected.snapshots)]
+        """Drop a snapshot, mostly one that is not the oldest, so that the next older one has to take over."""
+        names = sorted(self.expected.snapshots, key=lambda name: (self.expected.snapshots[name], name))
+        name = names[number % len(names)] if number % 4 == 0 else (names[1:] or names)[number % max(len(names) - 1, 1)]
         (self.rig.mnt / "snapshots" / name).rmdir()
         del self.expected.snapshots[name]
         self.counts["drop"] += 1

@@ -481,3 +481,20 @@ def test_stray_pins_are_removed_when_opened(bench: Bench) -> None:
         (bench.path / f"{seq:020d}.pin").write_bytes(b"")
     assert pins(bench.open()) == [30]
     assert [name for name in files(bench.path) if name.endswith(".pin")] == [f"{30:020d}.pin"]
+
+
+def test_a_snapshot_that_takes_the_place_of_a_dropped_one_is_found(bench: Bench) -> None:
+    """One at the same seq, with the same key even, counts as the dropped one did, whichever twins are left."""
+    snapshots = bench.open()
+    create(snapshots, 5, "", (0, 2, 1))
+    for kept in (False, True):
+        if kept:
+            create(snapshots, 10, "", (4, 1, 3))
+        dropped = create(snapshots, 10, "", (2, 2, 2))
+        assert image(snapshots, 5)[:5] == [1, 1, 2, 2, 3 if kept else -1]
+        drop(snapshots, dropped)
+        again = create(snapshots, 10, "", (6, 2, 4))
+        assert again.key == dropped.key
+        assert image(snapshots, 10)[6:8] == [4, 4]
+        assert image(snapshots, 5)[6:8] == [4, 4]
+        drop(snapshots, again)
