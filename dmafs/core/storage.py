@@ -175,17 +175,19 @@ class RealFile:
 
     def write(self, buffers: Sequence[Buffer], offset: int) -> None:
         """See ``File``."""
-        rest = [memoryview(buffer) for buffer in buffers if len(buffer)]
+        rest = list(buffers)
         while rest:
             try:
                 count = os.pwritev(self._fd, rest[:_IOV_MAX], offset)
             except OSError as error:
                 raise OSError(error.errno, error.strerror, self.name) from None
+            if len(rest) == 1 and count == len(rest[0]):  # most often
+                return
             offset += count
             while rest and count >= len(rest[0]):
                 count -= len(rest.pop(0))
             if count:
-                rest[0] = rest[0][count:]
+                rest[0] = memoryview(rest[0])[count:]
 
     def size(self) -> int:
         """See ``File``."""
