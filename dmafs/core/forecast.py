@@ -11,7 +11,8 @@ import numpy as np
 
 from dmafs.core.extent import Ints, lacking
 from dmafs.core.ondisk import RECORD_SIZE
-from dmafs.core.snapshots import Key, Snapshot, Snapshots
+from dmafs.core.snapshot import Key, Snapshot
+from dmafs.core.snapshots import Snapshots
 from dmafs.units import SECTOR
 
 

@@ -16,7 +16,7 @@ from typing import Final
 from dmafs.core.clone import CLONES_MAX, Clone
 from dmafs.core.points import landmarks, point_named, seq_at
 from dmafs.core.resync import needs_resync
-from dmafs.core.snapshots import Snapshot
+from dmafs.core.snapshot import Snapshot
 from dmafs.core.volume import Volume
 from dmafs.core.work import Work
 from dmafs.errors import (

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from dmafs.core.snapshots import Snapshot
+from dmafs.core.snapshot import Snapshot
 from dmafs.core.volume import Volume
 from dmafs.errors import NoSuchPointError
 from dmafs.units import format_rfc3339

@@ -29,7 +29,7 @@ from typing import Final
 
 from whenever import SYSTEM_TZ, Instant, TimeZoneNotFoundError, ZonedDateTime
 
-from dmafs.core.snapshots import Snapshot
+from dmafs.core.snapshot import Snapshot
 from dmafs.errors import InputError
 
 Groups = Mapping[str, Mapping[str, Snapshot]]

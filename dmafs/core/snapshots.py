@@ -26,103 +26,34 @@ see it means nothing, and is unlinked when the store is opened.
 from __future__ import annotations
 
 import contextlib
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from functools import partial
 from typing import Final
 from uuid import UUID
 
 import numpy as np
-from sortedcontainers import SortedDict
 
+from dmafs.core.backward import SnapshotMaps
 from dmafs.core.extent import Ints, lacking
-from dmafs.core.layers import Growing, Layer, LayerTree, Selectable, entries, net_layer, stacked
 from dmafs.core.ondisk import HEADER_SIZE, RECORD_SIZE, Header, Kind, Records
 from dmafs.core.segment import Segment, new_salt, parts, read_header
+from dmafs.core.snapshot import DIRECTORY, IndexLimits, Snapshot, require_unpinned
 from dmafs.core.storage import Buffer, Storage
-from dmafs.core.vrmo import backward_reference, split_reference
-from dmafs.core.work import Work, run
-from dmafs.errors import CorruptionError, ExistsError, NoSuchSnapshotError, PinnedError
-from dmafs.units import SECTOR, format_time
+from dmafs.core.work import Work
+from dmafs.errors import CorruptionError, ExistsError, NoSuchSnapshotError
+from dmafs.units import SECTOR
 
-DIRECTORY = "backward"
 SEQ_END: Final = 2**63
 
-Key = tuple[int, int]
 
-
-@dataclass(frozen=True, slots=True)
-class IndexLimits:
-    """The bounds of what is kept in memory of journals that are closed."""
-
-    bytes: int = 128 << 20
-    """Merged layers, of the forward and of the backward journal each."""
-    journals: int = 1024
-    """Snapshots whose descriptors are in memory, and their two files open."""
-    records: int = 1 << 21
-    """Descriptors of all these together, at some 50 bytes."""
-
-
-@dataclass(slots=True)
-class Snapshot:
-    """One snapshot; *segment* is its part of the backward journal, None until it is needed."""
-
-    seq: int
-    twin: int  # 0 for the first snapshot at a seq, then 1, 2 ...
-    time_ns: int
-    instant_ns: int  # canonical time of the moment across all volumes that it was taken with
-    name: str
-    temporary: bool
-    frozen: bool  # a hook had brought what uses the disk to rest
-    serial: int
-    gone: bool = False
-    slot: int = -1  # in the tree of layers, once the mirror has reached it
-    busy: bool = False  # work writes or renames its files
-    version: int = 0  # of its files: how often work began on them
-    pinned: bool = False  # by the user
-    segment: Segment | None = field(default=None, repr=False)
-    growing: Growing | None = field(default=None, repr=False)  # the segment's entries, as long as it is the open one
-
-    @property
-    def key(self) -> Key:
-        """Return what snapshots are ordered by."""
-        return self.seq, self.twin
-
-    @property
-    def stem(self) -> str:
-        """Return the path of the pair of files without the suffix."""
-        return f"{DIRECTORY}/{self.seq:020d}" + (f"-{self.twin}" if self.twin else "")
-
-    @property
-    def pin(self) -> str:
-        """Return the path of the file that is there while it is pinned."""
-        return self.stem + ".pin"
-
-    @property
-    def hidden(self) -> bool:
-        """Say whether it is kept only for somebody who holds its image."""
-        return self.gone or self.temporary
-
-
-class Snapshots:
+class Snapshots(SnapshotMaps):
     """All snapshots of a volume, in the order of their seqs."""
 
     def __init__(self, storage: Storage, uuid: UUID, limits: IndexLimits) -> None:
         """Read the header of every snapshot. O(snapshots)."""
-        self._storage = storage
-        self._uuid = uuid
-        self._limits = limits
-        self._by_key: SortedDict = SortedDict()
-        self._by_serial: dict[int, Snapshot] = {}
+        super().__init__(storage, uuid, limits)
         self._names: dict[str, Snapshot] = {}
         self._hidden: dict[int, Snapshot] = {}  # by serial
-        self._loaded: OrderedDict[int, Snapshot] = OrderedDict()  # by serial, least recently used first
         self._serials = 0
-        self._reached: Key = (-1, 0)
-        self._by_slot: SortedDict = SortedDict()
-        self._slots = 0
-        self._tree = LayerTree(self._leaf, later_wins=False, limit_bytes=limits.bytes)
         names = storage.names(DIRECTORY)
         stems = {name.rpartition(".")[0] for name in names if name.endswith((".ext", ".gone"))}
         for name in names:
@@ -264,71 +195,13 @@ class Snapshots:
         """Return the snapshot that a backward reference means."""
         return self._by_serial[serial]
 
-    # -- descriptors in memory ----------------------------------------------------------------------------------
-
-    def segment(self, snapshot: Snapshot) -> Segment:
-        """Return the snapshot's journal, opened if need be; blocks then."""
-        return run(self.load(snapshot))
-
-    def load(self, snapshot: Snapshot) -> Work[Segment]:
-        """Return the snapshot's journal, once its descriptors are in memory. What work does meanwhile comes first."""
-        while snapshot.segment is None:
-            version = snapshot.version
-            suffix = ".gone" if snapshot.gone else ".ext"
-            try:
-                segment = yield partial(self._open, snapshot.stem, suffix)
-            except (CorruptionError, OSError):
-                if _untouched(snapshot, version):
-                    raise
-                continue
-            if _untouched(snapshot, version):
-                self._keep(snapshot, segment)
-            else:
-                segment.close()
-        self._loaded.move_to_end(snapshot.serial)
-        return snapshot.segment
-
-    def _open(self, stem: str, suffix: str) -> Segment:
-        segment = Segment.open(self._storage, stem, Kind.BACKWARD, self._uuid, suffix=suffix)
-        try:
-            segment.require_sealed()
-        except BaseException:
-            segment.close()
-            raise
-        return segment
-
-    def _keep(self, snapshot: Snapshot, segment: Segment) -> None:
-        snapshot.segment = segment
-        snapshot.growing = Growing(segment, base=backward_reference(snapshot.serial, 0))
-        self._loaded[snapshot.serial] = snapshot
-
-    def descriptor_nowait(self, reference: int) -> tuple[Segment | None, int]:
-        """Return the journal (None if it isn't in memory) and the entry number that a backward reference means."""
-        serial, index = split_reference(reference)
-        return self._by_serial[serial].segment, index
-
-    def excess(self) -> bool:
-        """Say whether there are more journals in memory than the limits allow. O(journals in memory)."""
-        return len(self._loaded) > self._limits.journals or self._records() > self._limits.records
-
-    def _records(self) -> int:
-        return sum(snapshot.segment.records for snapshot in self._loaded.values() if snapshot.segment is not None)
-
-    def unload(self, *, keep: Snapshot | None, everything: bool) -> list[Segment]:
-        """Forget journals, those used least recently first, down to the limits or all, for the caller to close.
-
-        Not that of *keep*, nor those of work under way.
-        """
-        released, records = [], self._records()
-        for serial, snapshot in list(self._loaded.items()):
-            if not everything and len(self._loaded) <= self._limits.journals and records <= self._limits.records:
-                break
-            if snapshot.segment is not None and snapshot is not keep and not snapshot.busy:
-                released.append(snapshot.segment)
-                records -= snapshot.segment.records
-                snapshot.segment = snapshot.growing = None
-                del self._loaded[serial]
-        return released
+    def held_bytes(self, snapshot: Snapshot) -> int:
+        """Return how many bytes of descriptors and data a snapshot has: 0 if no sync has fed it yet. O(1)."""
+        if snapshot.segment is not None:
+            return snapshot.segment.records * RECORD_SIZE + snapshot.segment.data_sectors * SECTOR
+        suffix = ".gone" if snapshot.gone else ".ext"
+        sizes = [self._storage.size(snapshot.stem + one) for one in (suffix, ".dat")]
+        return max(0, sum(sizes) - HEADER_SIZE)
 
     @contextlib.contextmanager
     def _working_on(self, *snapshots: Snapshot) -> Iterator[None]:
@@ -342,83 +215,6 @@ class Snapshots:
         finally:
             for snapshot in snapshots:
                 snapshot.busy = False
-
-    def held_bytes(self, snapshot: Snapshot) -> int:
-        """Return how many bytes of descriptors and data a snapshot has: 0 if no sync has fed it yet. O(1)."""
-        if snapshot.segment is not None:
-            return snapshot.segment.records * RECORD_SIZE + snapshot.segment.data_sectors * SECTOR
-        suffix = ".gone" if snapshot.gone else ".ext"
-        sizes = [self._storage.size(snapshot.stem + one) for one in (suffix, ".dat")]
-        return max(0, sum(sizes) - HEADER_SIZE)
-
-    # -- layers -------------------------------------------------------------------------------------------------
-
-    def _reach(self, mirror_seq: int) -> None:
-        """Give slots to the snapshots that the mirror has reached since the last call.
-
-        They come in order, since one that is taken later is never before the mirror.
-        """
-        for key in list(self._by_key.irange(self._reached, (mirror_seq + 1, 0), inclusive=(False, False))):
-            snapshot: Snapshot = self._by_key[key]
-            snapshot.slot = self._slots
-            self._by_slot[snapshot.slot] = snapshot
-            self._tree.add(snapshot.slot)
-            self._slots += 1
-            self._reached = key
-
-    def _span(self, seq: int, mirror_seq: int, before: int | None) -> tuple[int, int, Snapshot | None]:
-        """Return the slots ``[low, high)`` of the closed snapshots with *seq* <= s.seq < *before*, and the open one.
-
-        The latter only if it is one of them. None for *before* is no bound.
-        """
-        self._reach(mirror_seq)
-        end = mirror_seq + 1 if before is None else min(before, mirror_seq + 1)
-        keys = self._by_key.irange((seq, 0), (end, 0), inclusive=(True, False))
-        low = next((self._by_key[key].slot for key in keys), None)
-        if low is None:
-            return 0, 0, None
-        last = self._by_key[next(self._by_key.irange(maximum=(end, 0), inclusive=(True, False), reverse=True))]
-        opened = last.slot == self._by_slot.peekitem()[0]
-        return low, last.slot + (not opened), last if opened else None
-
-    def layers_nowait(self, seq: int, mirror_seq: int, *, before: int | None = None) -> list[Selectable] | None:
-        """Return layers that hold what the snapshots from *seq* to the mirror hold; None if one isn't made yet.
-
-        Later ones in the list win: those of older snapshots. With *before* only snapshots before that seq.
-        """
-        low, high, opened = self._span(seq, mirror_seq, before)
-        layers = self._tree.layers_nowait(low, high)
-        if opened is None or layers is None:
-            return layers  # type: ignore[return-value]  # a list of what is selectable, which nobody changes
-        return None if opened.growing is None else [opened.growing, *layers]
-
-    def prepare(self, seq: int, mirror_seq: int, *, before: int | None = None) -> Work[None]:
-        """Make the layers that ``layers_nowait`` returns."""
-        low, high, opened = self._span(seq, mirror_seq, before)
-        if opened is not None:
-            yield from self.load(opened)
-        yield from self._tree.prepare(low, high)
-
-    def _leaf(self, slot: int) -> Work[Layer]:
-        """Make the layer of a closed snapshot."""
-        snapshot = self._by_slot.get(slot)
-        if snapshot is None:  # dropped meanwhile
-            return net_layer(*stacked([]))
-        segment = yield from self.load(snapshot)
-        columns = entries(segment, backward_reference(snapshot.serial, 0), 0, len(segment))
-        layer: Layer = yield partial(net_layer, *columns)
-        return layer
-
-    def changed(self, snapshot: Snapshot) -> None:
-        """Take note that entries were added to a snapshot."""
-        if snapshot.slot >= 0:
-            self._tree.changed(snapshot.slot)
-
-    def rebuilt(self, seq: int, mirror_seq: int) -> list[Selectable]:
-        """Return layers that hold what the snapshots from *seq* to the mirror hold, from their descriptors alone."""
-        keys = self._by_key.irange((seq, 0), (mirror_seq + 1, 0), inclusive=(True, False), reverse=True)
-        snapshots: list[Snapshot] = [self._by_key[key] for key in keys]
-        return [Growing(self.segment(one), base=backward_reference(one.serial, 0)) for one in snapshots]
 
     # -- changing -----------------------------------------------------------------------------------------------
 
@@ -450,7 +246,7 @@ class Snapshots:
 
         try:
             segment = Segment.create(self._storage, snapshot.stem, header, suffix=".new")
-            self._keep(snapshot, segment)
+            self.keep(snapshot, segment)
             with self._working_on(snapshot):
                 yield lambda: settle(segment)
         except BaseException:
@@ -466,14 +262,8 @@ class Snapshots:
     def _remove(self, snapshot: Snapshot) -> None:
         del self._by_key[snapshot.key]
         del self._by_serial[snapshot.serial]
-        self._loaded.pop(snapshot.serial, None)
         self._hidden.pop(snapshot.serial, None)
-        if snapshot.slot >= 0:
-            del self._by_slot[snapshot.slot]
-            self._tree.remove(snapshot.slot)
-        if snapshot.key == self._reached:  # the next one at this seq may get the same key, and needs a slot too
-            before = self._by_key.irange((snapshot.seq, 0), snapshot.key, inclusive=(True, False), reverse=True)
-            self._reached = next(before, (snapshot.seq, -1))
+        self.leave(snapshot)
         if self._names.get(snapshot.name) is snapshot:
             del self._names[snapshot.name]
 
@@ -591,27 +381,8 @@ class Snapshots:
                 snapshot.segment.check()
                 starts, stops = _sorted(*snapshot.segment.extents())
                 assert np.all(starts[1:] >= stops[:-1]), "a snapshot holds each address once"
-        loaded = {serial for serial, snapshot in self._by_serial.items() if snapshot.segment is not None}
-        assert loaded == self._loaded.keys()
         assert self._hidden == {serial: snapshot for serial, snapshot in self._by_serial.items() if snapshot.hidden}
-        assert [snapshot.key for snapshot in self._by_slot.values()] == sorted(
-            snapshot.key for snapshot in self._by_key.values() if snapshot.slot >= 0
-        )
-        self._tree.check()
-
-
-def _untouched(snapshot: Snapshot, version: int) -> bool:
-    """Say whether no work has begun on a snapshot's files since *version*, and nobody else has loaded them."""
-    return snapshot.segment is None and snapshot.version == version
-
-
-def require_unpinned(snapshot: Snapshot) -> None:
-    """Raise PinnedError if a snapshot is pinned."""
-    if snapshot.pinned:
-        raise PinnedError(
-            f"snapshot {snapshot.name or format_time(snapshot.time_ns)} is pinned",
-            hint="to drop it, unpin it first: dmafs unpin STORE ID",
-        )
+        self.check_maps()
 
 
 def _entry(source: Segment, start: int, stop: int, index: int) -> tuple[int, int, Buffer | None]:

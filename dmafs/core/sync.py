@@ -30,7 +30,7 @@ from dmafs.core.extent import Ints, chop, join, net_change, subtract
 from dmafs.core.layers import entries
 from dmafs.core.ondisk import Records
 from dmafs.core.segment import Segment, parts
-from dmafs.core.snapshots import Snapshot
+from dmafs.core.snapshot import Snapshot
 from dmafs.core.storage import Buffer
 from dmafs.core.volume import Volume
 from dmafs.core.vrmo import backward_reference

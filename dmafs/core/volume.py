@@ -31,7 +31,7 @@ from uuid import UUID, uuid4
 
 from dmafs.core import clone as writable
 from dmafs.core import journal as forward
-from dmafs.core import snapshots as backward
+from dmafs.core import snapshot as backward
 from dmafs.core.clone import Allowance, Clones
 from dmafs.core.columns import Indicator
 from dmafs.core.image import Image
@@ -41,7 +41,8 @@ from dmafs.core.mirror import Mirror
 from dmafs.core.ondisk import RECORD_SIZE, VOLUME_JSON_LIMIT, Flag, Pointers, VolumeInfo
 from dmafs.core.pointers import PointerFile
 from dmafs.core.segment import Segment
-from dmafs.core.snapshots import IndexLimits, Snapshot, Snapshots
+from dmafs.core.snapshot import IndexLimits, Snapshot
+from dmafs.core.snapshots import Snapshots
 from dmafs.core.storage import File, Storage, write_whole
 from dmafs.core.vrmo import BACKWARD, ZERO, Stack, split_reference
 from dmafs.core.work import Work

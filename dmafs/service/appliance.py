@@ -31,7 +31,7 @@ from dmafs.core.moments import (
 from dmafs.core.ondisk import Flag
 from dmafs.core.points import consistency, oldest_point
 from dmafs.core.retention import KeepRules
-from dmafs.core.snapshots import Snapshot, require_unpinned
+from dmafs.core.snapshot import Snapshot, require_unpinned
 from dmafs.core.store import Store
 from dmafs.core.volume import Volume
 from dmafs.errors import NoSuchPointError, NoSuchVolumeError, StoreFullError

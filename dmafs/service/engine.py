@@ -35,7 +35,7 @@ from dmafs.core.image import Image
 from dmafs.core.ondisk import Flag
 from dmafs.core.policy import VolumeFacts, facts_of, has_past
 from dmafs.core.resync import begin_after_stop, needs_resync, resync
-from dmafs.core.snapshots import Snapshot
+from dmafs.core.snapshot import Snapshot
 from dmafs.core.sync import sync
 from dmafs.core.volume import Volume
 from dmafs.core.work import Work

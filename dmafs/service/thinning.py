@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dmafs.core.forecast import Forecast
 from dmafs.core.moments import Volumes, snapshot_groups
 from dmafs.core.retention import NOT_NEEDED, SPACE, Groups, KeepRules, Verdict, plan_shrink, plan_thinning
-from dmafs.core.snapshots import Snapshot
+from dmafs.core.snapshot import Snapshot
 from dmafs.service.report import Report
 from dmafs.units import format_rfc3339
 

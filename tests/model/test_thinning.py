@@ -22,7 +22,7 @@ from dmafs.core.journal import SegmentLimits
 from dmafs.core.moments import pin_group, snapshot_groups, unpin_group
 from dmafs.core.retention import KeepRules
 from dmafs.core.segment import Segment
-from dmafs.core.snapshots import Snapshot
+from dmafs.core.snapshot import Snapshot
 from dmafs.core.storage import RealFile, RealStorage, open_source
 from dmafs.core.store import open_volume
 from dmafs.core.sync import sync

@@ -46,7 +46,7 @@ from dmafs.core.diff import diff
 from dmafs.core.image import ZEROS, Image
 from dmafs.core.journal import SegmentLimits
 from dmafs.core.ondisk import Flag
-from dmafs.core.snapshots import IndexLimits
+from dmafs.core.snapshot import IndexLimits
 from dmafs.core.storage import RealFile, RealStorage, open_source
 from dmafs.core.store import open_volume
 from dmafs.core.vbm import MIRROR

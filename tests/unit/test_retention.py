@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from whenever import Instant, PlainDateTime, ZonedDateTime
 
 from dmafs.core.retention import Groups, KeepRules, Verdict, plan_shrink, plan_thinning
-from dmafs.core.snapshots import Snapshot
+from dmafs.core.snapshot import Snapshot
 from dmafs.errors import InputError
 
 ZONE = "Europe/Berlin"

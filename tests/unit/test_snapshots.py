@@ -10,7 +10,8 @@ import pytest
 
 from dmafs.core.ondisk import HEADER_SIZE, RECORD_SIZE, Header, Kind
 from dmafs.core.segment import Segment
-from dmafs.core.snapshots import DIRECTORY, IndexLimits, Snapshot, Snapshots
+from dmafs.core.snapshot import DIRECTORY, IndexLimits, Snapshot
+from dmafs.core.snapshots import Snapshots
 from dmafs.core.storage import RealStorage
 from dmafs.core.vrmo import Stack, Vrmo, split_reference
 from dmafs.core.work import run

@@ -16,7 +16,7 @@ import pytest
 from dmafs.core.mirror import Mirror
 from dmafs.core.ondisk import HEADER_SIZE, Flag
 from dmafs.core.segment import Segment
-from dmafs.core.snapshots import Snapshot
+from dmafs.core.snapshot import Snapshot
 from dmafs.core.storage import RealStorage
 from dmafs.core.store import open_volume
 from dmafs.core.sync import finish, next_stop, plan_leg, sync, sync_target

@@ -1,0 +1,77 @@
+"""One snapshot: what is known of it, and where its files are. All of a volume's are in ``snapshots``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Final
+
+from dmafs.core.layers import Growing
+from dmafs.core.segment import Segment
+from dmafs.errors import PinnedError
+from dmafs.units import format_time
+
+DIRECTORY: Final = "backward"
+
+Key = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class IndexLimits:
+    """The bounds of what is kept in memory of journals that are closed."""
+
+    bytes: int = 128 << 20
+    """Merged layers, of the forward and of the backward journal each."""
+    journals: int = 1024
+    """Snapshots whose descriptors are in memory, and their two files open."""
+    records: int = 1 << 21
+    """Descriptors of all these together, at some 50 bytes."""
+
+
+@dataclass(slots=True)
+class Snapshot:
+    """One snapshot; *segment* is its part of the backward journal, None until it is needed."""
+
+    seq: int
+    twin: int  # 0 for the first snapshot at a seq, then 1, 2 ...
+    time_ns: int
+    instant_ns: int  # canonical time of the moment across all volumes that it was taken with
+    name: str
+    temporary: bool
+    frozen: bool  # a hook had brought what uses the disk to rest
+    serial: int
+    gone: bool = False
+    slot: int = -1  # in the tree of layers, once the mirror has reached it
+    busy: bool = False  # work writes or renames its files
+    version: int = 0  # of its files: how often work began on them
+    pinned: bool = False  # by the user
+    segment: Segment | None = field(default=None, repr=False)
+    growing: Growing | None = field(default=None, repr=False)  # the segment's entries, as long as it is the open one
+
+    @property
+    def key(self) -> Key:
+        """Return what snapshots are ordered by."""
+        return self.seq, self.twin
+
+    @property
+    def stem(self) -> str:
+        """Return the path of the pair of files without the suffix."""
+        return f"{DIRECTORY}/{self.seq:020d}" + (f"-{self.twin}" if self.twin else "")
+
+    @property
+    def pin(self) -> str:
+        """Return the path of the file that is there while it is pinned."""
+        return self.stem + ".pin"
+
+    @property
+    def hidden(self) -> bool:
+        """Say whether it is kept only for somebody who holds its image."""
+        return self.gone or self.temporary
+
+
+def require_unpinned(snapshot: Snapshot) -> None:
+    """Raise PinnedError if a snapshot is pinned."""
+    if snapshot.pinned:
+        raise PinnedError(
+            f"snapshot {snapshot.name or format_time(snapshot.time_ns)} is pinned",
+            hint="to drop it, unpin it first: dmafs unpin STORE ID",
+        )
