@@ -134,17 +134,28 @@ def at(title: str, field: str) -> tuple[int, int]:
 def test_header_has_each_field_where_the_table_says() -> None:
     """A segment header's bytes are those of the table."""
     uuid = UUID(int=0x0102030405060708090A0B0C0D0E0F10)
-    data = Header(Kind.BACKWARD, uuid, 11, 12, 13, 14, temporary=True, name="näm").encode()
+    header = Header(Kind.BACKWARD, uuid, 11, 12, 13, 14, temporary=True, name="näm", frozen=True, instant_ns=15)
+    data = header.encode()
     assert len(data) == HEADER_SIZE
     assert data[:8] == b"DMAFSEXT"
     assert data[16:32] == uuid.bytes
-    fields = {"format version": 1, "kind": 2, "salt": 11, "first": 12, "seq of": 13, "time_ns of": 14, "flags": 1}
+    fields = {
+        "format version": 1,
+        "kind": 2,
+        "salt": 11,
+        "first": 12,
+        "seq of": 13,
+        "time_ns of": 14,
+        "flags": 3,
+        "instant": 15,
+    }
     for field, value in fields.items():
         assert number(data, *at("Segment header", field)) == value, field
     assert number(data, *at("Segment header", "length")) == len("näm".encode())
     assert data[72:328] == "näm".encode().ljust(256, b"\0")
-    assert data[328:504] == bytes(176)
+    assert data[336:504] == bytes(168)
     assert number(data, 504, 8) == xxhash.xxh3_64_intdigest(data[:504], seed=0)
+    assert Header.decode(data, "f") == header
 
 
 def test_record_has_each_field_where_the_table_says() -> None:
