@@ -153,7 +153,10 @@ def local_offset_s(time_s: int, timezone: str | None = None) -> int:
     try:
         local = Instant.from_timestamp(time_s).to_tz(SYSTEM_TZ if timezone is None else timezone)
     except TimeZoneNotFoundError as error:
-        raise _no_zone("a time of day", timezone) from error
+        which = "of this system" if timezone is None else _shown(timezone)
+        raise InputError(
+            f"time zone {which} not found, which times of day need", hint="set TZ to a name such as Europe/Berlin"
+        ) from error
     return int(local.offset.total("seconds"))
 
 

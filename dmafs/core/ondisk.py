@@ -84,7 +84,7 @@ import xxhash
 from dmafs.core.extent import MAX_EXTENT_SECTORS
 from dmafs.errors import CorruptionError, VersionError
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 HEADER_SIZE: Final = 512
 RECORD_SIZE: Final = 64
 SLOT_SIZE: Final = 512

@@ -403,16 +403,19 @@ class Appliance:
             raise problem
 
     async def make_room(self, needed: int) -> None:
-        """See ``Backend``. Drops the oldest snapshots that may go, some more than is needed now; sets the alarm.
+        """See ``Backend``. Syncs, then drops the oldest snapshots that may go, some more than is needed now.
 
-        Does nothing while there is *needed* beside the reserve; raises nothing if it can't be had.
+        Sets the alarm if it has to drop. Does nothing while there is *needed* beside the reserve; raises nothing if it
+        can't be had.
         """
         async with self._retaining:
-            missing = self.reserve + needed - self.space().available
-            if missing <= 0 or trio.current_time() < self._fruitless_until:
+            if self._missing(needed) <= 0 or trio.current_time() < self._fruitless_until:
+                return
+            problem = await self._sync_early()
+            missing = self._missing(needed)
+            if missing <= 0:
                 return
             shrinking = Shrinking(self._volumes, self._rules, missing + self.reserve // 2)
-            problem = ""
             try:
                 for drops in shrinking.steps(spare=self.space().available * 7 // 8):
                     await self._drop(drops)
@@ -423,6 +426,19 @@ class Appliance:
             if not shrinking.dropped or problem:
                 self._fruitless_until = trio.current_time() + FRUITLESS_S
             self._tell_of_shrinking(shrinking.dropped, problem)
+
+    def _missing(self, needed: int) -> int:
+        return self.reserve + needed - self.space().available
+
+    async def _sync_early(self) -> str:
+        """Sync all volumes as far as that goes; return what went wrong."""
+        problem = ""
+        for engine in self._engines.values():
+            try:
+                await engine.sync_early()
+            except TROUBLE as error:
+                problem = f"; {error}"
+        return problem
 
     async def _wait_for_space(self, wanted: int) -> None:
         with trio.move_on_after(ROOM_WAIT_S):

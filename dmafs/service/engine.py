@@ -33,7 +33,7 @@ from dmafs.core.clone import Clone
 from dmafs.core.copy import initial_copy
 from dmafs.core.image import Image
 from dmafs.core.ondisk import Flag
-from dmafs.core.policy import VolumeFacts, facts_of, has_past
+from dmafs.core.policy import VolumeFacts, facts_of, has_past, stops_of
 from dmafs.core.resync import begin_after_stop, needs_resync, resync
 from dmafs.core.snapshot import Snapshot
 from dmafs.core.sync import sync
@@ -372,6 +372,15 @@ class Engine:
         """
         async with self._maintenance:
             return await self._sync(sync(self.volume, target=target, open_snapshot=not has_past(self.volume)))
+
+    async def sync_early(self) -> None:
+        """Flush, then sync all that can be, since space is short; nothing where that would free nothing."""
+        if self.volume.failure or self.volume.journal.head == self.volume.pointers.now.mirror_seq:
+            return
+        await self.flush()
+        stops = stops_of(self.volume).seqs
+        if len(stops):
+            await self.sync_to(int(stops[-1]))
 
     async def _sync(self, work: Work[int]) -> int:
         self.syncing = True

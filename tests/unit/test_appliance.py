@@ -12,7 +12,15 @@ import trio
 from dmafs.core.storage import RealStorage, open_source
 from dmafs.core.store import Store, create_volume
 from dmafs.core.volume import VolumeLimits
-from dmafs.errors import CloneBusyError, ExistsError, NoSuchCloneError, NoSuchPointError, StoreError
+from dmafs.errors import (
+    CloneBusyError,
+    ExistsError,
+    NoSuchCloneError,
+    NoSuchPointError,
+    ReadOnlyError,
+    StoreError,
+    StoreFullError,
+)
 from dmafs.service.appliance import Appliance
 from dmafs.service.engine import Engine
 from dmafs.taps.passthrough import PassThroughTap
@@ -187,3 +195,106 @@ async def test_writers_of_one_clone_do_not_mix(appliance: Appliance) -> None:
             writers.start_soon(write, number)
     found = await appliance.read_clone(clone, 0, 6000)
     assert found == b"".join(bytes([number + 1]) * 100 for number in range(60))
+
+
+async def test_snapshots_without_a_name_are_a_group(appliance: Appliance) -> None:
+    """Of one instant, found by its canonical time, also where one volume has written nothing since the last one."""
+    appliance.write_tap("a", 0, b"first".ljust(512))
+    appliance.write_tap("b", 0, b"first".ljust(512))
+    first = await appliance.take_scheduled(frozen=False)
+    assert not appliance.has_news()
+    appliance.write_tap("b", 0, b"second".ljust(512))
+    assert appliance.has_news()
+    second = await appliance.take_scheduled(frozen=True)
+    assert appliance.snapshot_ids() == [first, second]
+    seqs = [appliance.snapshot_seqs(identifier) for identifier in (first, second)]
+    assert seqs[0]["a"] == seqs[1]["a"]
+    assert seqs[0]["b"] < seqs[1]["b"]
+    for _ in range(2):
+        for identifier, expected in zip((first, second), seqs, strict=True):
+            assert appliance.snapshot_seqs(identifier) == expected
+            assert appliance.seqs_at(appliance.resolve(identifier)) == expected
+            assert appliance.snapshot_time(identifier) == appliance.resolve(identifier)
+        appliance.write_tap("a", 0, b"third".ljust(512))
+        appliance.write_tap("b", 0, b"third".ljust(512))
+        await appliance.sync()
+    assert appliance.consistency(appliance.image("b", seqs[0]["b"])) == "exact"
+    assert appliance.consistency(appliance.image("b", seqs[1]["b"])) == "frozen"
+    await appliance.drop_snapshot(second)
+    assert second not in appliance.snapshot_ids()
+    assert appliance.snapshot_seqs(first) == seqs[0]
+
+
+async def test_the_same_instant_is_one_snapshot(appliance: Appliance) -> None:
+    """Taken twice without a write between, it is there once; and a failure doesn't drop the one that was there."""
+    appliance.write_tap("a", 0, b"x".ljust(512))
+    identifier = await appliance.take_scheduled(frozen=False)
+    assert await appliance.take_scheduled(frozen=False) == identifier
+    assert [len(list(volume.snapshots)) for volume in appliance._volumes.values()] == [1, 1]
+    broken = appliance._engines["b"]
+
+    async def fail(*_args: object, **_keywords: object) -> None:
+        await trio.lowlevel.checkpoint()
+        raise ExistsError("no")
+
+    broken.snapshot_at = fail  # type: ignore[method-assign, assignment]
+    with pytest.raises(ExistsError):
+        await appliance.take_scheduled(frozen=False)
+    assert appliance.snapshot_ids() == [identifier]
+
+
+async def test_volumes_that_cannot_are_left_out(appliance: Appliance) -> None:
+    """A schedule goes on with the volumes that are protected; with none it is an error, not a crash."""
+    for name in ("a", "b"):
+        appliance.write_tap(name, 0, b"x".ljust(512))
+    await appliance.flush_tap("a")
+    appliance._volumes["b"].failure = "broken"
+    identifier = await appliance.take_scheduled(frozen=False)
+    assert appliance.snapshot_seqs(identifier).keys() == {"a"}
+    appliance._volumes["a"].failure = "broken"
+    assert not appliance.has_news()
+    with pytest.raises(NoSuchPointError):
+        await appliance.take_scheduled(frozen=False)
+    with pytest.raises(ReadOnlyError):
+        await appliance.mark("m")
+    for volume in appliance._volumes.values():
+        volume.failure = ""
+
+
+async def test_a_mark_is_one_instant_of_all_volumes(appliance: Appliance) -> None:
+    """A name set again means the newest; a snapshot's name can't be one."""
+    for value in (b"first", b"second"):
+        appliance.write_tap("a", 0, value.ljust(512))
+        appliance.write_tap("b", 0, value.ljust(512))
+        appliance.write_tap("a", 0, (value + b" again").ljust(512))
+        await appliance.mark("m")
+        marked = appliance.seqs_at(appliance.resolve("m"))
+        assert marked == {name: volume.journal.durable for name, volume in appliance._volumes.items()}
+        assert appliance.landmarks()[1]["m"] == appliance.resolve("m")
+    await appliance.take_snapshot("taken")
+    with pytest.raises(ExistsError):
+        await appliance.mark("taken")
+
+
+async def test_a_refused_write_calls_for_a_sync(appliance: Appliance, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever makes space learns of a write that had none."""
+    engine = appliance._engines["a"]
+    assert not engine.facts().starved
+    monkeypatch.setattr(engine.volume.storage, "free_bytes", lambda: -1)
+    with pytest.raises(StoreFullError):
+        appliance.write_tap("a", 0, bytes(512))
+    monkeypatch.undo()
+    assert engine.starved.is_set()
+    assert engine.facts().starved
+
+
+async def test_a_sync_by_policy_opens_no_snapshot_but_the_first(appliance: Appliance) -> None:
+    """It feeds the open snapshot; where there is none, the mirror's moment stays."""
+    engine = appliance._engines["a"]
+    for value in (b"one", b"two", b"three"):
+        appliance.write_tap("a", 0, value.ljust(512))
+        await engine.flush()
+        before = engine.volume.pointers.now.mirror_seq
+        assert await engine.sync_to(engine.volume.journal.durable) == before + 1
+    assert [snapshot.seq for snapshot in engine.volume.snapshots] == [0]
+    assert bytes(appliance.image("a", 0).read(0, 5)) == bytes(5)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from dmafs.core.policy import SnapshotSchedule, SyncPolicy
 from dmafs.errors import InputError, NoStoreError
 from dmafs.service.client import session
 from dmafs.service.configuration import Configuration, load_configuration
@@ -65,3 +66,71 @@ def test_what_is_not_right_is_refused(tmp_path: Path, text: str) -> None:
         load_configuration(tmp_path)
     assert str(tmp_path) in caught.value.message or "64MB" in caught.value.message
     assert caught.value.hint
+
+
+def test_tables(tmp_path: Path) -> None:
+    """Each table is read into what the core needs of it."""
+    (tmp_path / "dmafs.conf").write_text("""
+tick_s = 2
+[sync]
+age = "2h"
+exact = 0
+journal = "1GiB"
+free = "2.5%"
+at = ["06:00", "18:30"]
+marks = ["backup-*"]
+[snapshots]
+every = "15min"
+at = ["12:01"]
+before = ["fsfreeze", "-f", "/data"]
+hook_timeout = "5s"
+""")
+    found = load_configuration(tmp_path)
+    assert found.sync.policy() == SyncPolicy(7200, 0, 1 << 30, 0.025, (21600, 66600), ("backup-*",))
+    assert found.snapshots.schedule() == SnapshotSchedule(900, (43260,), ("fsfreeze", "-f", "/data"), (), 5)
+
+
+def test_defaults_of_tables_are_the_cores() -> None:
+    """What isn't configured is as the core has it."""
+    assert Configuration().sync.policy() == SyncPolicy()
+    assert Configuration().snapshots.schedule() == SnapshotSchedule()
+
+
+@pytest.mark.parametrize(
+    ("table", "text", "problem"),
+    [
+        ("sync", "agee = 1", "unknown key agee"),
+        ("sync", "age = 24", "age = 24 is not right"),
+        ("sync", "age = false", "age = False is not right"),
+        ("sync", 'age = "1 day"', "age: duration '1 day' not understood"),
+        ("sync", 'age = "12h"', "exact is not less than age"),
+        ("sync", 'exact = "24h"', "exact is not less than age"),
+        ("sync", "journal = -1", "journal = -1 is not right"),
+        ("sync", "free = 0.1", "free = 0.1 is not right"),
+        ("sync", 'free = "100%"', "free: share '100%' not understood"),
+        ("sync", 'at = "06:00"', "at = '06:00' is not right"),
+        ("sync", 'at = ["6:00"]', "at: time of day '6:00' not understood"),
+        ("sync", 'marks = [""]', "marks = "),
+        ("snapshots", 'before = "fsfreeze -f /data"', "before = "),
+        ("snapshots", 'before = ["a\\u0000b"]', "before = "),
+        ("snapshots", 'after = [["nested"]]', "after = "),
+        ("snapshots", "hook_timeout = 0", "hook_timeout = 0 is not right"),
+    ],
+)
+def test_what_is_not_right_in_a_table(tmp_path: Path, table: str, text: str, problem: str) -> None:
+    """The error names file, table and key, and what is allowed."""
+    (tmp_path / "dmafs.conf").write_text(f"[{table}]\n{text}\n")
+    with pytest.raises(InputError) as caught:
+        load_configuration(tmp_path)
+    assert caught.value.message.startswith(f"configuration {tmp_path}/dmafs.conf, [{table}]")
+    assert problem in caught.value.message
+    assert caught.value.hint
+
+
+def test_a_table_is_a_table(tmp_path: Path) -> None:
+    """The name of a table can't be a key, nor a key a table; unknown tables are named."""
+    for text, hint in (("sync = 1", "[sync]"), ("[tick_s]", "a number"), ("[retention_]", "[snapshots]")):
+        (tmp_path / "dmafs.conf").write_text(text)
+        with pytest.raises(InputError) as caught:
+            load_configuration(tmp_path)
+        assert hint in caught.value.hint

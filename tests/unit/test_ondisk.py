@@ -118,7 +118,7 @@ def test_tables_cover_every_byte_once(title: str, size: int) -> None:
 def test_sizes_are_the_documented_ones() -> None:
     """Headers and slots have one sector, records 64 bytes; the slots of a pointer file lie in different pages."""
     assert (HEADER_SIZE, RECORD_SIZE, SLOT_SIZE, SLOT_OFFSETS, POINTERS_SIZE) == (512, 64, 512, (0, 4096), 8192)
-    assert FORMAT_VERSION == 1
+    assert FORMAT_VERSION == 2
 
 
 def number(data: bytes, offset: int, length: int) -> int:
@@ -134,17 +134,28 @@ def at(title: str, field: str) -> tuple[int, int]:
 def test_header_has_each_field_where_the_table_says() -> None:
     """A segment header's bytes are those of the table."""
     uuid = UUID(int=0x0102030405060708090A0B0C0D0E0F10)
-    data = Header(Kind.BACKWARD, uuid, 11, 12, 13, 14, temporary=True, name="näm").encode()
+    header = Header(Kind.BACKWARD, uuid, 11, 12, 13, 14, temporary=True, name="näm", frozen=True, instant_ns=15)
+    data = header.encode()
     assert len(data) == HEADER_SIZE
     assert data[:8] == b"DMAFSEXT"
     assert data[16:32] == uuid.bytes
-    fields = {"format version": 1, "kind": 2, "salt": 11, "first": 12, "seq of": 13, "time_ns of": 14, "flags": 1}
+    fields = {
+        "format version": 2,
+        "kind": 2,
+        "salt": 11,
+        "first": 12,
+        "seq of": 13,
+        "time_ns of": 14,
+        "flags": 3,
+        "instant": 15,
+    }
     for field, value in fields.items():
         assert number(data, *at("Segment header", field)) == value, field
     assert number(data, *at("Segment header", "length")) == len("näm".encode())
     assert data[72:328] == "näm".encode().ljust(256, b"\0")
-    assert data[328:504] == bytes(176)
+    assert data[336:504] == bytes(168)
     assert number(data, 504, 8) == xxhash.xxh3_64_intdigest(data[:504], seed=0)
+    assert Header.decode(data, "f") == header
 
 
 def test_record_has_each_field_where_the_table_says() -> None:
@@ -180,7 +191,7 @@ def test_slot_has_each_field_where_the_table_says() -> None:
     data = Pointers(uuid, 21, False, True, 22, 23, 24, 25, 26, 27, 28, 29, 30, boot).encode()  # noqa: FBT003 - by place
     assert len(data) == SLOT_SIZE
     assert data[:8] == b"DMAFSPTR"
-    assert (number(data, 8, 4), number(data, 12, 4)) == (1, 2)
+    assert (number(data, 8, 4), number(data, 12, 4)) == (2, 2)
     assert Pointers(uuid, clean=True).encode()[12] == 1
     assert data[16:32] == uuid.bytes
     assert [number(data, offset, 8) for offset in range(32, 112, 8)] == list(range(21, 31))
@@ -356,7 +367,7 @@ def test_bad_info_is_corruption(data: bytes) -> None:
 
 
 GOOD: dict[str, Any] = {
-    "format": 1,
+    "format": 2,
     "uuid": str(UUID(int=1)),
     "name": "disk",
     "size_sectors": 8,
@@ -403,14 +414,14 @@ def test_wrong_version_is_named(kind: Any, fix: Any) -> None:
     """A header or slot of another version gives a VersionError with file and both versions, whatever its checksum."""
     one = Header(Kind.FORWARD, UUID(int=1), 1, 1) if kind is Header else Pointers(UUID(int=1))
     data = one.encode()
-    with pytest.raises(VersionError, match=r"some/file has format version 2, this program knows 1"):
-        kind.decode(fix(data[:8] + b"\x02" + data[9:]), "some/file")
+    with pytest.raises(VersionError, match=r"some/file has format version 3, this program knows 2"):
+        kind.decode(fix(data[:8] + b"\x03" + data[9:]), "some/file")
 
 
 def test_wrong_version_of_info_is_named() -> None:
     """volume.json of another version gives a VersionError, whatever else is in it."""
-    with pytest.raises(VersionError, match=r"some/file has format version 2"):
-        VolumeInfo.decode(b'{"format": 2, "new": 1}', "some/file")
+    with pytest.raises(VersionError, match=r"some/file has format version 3"):
+        VolumeInfo.decode(b'{"format": 3, "new": 1}', "some/file")
 
 
 @pytest.mark.parametrize("change", [(12, 4), (12, 0), (64, 4), (68, 255), (69, 2), (72, 0xFF)])

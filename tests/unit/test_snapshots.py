@@ -397,6 +397,29 @@ def test_header_holds_what_a_snapshot_is(bench: Bench) -> None:
     assert (header.snapshot_seq, header.snapshot_time_ns, header.name, header.temporary) == (10, 100, "a", True)
 
 
+def test_what_was_taken_at_an_instant(bench: Bench) -> None:
+    """Among several at one seq each is found by its instant; those with a name, hidden ones and others aren't."""
+    snapshots = bench.open()
+    create(snapshots, 5)
+    run(snapshots.create(7, 70, instant_ns=75))
+    run(snapshots.create(7, 70, "named", instant_ns=80))
+    run(snapshots.create(7, 70, frozen=True, instant_ns=90))
+    run(snapshots.create(9, 200, temporary=True))
+    for found in (snapshots, bench.open()):
+        instants = {time_ns: found.taken_at(time_ns) for time_ns in (49, 50, 74, 75, 80, 90, 200)}
+        assert {time_ns: shot and (shot.seq, shot.twin) for time_ns, shot in instants.items()} == {
+            49: None,
+            50: (5, 0),
+            74: None,
+            75: (7, 0),
+            80: None,
+            90: (7, 2),
+            200: None,
+        }
+        assert [found.is_frozen(seq) for seq in (5, 7, 9)] == [False, True, False]
+        assert [found.covers(seq) for seq in (0, 7, 8, 9)] == [True, True, False, False]
+
+
 # -- pins -----------------------------------------------------------------------------------------------------------
 
 

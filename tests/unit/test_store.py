@@ -22,7 +22,8 @@ from dmafs.core.store import (
     open_volume,
     volume_names,
 )
-from dmafs.core.volume import INFO_NAME
+from dmafs.core.volume import INFO_NAME, VolumeLimits
+from dmafs.core.work import run
 from dmafs.errors import (
     CorruptionError,
     DmafsError,
@@ -35,7 +36,7 @@ from dmafs.errors import (
     StoreBusyError,
 )
 from dmafs.units import SECTOR
-from tests.unit.tools import files, fill, flip, tree
+from tests.unit.tools import Clock, files, fill, flip, tree
 
 
 class Bench:
@@ -373,3 +374,22 @@ def test_symbolic_link_in_a_volume_is_refused(bench: Bench, name: str) -> None:
     (bench.store / "disk" / name).symlink_to(bench.root / "away")
     with pytest.raises(CorruptionError, match=name):
         open_volume(bench.store / "disk")
+
+
+def test_all_volumes_see_one_clock_that_never_goes_back(bench: Bench) -> None:
+    """What happens on one volume is later than all that had happened on the others, also if the clock is set back."""
+    for name, source in (("a", bench.source), ("b", bench.second)):
+        bench.create(name, source=source)
+    clock = Clock(5_000)
+    times: list[int] = []
+    for begin in (5_000, 100):
+        clock.now = begin
+        store = Store(bench.store, clock=clock, limits=VolumeLimits(reserve_bytes=0))
+        a, b = store.volumes.values()
+        for volume in (a, b, a, a, b):
+            times.append(volume.time_of(volume.write(0, bytes(SECTOR))))
+            clock.now -= 50
+        for volume in (a, b):
+            run(volume.flush())
+        store.close()
+    assert times == sorted(set(times))

@@ -532,3 +532,34 @@ def test_a_sync_stops_at_a_reserved_seq(bench: Bench) -> None:
         assert driven_on(work, answer) == seq
     bench.sync()
     assert bench.check()
+
+
+def test_a_sync_goes_to_its_target(bench: Bench) -> None:
+    """Told where to go, it stops at that indicator: what is behind stays exact to the write."""
+    seqs = []
+    for value in b"abc":
+        bench.write(3, bytes([value]))
+        seqs.append(bench.flush())
+    assert run(sync(bench.volume, target=seqs[1])) == seqs[1]
+    assert bench.check() == [0, *seqs[1:]]
+    assert run(sync(bench.volume, target=seqs[0])) == seqs[1], "the mirror never goes back"
+    assert run(sync(bench.volume, target=seqs[2], open_snapshot=False)) == seqs[2]
+    assert bench.check() == [0, seqs[2]]
+
+
+def test_a_target_that_is_no_indicator_is_a_bug(bench: Bench) -> None:
+    """Between two indicators, past the durable ones, and inside a gap there is no target."""
+    bench.write(3, b"a")
+    bench.write(3, b"b")
+    bench.flush()
+    bench.write(3, b"c")
+    bench.volume.indicate()
+    for target in (1, 3):
+        with pytest.raises(AssertionError):
+            run(sync(bench.volume, target=target))
+    run(bench.volume.flush(flag=Flag.GAP))
+    bench.write(3, b"d")
+    seq = bench.flush()
+    with pytest.raises(AssertionError):
+        run(sync(bench.volume, target=seq))
+    assert bench.volume.pointers.now.mirror_seq == 0

@@ -25,7 +25,10 @@ from dmafs.units import (
     format_time,
     parse_bytes,
     parse_canonical,
+    parse_duration_s,
+    parse_share,
     parse_spelling,
+    parse_time_of_day,
     valid_name,
 )
 
@@ -479,3 +482,30 @@ def test_never_another_error(text: str, now: int) -> None:
         assert valid_name(spelling.name)
     else:
         assert 0 <= (spelling.seq if isinstance(spelling, AtSeq) else spelling.time) < END
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("24h", 86400), ("1h30min", 5400), ("0s", 0), ("2w1d", 1296000), ("1000ms", 1)]
+)
+def test_durations(text: str, seconds: int) -> None:
+    """Durations are those of spellings, of whole seconds."""
+    assert parse_duration_s(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "24", "1.5h", "h", "24H", "1m", "-1h", "1500ms", "1 h", f"{10**20}w"])
+def test_what_is_no_duration(text: str) -> None:
+    """Nothing is guessed."""
+    with pytest.raises(InputError, match="duration"):
+        parse_duration_s(text)
+
+
+def test_shares_and_times_of_day() -> None:
+    """Percent, less than all, with one decimal at most; hours and minutes with two digits each."""
+    assert [parse_share(text) for text in ("10%", "2.5 %", "0%", "99.9%")] == [0.1, 0.025, 0, 0.999]
+    assert [parse_time_of_day(text) for text in ("00:00", "06:30", "23:59")] == [0, 23400, 86340]
+    for text in ("100%", "10", "0.1", "-1%", "2.55%", "%"):
+        with pytest.raises(InputError, match="share"):
+            parse_share(text)
+    for text in ("24:00", "6:30", "06:60", "06:30:00", "0630", "noon"):
+        with pytest.raises(InputError, match="time of day"):
+            parse_time_of_day(text)
