@@ -171,7 +171,7 @@ def test_pins(rig: Rig) -> None:
         report = json.loads(rig.dmafs("ls", "--json", rig.store).stdout)
         text = rig.dmafs("ls", rig.store).stdout
         return (
-            re.findall(r" pinned +(\S+)$", text, re.MULTILINE),
+            re.findall(r" pinned +\S+ +(\S+)$", text, re.MULTILINE),
             {(one["id"], one["pinned"]) for one in report["snapshots"]},
             {(one["name"], one["pinned"]) for one in report["points"] if one["name"]},
         )
