@@ -26,6 +26,7 @@ see it means nothing, and is unlinked when the store is opened.
 from __future__ import annotations
 
 import contextlib
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from typing import Final
 from uuid import UUID
@@ -155,10 +156,15 @@ class Snapshots(SnapshotMaps):
         return sorted({seq for seq, _ in keys})
 
     def newest_before(self, time_ns: int, seq: int) -> Snapshot | None:
-        """Return the visible snapshot with a seq below *seq* that is the last not after *time_ns*."""
-        for key in self._by_key.irange(maximum=(seq, 0), inclusive=(True, False), reverse=True):
-            snapshot: Snapshot = self._by_key[key]
-            if snapshot.time_ns <= time_ns and not snapshot.hidden:
+        """Return the visible snapshot with a seq below *seq* that is the last not after *time_ns*. O(log snapshots).
+
+        Times never decrease along seqs.
+        """
+        places = range(self._by_key.bisect_left((seq, 0)))
+        behind = bisect_right(places, time_ns, key=lambda place: self._by_key.peekitem(place)[1].time_ns)
+        for place in range(behind - 1, -1, -1):
+            snapshot: Snapshot = self._by_key.peekitem(place)[1]
+            if not snapshot.hidden:
                 return snapshot
         return None
 

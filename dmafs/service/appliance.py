@@ -382,10 +382,10 @@ class Appliance:
         """Return the bytes of the store's filesystem that capture leaves for syncs."""
         return max(volume.limits.reserve_bytes for volume in self._volumes.values())
 
-    async def thin(self, *, dry_run: bool = False) -> Report:
-        """Drop the snapshots that no rule keeps; with *dry_run* only say which."""
+    async def thin(self, *, dry_run: bool = False, measured: bool = True) -> Report:
+        """Drop the snapshots that no rule keeps; with *dry_run* only say which, *measured* with what they hold."""
         async with self._retaining:
-            thinning = Thinning(self._volumes, self._rules)
+            thinning = Thinning(self._volumes, self._rules, measured=measured)
             if not dry_run:
                 for drops in thinning.rounds():
                     await self._drop(drops)

@@ -38,7 +38,7 @@ class Keeper:
         """Thin, and make room if need be."""
         alarms = self._appliance.alarms
         try:
-            await self._appliance.thin()
+            await self._appliance.thin(measured=False)
         except TROUBLE as error:
             alarms.set(RETENTION_ALARM, f"snapshots can't be thinned: {error}")
         else:

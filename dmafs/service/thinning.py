@@ -31,10 +31,11 @@ def held_of(volumes: Volumes, groups: Groups) -> dict[str, int]:
 class Thinning:
     """One thinning: rounds of plans at one time, until a plan drops nothing more."""
 
-    def __init__(self, volumes: Volumes, rules: KeepRules) -> None:
-        """Plan for now."""
+    def __init__(self, volumes: Volumes, rules: KeepRules, *, measured: bool = True) -> None:
+        """Plan for now. What snapshots hold is asked of the file system only if *measured*, or there is a quota."""
         self._volumes = volumes
         self._rules = rules
+        self._measured = measured or bool(rules.quota)
         self._now_ns = next(iter(volumes.values())).clock()
         self._dropped: list[Verdict] = []
         self._plan: list[Verdict] = []
@@ -43,7 +44,7 @@ class Thinning:
 
     def _look(self) -> None:
         self._groups = snapshot_groups(self._volumes)
-        held = held_of(self._volumes, self._groups)
+        held = held_of(self._volumes, self._groups) if self._measured else None
         self._plan = plan_thinning(self._groups, self._rules, self._now_ns, held=held)
 
     def rounds(self) -> Iterator[Drops]:
