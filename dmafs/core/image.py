@@ -90,7 +90,10 @@ class Image:
         while (pieces := self.resolve_nowait(offset, length)) is None:
             start, stop = offset // SECTOR, -(-(offset + length) // SECTOR)
             if not self.vrmo.has_pages(start, stop):
-                self.vrmo.make_pages(start, stop, (yield from self.volume.stack(self.seq)))
+                seq = self.seq
+                stack = yield from self.volume.stack(seq)
+                if seq == self.seq:  # else this is the live image, and events came meanwhile: once more
+                    self.vrmo.make_pages(start, stop, stack)
             for _, _, reference in self.vrmo.resolve_nowait(start, stop) or ():
                 if reference != MIRROR and not reference & ZERO:
                     yield from self.volume.load(reference)
