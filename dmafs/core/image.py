@@ -8,6 +8,7 @@ waits for earlier readers before it overwrites the mirror or closes a file.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -15,7 +16,7 @@ import numpy as np
 
 from dmafs.core.extent import Ints
 from dmafs.core.segment import Segment
-from dmafs.core.vrmo import MIRROR, ZERO, Stack, Vrmo
+from dmafs.core.vrmo import MIRROR, ZERO, Vrmo
 from dmafs.core.work import Work, run
 from dmafs.units import SECTOR
 
@@ -140,7 +141,8 @@ class Image:
         """
         if self._allocated is None or self is self.volume.live:
             stack = yield from self.volume.stack(self.seq)
-            self._allocated = yield partial(_allocated_sectors, stack, self.volume.mirror.allocated(), self.vrmo.size)
+            taken = stack.taken(0, self.vrmo.size)
+            self._allocated = yield partial(_allocated_sectors, taken, self.volume.mirror.allocated())
         return self._allocated
 
     def allocated_sectors(self) -> int:
@@ -157,9 +159,9 @@ class Image:
                 assert np.array_equal(mine, other), f"map of the image at {self.seq} differs from its descriptors"
 
 
-def _allocated_sectors(stack: Stack, allocated: tuple[Ints, Ints], size: int) -> int:
+def _allocated_sectors(taken: Callable[[], tuple[Ints, Ints, Ints]], allocated: tuple[Ints, Ints]) -> int:
     begins, ends = allocated
-    starts, stops, references = stack.entries(0, size)
+    starts, stops, references = taken()
     covered = _allocated_before(begins, ends, stops) - _allocated_before(begins, ends, starts)
     held = (stops - starts)[(references & ZERO) == 0]
     return int((ends - begins).sum() - covered.sum() + held.sum())

@@ -75,7 +75,10 @@ class Layer:
 
 
 class Growing:
-    """Entries of columns that are still appended to, or of which only the first *end* count."""
+    """Entries of columns that are still appended to, or of which only the first *end* count.
+
+    Asked on the thread that appends: an array can't grow while another thread looks into it.
+    """
 
     def __init__(self, columns: Columns, *, base: int, end: int | None = None) -> None:
         """Take entries whose reference is *base* plus their number."""

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from dmafs.core import layers
+from dmafs.core.columns import Columns
 from dmafs.core.volume import Volume
 from dmafs.core.work import Result, Work
 from dmafs.units import SECTOR
@@ -44,3 +46,15 @@ def test_a_write_while_the_live_map_is_made_is_in_it(volume: Volume) -> None:
     disturbed(volume.live.locate(0, SIZE * SECTOR), lambda: volume.write(5, fill(0xEE)))
     assert volume.live.read(5 * SECTOR, SECTOR) == fill(0xEE)
     volume.check()
+
+
+def test_counting_allocated_sectors_asks_nothing_that_grows(volume: Volume, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a write that comes meanwhile fails: an array can't grow while a thread looks into it."""
+    volume.write(5, fill(0xEE))
+    work = volume.image(volume.journal.head).measure()
+    call = next(work)
+    monkeypatch.setattr(Columns, "select", None)
+    monkeypatch.setattr(layers, "references", None)
+    with pytest.raises(StopIteration) as done:
+        work.send(call())
+    assert done.value.value == 1
