@@ -191,10 +191,6 @@ class Snapshots(SnapshotMaps):
             if not self._by_key[key].hidden:
                 yield self._by_key[key]
 
-    def of_serial(self, serial: int) -> Snapshot:
-        """Return the snapshot that a backward reference means."""
-        return self._by_serial[serial]
-
     def held_bytes(self, snapshot: Snapshot) -> int:
         """Return how many bytes of descriptors and data a snapshot has: 0 if no sync has fed it yet. O(1)."""
         if snapshot.segment is not None:

@@ -13,7 +13,7 @@ from dmafs.core.segment import Segment
 from dmafs.core.snapshot import DIRECTORY, IndexLimits, Snapshot
 from dmafs.core.snapshots import Snapshots
 from dmafs.core.storage import RealStorage
-from dmafs.core.vrmo import Stack, Vrmo, split_reference
+from dmafs.core.vrmo import Stack, Vrmo
 from dmafs.core.work import run
 from dmafs.errors import CorruptionError, ExistsError, NoSuchSnapshotError, PinnedError
 from dmafs.units import SECTOR
@@ -82,8 +82,9 @@ def image(snapshots: Snapshots, seq: int, size: int = 12) -> list[int]:
         if reference < 0:
             found += [-1] * (stop - start)
             continue
-        serial, index = split_reference(reference)
-        segment = snapshots.segment(snapshots.of_serial(serial))
+        run(snapshots.load_of(reference))
+        segment, index = snapshots.descriptor_nowait(reference)
+        assert segment is not None
         buffer = bytearray((stop - start) * SECTOR)
         segment.read_into(index, start - segment.starts[index], memoryview(buffer))
         found += list(buffer[::SECTOR])
