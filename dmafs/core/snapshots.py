@@ -247,8 +247,17 @@ class Snapshots(SnapshotMaps):
                 yield lambda: settle(segment)
         except BaseException:
             self._remove(snapshot)
+            self._undo_creation(snapshot)
             raise
         return snapshot
+
+    def _undo_creation(self, snapshot: Snapshot) -> None:
+        """Leave no files behind: once a sync has passed its seq, they would be a snapshot that shows a later moment."""
+        if snapshot.segment is not None:
+            snapshot.segment.close()
+        for suffix in (".new", ".ext", ".dat"):
+            with contextlib.suppress(FileNotFoundError):
+                self._storage.unlink(snapshot.stem + suffix)
 
     def require_free(self, name: str) -> None:
         """Raise ExistsError if a snapshot has that name."""
