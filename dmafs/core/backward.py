@@ -45,12 +45,14 @@ class SnapshotMaps:
         return run(self.load(snapshot))
 
     def load(self, snapshot: Snapshot) -> Work[Segment]:
-        """Return the snapshot's journal, once its descriptors are in memory. What work does meanwhile comes first."""
+        """Return the snapshot's journal, once its descriptors are in memory. What work does meanwhile comes first.
+
+        If the snapshot is dropped meanwhile, that is what was in it.
+        """
         while snapshot.segment is None:
             version = snapshot.version
-            suffix = ".gone" if snapshot.gone else ".ext"
             try:
-                segment = yield partial(self._open, snapshot.stem, suffix)
+                segment = yield partial(self._open, snapshot.stem, _suffix(snapshot))
             except (CorruptionError, OSError):
                 if _untouched(snapshot, version):
                     raise
@@ -59,7 +61,8 @@ class SnapshotMaps:
                 self.keep(snapshot, segment)
             else:
                 segment.close()
-        self._loaded.move_to_end(snapshot.serial)
+        if snapshot.serial in self._loaded:
+            self._loaded.move_to_end(snapshot.serial)
         return snapshot.segment
 
     def _open(self, stem: str, suffix: str) -> Segment:
@@ -81,6 +84,12 @@ class SnapshotMaps:
         """Return the journal (None if it isn't in memory) and the entry number that a backward reference means."""
         serial, index = split_reference(reference)
         return self._by_serial[serial].segment, index
+
+    def load_of(self, reference: int) -> Work[None]:
+        """Bring the journal that a backward reference means into memory, unless its snapshot has been dropped."""
+        snapshot = self._by_serial.get(split_reference(reference)[0])
+        if snapshot is not None:
+            yield from self.load(snapshot)
 
     def excess(self) -> bool:
         """Say whether there are more journals in memory than the limits allow. O(journals in memory)."""
@@ -154,14 +163,28 @@ class SnapshotMaps:
         yield from self._tree.prepare(low, high)
 
     def _leaf(self, slot: int) -> Work[Layer]:
-        """Make the layer of a closed snapshot."""
-        snapshot = self._by_slot.get(slot)
-        if snapshot is None:  # dropped meanwhile
-            return net_layer(*stacked([]))
-        segment = yield from self.load(snapshot)
-        columns = entries(segment, backward_reference(snapshot.serial, 0), 0, len(segment))
-        layer: Layer = yield partial(net_layer, *columns)
-        return layer
+        """Make the layer of a closed snapshot; its journal isn't kept in memory for that, since many may be asked."""
+        while (snapshot := self._by_slot.get(slot)) is not None:
+            base, version = backward_reference(snapshot.serial, 0), snapshot.version
+            if snapshot.segment is not None:
+                columns = entries(snapshot.segment, base, 0, len(snapshot.segment))
+                return (yield partial(net_layer, *columns))
+            try:
+                layer: Layer = yield partial(self._read_layer, snapshot.stem, _suffix(snapshot), base)
+            except (CorruptionError, OSError):
+                if _untouched(snapshot, version):
+                    raise
+            else:
+                if _untouched(snapshot, version):
+                    return layer
+        return net_layer(*stacked([]))  # dropped meanwhile
+
+    def _read_layer(self, stem: str, suffix: str, base: int) -> Layer:
+        segment = self._open(stem, suffix)
+        try:
+            return net_layer(*entries(segment, base, 0, len(segment)))
+        finally:
+            segment.close()
 
     def changed(self, snapshot: Snapshot) -> None:
         """Take note that entries were added to a snapshot."""
@@ -188,6 +211,11 @@ class SnapshotMaps:
         slotted = [snapshot.key for snapshot in self._by_slot.values()]
         assert slotted == list(self._by_key)[: len(slotted)], "slots are those of the oldest snapshots"
         self._tree.check()
+
+
+def _suffix(snapshot: Snapshot) -> str:
+    """Return how the name of its descriptors' file ends now."""
+    return ".gone" if snapshot.gone else ".ext"
 
 
 def _untouched(snapshot: Snapshot, version: int) -> bool:

@@ -8,6 +8,7 @@ waits for earlier readers before it overwrites the mirror or closes a file.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -15,7 +16,7 @@ import numpy as np
 
 from dmafs.core.extent import Ints
 from dmafs.core.segment import Segment
-from dmafs.core.vrmo import MIRROR, ZERO, Stack, Vrmo
+from dmafs.core.vrmo import MIRROR, ZERO, Vrmo
 from dmafs.core.work import Work, run
 from dmafs.units import SECTOR
 
@@ -90,7 +91,10 @@ class Image:
         while (pieces := self.resolve_nowait(offset, length)) is None:
             start, stop = offset // SECTOR, -(-(offset + length) // SECTOR)
             if not self.vrmo.has_pages(start, stop):
-                self.vrmo.make_pages(start, stop, (yield from self.volume.stack(self.seq)))
+                seq = self.seq
+                stack = yield from self.volume.stack(seq)
+                if seq == self.seq:  # else this is the live image, and events came meanwhile: once more
+                    self.vrmo.make_pages(start, stop, stack)
             for _, _, reference in self.vrmo.resolve_nowait(start, stop) or ():
                 if reference != MIRROR and not reference & ZERO:
                     yield from self.volume.load(reference)
@@ -137,7 +141,8 @@ class Image:
         """
         if self._allocated is None or self is self.volume.live:
             stack = yield from self.volume.stack(self.seq)
-            self._allocated = yield partial(_allocated_sectors, stack, self.volume.mirror.allocated(), self.vrmo.size)
+            taken = stack.taken(0, self.vrmo.size)
+            self._allocated = yield partial(_allocated_sectors, taken, self.volume.mirror.allocated())
         return self._allocated
 
     def allocated_sectors(self) -> int:
@@ -154,9 +159,9 @@ class Image:
                 assert np.array_equal(mine, other), f"map of the image at {self.seq} differs from its descriptors"
 
 
-def _allocated_sectors(stack: Stack, allocated: tuple[Ints, Ints], size: int) -> int:
+def _allocated_sectors(taken: Callable[[], tuple[Ints, Ints, Ints]], allocated: tuple[Ints, Ints]) -> int:
     begins, ends = allocated
-    starts, stops, references = stack.entries(0, size)
+    starts, stops, references = taken()
     covered = _allocated_before(begins, ends, stops) - _allocated_before(begins, ends, starts)
     held = (stops - starts)[(references & ZERO) == 0]
     return int((ends - begins).sum() - covered.sum() + held.sum())

@@ -15,9 +15,10 @@ What is still growing is no slot: ``select`` finds its entries in the columns th
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from functools import partial
+from itertools import count
 from typing import Final, Protocol
 
 import numpy as np
@@ -75,7 +76,10 @@ class Layer:
 
 
 class Growing:
-    """Entries of columns that are still appended to, or of which only the first *end* count."""
+    """Entries of columns that are still appended to, or of which only the first *end* count.
+
+    Asked on the thread that appends: an array can't grow while another thread looks into it.
+    """
 
     def __init__(self, columns: Columns, *, base: int, end: int | None = None) -> None:
         """Take entries whose reference is *base* plus their number."""
@@ -140,8 +144,9 @@ class LayerTree:
         self._limit_bytes = limit_bytes
         self._slots: list[int] = []
         self._blocks: OrderedDict[Key, Layer] = OrderedDict()  # least recently used first
-        self._owned: dict[Key, int] = {}  # bytes of the blocks that are no other block's
-        self._changes = 0
+        self._builds: dict[int, Key] = {}  # blocks that are being made, of slots that haven't changed since
+        self._numbers = count()
+        self._wanted: list[tuple[int, int]] = []  # runs of slots that are being prepared
 
     # -- slots --------------------------------------------------------------------------------------------------
 
@@ -156,21 +161,25 @@ class LayerTree:
         self.changed(slot)
 
     def changed(self, slot: int) -> None:
-        """Forget the blocks that a slot is in."""
-        self._changes += 1
+        """Forget the blocks that a slot is in, also those that are just being made."""
         for level in range(_LEVELS):
-            self._forget((level, slot // FAN_OUT**level))
+            self._blocks.pop((level, slot // FAN_OUT**level), None)
+        self._abandon(lambda level, block: slot // FAN_OUT**level == block)
 
     def release(self, slot: int) -> None:
         """Remove the slots up to *slot*; blocks that reach beyond it stay: who asks for them leaves out the rest."""
-        del self._slots[: bisect_left(self._slots, slot + 1)]
-        for level, block in list(self._blocks):
-            if (block + 1) * FAN_OUT**level <= slot + 1:
-                self._forget((level, block))
 
-    def _forget(self, key: Key) -> None:
-        self._blocks.pop(key, None)
-        self._owned.pop(key, None)
+        def is_released(level: int, block: int) -> bool:
+            return (block + 1) * FAN_OUT**level <= slot + 1
+
+        del self._slots[: bisect_left(self._slots, slot + 1)]
+        for key in [key for key in self._blocks if is_released(*key)]:
+            del self._blocks[key]
+        self._abandon(is_released)
+
+    def _abandon(self, concerns: Callable[[int, int], bool]) -> None:
+        """Have some of the blocks that are being made not be kept."""
+        self._builds = {number: key for number, key in self._builds.items() if not concerns(*key)}
 
     # -- blocks -------------------------------------------------------------------------------------------------
 
@@ -203,13 +212,14 @@ class LayerTree:
 
     def prepare(self, low: int, high: int) -> Work[None]:
         """Make the layers of the slots ``[low, high)``; what changes meanwhile is made again."""
-        done = False
-        while not done:
-            changes = self._changes
-            for key in self._cover(low, high):
-                yield from self._make(*key)
-            done = changes == self._changes
-        self._evict(set(self._cover(low, high)))
+        wanted = low, high
+        self._wanted.append(wanted)
+        try:
+            while missing := [key for key in self._cover(low, high) if key not in self._blocks]:
+                yield from self._make(*missing[0])
+            self._evict()
+        finally:
+            self._wanted.remove(wanted)
 
     def _make(self, level: int, block: int) -> Work[Layer]:
         """Make a block, from the smaller ones in it."""
@@ -217,37 +227,50 @@ class LayerTree:
         if key in self._blocks:
             self._blocks.move_to_end(key)
             return self._blocks[key]
-        changes = self._changes
-        parts: list[Layer] = []
-        if level == 0:
-            layer = yield from self._leaf(block)
-        else:
-            width = FAN_OUT ** (level - 1)
-            for child in range(block * FAN_OUT, (block + 1) * FAN_OUT):
-                index = bisect_left(self._slots, child * width)
-                if index < len(self._slots) and self._slots[index] < (child + 1) * width:
-                    parts.append((yield from self._make(level - 1, child)))
-            parts = parts if self._later_wins else parts[::-1]
-            layer = (yield partial(merge, parts)) if len(parts) != 1 else parts[0]
-        if changes == self._changes:
-            self._blocks[key] = layer
-            self._owned[key] = 0 if layer in parts else layer.bytes
+        number = next(self._numbers)
+        self._builds[number] = key
+        try:
+            layer = yield from self._merged(level, block)
+            if number in self._builds:
+                self._blocks[key] = layer
+        finally:
+            self._builds.pop(number, None)
         return layer
 
-    def _evict(self, needed: set[Key]) -> None:
-        """Forget the blocks used least recently, down to the limit, but not those *needed* just now."""
-        total = sum(self._owned.values())
-        for key in list(self._blocks):
+    def _merged(self, level: int, block: int) -> Work[Layer]:
+        """Return what the slots in a block amount to."""
+        if level == 0:
+            return (yield from self._leaf(block))
+        width = FAN_OUT ** (level - 1)
+        parts: list[Layer] = []
+        for child in range(block * FAN_OUT, (block + 1) * FAN_OUT):
+            index = bisect_left(self._slots, child * width)
+            if index < len(self._slots) and self._slots[index] < (child + 1) * width:
+                parts.append((yield from self._make(level - 1, child)))
+        if len(parts) == 1:
+            return parts[0]
+        layer: Layer = yield partial(merge, parts if self._later_wins else parts[::-1])
+        return layer
+
+    def _evict(self) -> None:
+        """Forget the blocks used least recently, down to the limit, but none that somebody waits for.
+
+        A layer that several blocks are, since the others in them have no slots, counts once.
+        """
+        users = Counter(id(layer) for layer in self._blocks.values())
+        total = sum({id(layer): layer.bytes for layer in self._blocks.values()}.values())
+        needed = {key for wanted in self._wanted for key in self._cover(*wanted)}
+        for key, layer in list(self._blocks.items()):
             if total <= self._limit_bytes:
                 return
             if key not in needed:
-                total -= self._owned[key]
-                self._forget(key)
+                del self._blocks[key]
+                users[id(layer)] -= 1
+                total -= 0 if users[id(layer)] else layer.bytes
 
     def check(self) -> None:
         """Assert that slots ascend, and that each block is a disjoint list with a slot in it."""
         assert self._slots == sorted(set(self._slots))
-        assert self._owned.keys() == self._blocks.keys()
         for layer in self._blocks.values():
             assert np.all(layer.starts < layer.stops)
             assert np.all(layer.starts[1:] >= layer.stops[:-1])

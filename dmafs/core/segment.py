@@ -252,10 +252,12 @@ class Segment(Columns):
     def write_batch(self, extents: Sequence[tuple[int, int, Buffer | None]], time_ns: int) -> Records:
         """Write (start, length, data or None) extents durably, data before descriptors, without publishing them.
 
-        May run in a thread. ``publish`` adds the batch to the columns.
+        May run in a thread. ``publish`` adds the batch to the columns. Of one that wasn't published, since it failed,
+        the next call cuts off what is there: behind a shorter batch the rest of it would look valid.
         """
         if not self._trimmed:
             self.trim()
+        self._trimmed = False
         held = [data for _, _, data in extents if data is not None]
         records = np.zeros(len(extents), RECORD_DTYPE)
         with_data = np.array([data is not None for _, _, data in extents], bool)
@@ -277,6 +279,7 @@ class Segment(Columns):
     def publish(self, batch: Records) -> None:
         """Add what ``write_batch`` wrote to the columns."""
         self.absorb(batch)
+        self._trimmed = True
 
     def seal(self) -> None:
         """Append a record that calls all published batches durable; it is durable itself after the next datasync.

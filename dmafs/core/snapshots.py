@@ -197,10 +197,6 @@ class Snapshots(SnapshotMaps):
             if not self._by_key[key].hidden:
                 yield self._by_key[key]
 
-    def of_serial(self, serial: int) -> Snapshot:
-        """Return the snapshot that a backward reference means."""
-        return self._by_serial[serial]
-
     def held_bytes(self, snapshot: Snapshot) -> int:
         """Return how many bytes of descriptors and data a snapshot has: 0 if no sync has fed it yet. O(1)."""
         if snapshot.segment is not None:
@@ -257,8 +253,17 @@ class Snapshots(SnapshotMaps):
                 yield lambda: settle(segment)
         except BaseException:
             self._remove(snapshot)
+            self._undo_creation(snapshot)
             raise
         return snapshot
+
+    def _undo_creation(self, snapshot: Snapshot) -> None:
+        """Leave no files behind: once a sync has passed its seq, they would be a snapshot that shows a later moment."""
+        if snapshot.segment is not None:
+            snapshot.segment.close()
+        for suffix in (".new", ".ext", ".dat"):
+            with contextlib.suppress(FileNotFoundError):
+                self._storage.unlink(snapshot.stem + suffix)
 
     def require_free(self, name: str) -> None:
         """Raise ExistsError if a snapshot has that name."""

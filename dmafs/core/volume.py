@@ -44,7 +44,7 @@ from dmafs.core.segment import Segment
 from dmafs.core.snapshot import IndexLimits, Snapshot
 from dmafs.core.snapshots import Snapshots
 from dmafs.core.storage import File, Storage, write_whole
-from dmafs.core.vrmo import BACKWARD, ZERO, Stack, split_reference
+from dmafs.core.vrmo import BACKWARD, ZERO, Stack
 from dmafs.core.work import Work
 from dmafs.errors import CorruptionError, NoSuchPointError, ReadOnlyError, StoreError, StoreFullError
 
@@ -337,9 +337,9 @@ class Volume:
         return segment, reference - segment.header.first
 
     def load(self, reference: int) -> Work[None]:
-        """Bring the journal that a reference names into memory."""
+        """Bring the journal that a reference names into memory, if it still means anything."""
         if reference >= BACKWARD:
-            yield from self.snapshots.load(self.snapshots.of_serial(split_reference(reference)[0]))
+            yield from self.snapshots.load_of(reference)
 
     def images(self) -> list[Image]:
         """Return all images in memory but the live one."""

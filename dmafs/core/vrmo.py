@@ -25,6 +25,8 @@ descriptor's plus the distance from its start.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -58,13 +60,27 @@ class Stack(NamedTuple):
     layers: list[Selectable]
     mirror_seq: int
 
+    def taken(self, start: int, stop: int) -> Callable[[], tuple[Ints, Ints, Ints]]:
+        """Take what the layers have in a range; the call that is returned makes it the moment's entries, in any thread.
+
+        The layers themselves are asked here, since some of them grow.
+        """
+        parts = [layer.select(start, stop) for layer in self.layers]
+        return partial(_disjoint, parts, self.mirror_seq, start, stop)
+
     def entries(self, start: int, stop: int) -> tuple[Ints, Ints, Ints]:
         """Return the moment's entries within a range as a disjoint list: starts, stops, references."""
-        starts, stops, references = stacked([layer.select(start, stop) for layer in self.layers])
-        change = net_change(np.maximum(starts, start), np.minimum(stops, stop))
-        references = references[change.winner]
-        off_mirror = (references & ~ZERO) > self.mirror_seq
-        return change.starts[off_mirror], change.stops[off_mirror], references[off_mirror]
+        return self.taken(start, stop)()
+
+
+def _disjoint(
+    parts: list[tuple[Ints, Ints, Ints]], mirror_seq: int, start: int, stop: int
+) -> tuple[Ints, Ints, Ints]:
+    starts, stops, references = stacked(parts)
+    change = net_change(np.maximum(starts, start), np.minimum(stops, stop))
+    references = references[change.winner]
+    off_mirror = (references & ~ZERO) > mirror_seq
+    return change.starts[off_mirror], change.stops[off_mirror], references[off_mirror]
 
 
 class Vrmo:

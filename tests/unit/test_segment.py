@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -387,3 +388,20 @@ def test_long_queues_are_read_in_parts(bench: Bench, monkeypatch: pytest.MonkeyP
     assert state(bench.open()) == state(one)
     flip(bench.ext, HEADER_SIZE + 8)
     assert bench.open().claims_beyond_end() == 11
+
+
+def test_what_a_failed_batch_left_is_cut_off_by_the_next(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind a shorter one the rest of its records would look valid, and their data be another's."""
+    segment = bench.create(Kind.BACKWARD)
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(segment.ext, "datasync", fail)
+        with pytest.raises(OSError, match="No space"):
+            segment.write_batch([(start, 1, fill(start)) for start in (1, 3, 5, 7)], 7)
+    segment.publish(segment.write_batch([(start, 1, fill(start)) for start in (2, 4)], 8))
+    again = bench.open(Kind.BACKWARD)
+    assert state(again) == state(segment)
+    assert again.starts.tolist() == [2, 4]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +15,7 @@ from dmafs.core.segment import Segment
 from dmafs.core.snapshot import DIRECTORY, IndexLimits, Snapshot
 from dmafs.core.snapshots import Snapshots
 from dmafs.core.storage import RealStorage
-from dmafs.core.vrmo import Stack, Vrmo, split_reference
+from dmafs.core.vrmo import Stack, Vrmo
 from dmafs.core.work import run
 from dmafs.errors import CorruptionError, ExistsError, NoSuchSnapshotError, PinnedError
 from dmafs.units import SECTOR
@@ -82,8 +84,9 @@ def image(snapshots: Snapshots, seq: int, size: int = 12) -> list[int]:
         if reference < 0:
             found += [-1] * (stop - start)
             continue
-        serial, index = split_reference(reference)
-        segment = snapshots.segment(snapshots.of_serial(serial))
+        run(snapshots.load_of(reference))
+        segment, index = snapshots.descriptor_nowait(reference)
+        assert segment is not None
         buffer = bytearray((stop - start) * SECTOR)
         segment.read_into(index, start - segment.starts[index], memoryview(buffer))
         found += list(buffer[::SECTOR])
@@ -376,6 +379,23 @@ def test_failed_creation_leaves_no_snapshot(bench: Bench, monkeypatch: pytest.Mo
     assert snapshots.all() == []
     snapshots.check()
     create(snapshots, 10, "a")
+
+
+def test_creation_that_fails_at_its_end_leaves_no_files(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sync may pass its moment then, and the next start would show a later one as the snapshot."""
+    snapshots = bench.open()
+    opened = len(os.listdir("/proc/self/fd"))
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RealStorage, "sync_directory", fail)
+        with pytest.raises(OSError, match="Too many"):
+            run(snapshots.create(10, 100, "a"))
+    assert files(bench.path) == []
+    assert len(os.listdir("/proc/self/fd")) == opened
+    assert bench.open().all() == []
 
 
 def test_unloaded_journals_are_opened_again_when_needed(bench: Bench) -> None:

@@ -1,0 +1,136 @@
+"""Claims about dmafs.core.layers: blocks are made once, in bounded memory, while history goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dmafs.core.layers import FAN_OUT, Layer, LayerTree, net_layer
+from dmafs.core.work import Work, run
+
+
+class Bench:
+    """A tree whose slots have one entry each, at an address of their own, and whatever happens at each yield."""
+
+    def __init__(self, limit_bytes: int = 1 << 20) -> None:
+        self.made: list[int] = []
+        self.reference = 1
+        self.tree = LayerTree(self.leaf, later_wins=True, limit_bytes=limit_bytes)
+
+    def leaf(self, slot: int) -> Work[Layer]:
+        self.made.append(slot)
+        reference = self.reference
+        layer: Layer = yield lambda: net_layer(*(np.array([value]) for value in (slot, slot + 1, reference)))
+        return layer
+
+    def add(self, *slots: int) -> None:
+        for slot in slots:
+            self.tree.add(slot)
+
+    def found(self, low: int, high: int) -> dict[int, int]:
+        """Return the references by address."""
+        layers = self.tree.layers_nowait(low, high)
+        assert layers is not None
+        return {
+            start: reference
+            for layer in layers
+            for start, reference in zip(layer.starts.tolist(), layer.references.tolist(), strict=True)
+        }
+
+
+def disturbed(work: Work[Any], disturb: Callable[[], Any]) -> int:
+    """Do work, and something else after each of its calls, some hundred times at most; return how often."""
+    times = 0
+    try:
+        call = next(work)
+        while times < 500:
+            answer = call()
+            disturb()
+            times += 1
+            call = work.send(answer)
+    except StopIteration:
+        pass
+    return times
+
+
+def test_a_slot_that_goes_on_changing_holds_up_no_other() -> None:
+    """A sync adds to the open snapshot all the time; opening an image waits for none of that."""
+    bench = Bench()
+    bench.add(*range(FAN_OUT + 1))
+    assert disturbed(bench.tree.prepare(0, FAN_OUT), lambda: bench.tree.changed(FAN_OUT)) == FAN_OUT + 1
+    assert bench.made == list(range(FAN_OUT))
+    bench.tree.check()
+
+
+@pytest.mark.parametrize("at", range(FAN_OUT + 1))
+def test_a_block_is_made_again_if_a_slot_in_it_changes_meanwhile(at: int) -> None:
+    """Whenever the change comes, layers have it."""
+    bench = Bench()
+    bench.add(*range(FAN_OUT))
+    left = iter(range(FAN_OUT * 3))
+
+    def disturb() -> None:
+        if next(left) == at:
+            bench.reference = 2
+            bench.tree.changed(0)
+
+    disturbed(bench.tree.prepare(0, FAN_OUT), disturb)
+    assert bench.found(0, FAN_OUT)[0] == 2
+    bench.tree.check()
+
+
+def test_those_who_wait_take_nothing_from_each_other() -> None:
+    """Else two whose layers don't fit into memory together could go on making them for ever."""
+    bench = Bench(limit_bytes=0)
+    bench.add(*range(2 * FAN_OUT))
+    waiting = bench.tree.prepare(FAN_OUT + 1, 2 * FAN_OUT)
+    call = next(waiting)
+    for _ in range(3):
+        call = waiting.send(call())
+    run(bench.tree.prepare(1, FAN_OUT))
+    assert list(bench.found(1, FAN_OUT)) == list(range(1, FAN_OUT))
+    with pytest.raises(StopIteration):
+        while True:
+            call = waiting.send(call())
+    assert list(bench.found(FAN_OUT + 1, 2 * FAN_OUT)) == list(range(FAN_OUT + 1, 2 * FAN_OUT))
+    assert len(bench.made) == len(set(bench.made))
+
+
+def test_memory_is_bounded_when_blocks_share_a_layer() -> None:
+    """After thinning most blocks have one slot, and are what the smaller block in them is."""
+    limit = 3 * 24
+    bench = Bench(limit_bytes=limit)
+    bench.add(*(number * FAN_OUT**2 + 1 for number in range(10)))
+    for number in range(10):
+        run(bench.tree.prepare(number * FAN_OUT**2, (number + 1) * FAN_OUT**2))
+    kept = {id(layer): layer.bytes for layer in bench.tree._blocks.values()}  # noqa: SLF001
+    assert sum(kept.values()) == limit
+
+
+def test_what_is_released_while_it_is_made_is_not_kept() -> None:
+    """Nobody would ask for it again, or forget it."""
+    bench = Bench()
+    bench.add(*range(FAN_OUT))
+    work = bench.tree.prepare(0, FAN_OUT)
+    call = next(work)
+    bench.tree.release(2)
+    with pytest.raises(StopIteration):
+        while True:
+            call = work.send(call())
+    assert min(key[1] for key in bench.tree._blocks if key[0] == 0) == 3  # noqa: SLF001
+    assert bench.found(0, FAN_OUT).keys() >= set(range(3, FAN_OUT))
+    bench.tree.check()
+
+
+def test_work_that_is_given_up_leaves_nothing_behind() -> None:
+    """What it waited for may be forgotten then."""
+    bench = Bench(limit_bytes=0)
+    bench.add(*range(FAN_OUT * 2))
+    work = bench.tree.prepare(0, FAN_OUT)
+    next(work)
+    work.close()
+    run(bench.tree.prepare(FAN_OUT, FAN_OUT * 2))
+    assert list(bench.tree._blocks) == [(1, 1)]  # noqa: SLF001
