@@ -253,7 +253,7 @@ PROFILE = settings(max_examples=EXAMPLES, deadline=None)
 def test_the_floor_stays_and_the_rest_has_a_reason(
     history: tuple[dict[str, dict[str, Snapshot]], dict[str, int]], rules: KeepRules
 ) -> None:
-    """Pinned is never dropped, named not unless the rules say so, and never are fewer than the minimum left of a volume."""
+    """Pinned is never dropped, named not unless the rules say so, and the newest of each volume stay."""
     groups, held = history
     for verdicts in (thin(groups, rules, NOW, held), plan_shrink(groups, rules, 10**9, held=held)):
         stay = kept(verdicts)
