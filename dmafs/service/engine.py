@@ -33,10 +33,10 @@ from dmafs.core.clone import Clone
 from dmafs.core.copy import initial_copy
 from dmafs.core.image import Image
 from dmafs.core.ondisk import Flag
-from dmafs.core.policy import VolumeFacts, facts_of, has_past, stops_of
+from dmafs.core.policy import VolumeFacts, facts_of, has_past
 from dmafs.core.resync import begin_after_stop, needs_resync, resync
 from dmafs.core.snapshot import Snapshot
-from dmafs.core.sync import sync
+from dmafs.core.sync import stops_of, sync
 from dmafs.core.volume import Volume
 from dmafs.core.work import Work
 from dmafs.errors import CorruptionError, DmafsError
