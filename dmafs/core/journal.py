@@ -180,8 +180,8 @@ class ForwardJournal:
                 continue
             if segment.cut_torn(durable):
                 for later in self.segments[number + 1 :]:
-                    later.close()
                     later.remove()
+                    later.close()
                 del self.segments[number + 1 :]
                 self.head = segment.next_seq - 1
                 return

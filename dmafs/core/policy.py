@@ -26,7 +26,7 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from dmafs.core.calendar import Offset, next_round_time, next_time_of_day
-from dmafs.core.extent import Ints
+from dmafs.core.sync import Stops, stops_of
 from dmafs.core.volume import Volume
 
 NS: Final = 10**9
@@ -69,14 +69,6 @@ class SnapshotSchedule:
         if self.every_s:
             coming.append(next_round_time(self.every_s, after_s, offset))
         return min((when * NS for when in coming if when is not None), default=None)
-
-
-class Stops(NamedTuple):
-    """The sync indicators that a sync may go to, ascending: seqs, times, and the bytes of data behind each."""
-
-    seqs: Ints
-    times: Ints
-    left_bytes: Ints
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,20 +175,6 @@ def facts_of(volume: Volume, *, free: float, starved: bool, busy: bool = False) 
         stops=lambda: stops_of(volume),
         marks=lambda: [(mark.seq, mark.name) for mark in journal.marks() if mark.seq > volume.floor],
     )
-
-
-def stops_of(volume: Volume) -> Stops:
-    """Return the sync indicators that a sync of *volume* may go to. O(indicators)."""
-    journal, now = volume.journal, volume.pointers.now
-    if not now.copied or volume.failure:
-        return Stops(*(np.empty(0, np.int64) for _ in range(3)))
-    after = max(volume.floor, now.origin_seq - 1)
-    found = Stops(*journal.indicators(after, min(journal.durable, volume.sync_limit)))
-    outside = np.ones(len(found.seqs), bool)
-    for gap in journal.gaps:
-        inside = found.seqs > gap.begin
-        outside &= ~(inside if gap.end is None else inside & (found.seqs < gap.end))
-    return Stops(*(column[outside] for column in found))
 
 
 def has_past(volume: Volume) -> bool:

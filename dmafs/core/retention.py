@@ -1,7 +1,9 @@
 """Retention: which snapshots are kept, which are dropped, and why. Pure; whoever drops them is elsewhere.
 
-What is judged is a *group*: the snapshots of one moment in all volumes, kept or dropped as a whole. The *floor* is what
-nothing ever drops: pinned groups, named ones (unless the rules say otherwise), and the newest few.
+What is judged is a *group*: the snapshots of one moment in all volumes, kept or dropped as a whole. Not every group has
+all volumes (a sync keeps the moment of one mirror), so what counts snapshots counts each volume's for itself, and
+a group is kept when any of its volumes needs it. The *floor* is what nothing ever drops: pinned groups, named ones
+(unless the rules say otherwise), and the newest few.
 
 ``plan_thinning`` keeps what a rule keeps. Then, if there is a quota, it drops from the oldest on, down to the floor,
 until what is left is within it. ``plan_shrink`` is for a store that runs full: it drops from the oldest on, down to the
@@ -10,7 +12,8 @@ floor, until enough is freed.
 Invariants, for the same rules, time and time zone:
 
 1. The order in which groups are given doesn't matter; of equal times twins are told apart, then ids.
-2. The floor is kept: nothing pinned is ever dropped, and never are fewer than ``minimum`` left that were there.
+2. The floor is kept: nothing pinned is ever dropped, and never are fewer than ``minimum`` left of a volume that were
+   there.
 3. Without a quota thinning is idempotent: what is left is kept as a whole. A period that has lost its other snapshots
    still has the one kept for it, so the newest N periods with a snapshot stay the same.
 4. Without a quota it is monotone: a longer ``within`` and higher counts never drop what lower ones keep. With the same
@@ -111,8 +114,10 @@ def plan_thinning(
         if now_ns - time_ns < rules.within_s * _SECOND_NS:
             reasons[identifier].append(f"within {_spelled(rules.within_s)}")
     locals_ = {identifier: _local(time_ns, timezone) for identifier, time_ns in times.items()}
+    series = _by_volume(groups, times)
     for name, period in _PERIODS:
-        for identifier in _newest_of_periods(locals_, period, getattr(rules, name)):
+        newest = [_newest_of_periods(locals_, ids, period, getattr(rules, name)) for ids in series]
+        for identifier in set().union(*newest):
             reasons[identifier].append(name)
     kept = [identifier for identifier in times if reasons[identifier]]
     dropped = {identifier: NO_RULE for identifier in times if not reasons[identifier]}
@@ -170,25 +175,37 @@ def _times(groups: Groups) -> dict[str, int]:
     return {name: time_ns for (time_ns, _), name in ordered}
 
 
+def _by_volume(groups: Groups, times: Mapping[str, int]) -> list[list[str]]:
+    """Return for each volume the ids of the groups that it has a snapshot in, oldest first as *times* are."""
+    found: dict[str, list[str]] = {}
+    for identifier in times:
+        for volume in groups[identifier]:
+            found.setdefault(volume, []).append(identifier)
+    return list(found.values())
+
+
 def _floor(groups: Groups, times: Mapping[str, int], rules: KeepRules) -> dict[str, list[str]]:
     """Return why each group belongs to the floor; nothing for those that don't. *times* are oldest first."""
     reasons: dict[str, list[str]] = {}
-    for number, identifier in enumerate(times):
+    newest = {identifier for ids in _by_volume(groups, times) for identifier in ids[-rules.minimum or len(ids) :]}
+    for identifier in times:
         snapshots = groups[identifier].values()
         found = {
             "pinned": any(snapshot.pinned for snapshot in snapshots),
             "named": rules.named and any(snapshot.name for snapshot in snapshots),
-            "minimum": number >= len(times) - rules.minimum,
+            "minimum": identifier in newest,
         }
         reasons[identifier] = [reason for reason, holds in found.items() if holds]
     return reasons
 
 
-def _newest_of_periods(locals_: dict[str, ZonedDateTime], period: Period, count: int) -> Iterable[str]:
-    """Return the newest group in each of the newest *count* periods that have one; *locals_* are oldest first."""
+def _newest_of_periods(
+    locals_: Mapping[str, ZonedDateTime], ids: list[str], period: Period, count: int
+) -> Iterable[str]:
+    """Return the newest of *ids* in each of the newest *count* periods that have one; *ids* are oldest first."""
     newest: dict[tuple[int, ...], str] = {}
-    for identifier, local in reversed(locals_.items()):
-        key = period(local)
+    for identifier in reversed(ids):
+        key = period(locals_[identifier])
         if key not in newest:
             if len(newest) == count:
                 break

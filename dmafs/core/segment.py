@@ -407,9 +407,13 @@ class Segment(Columns):
         self.dat.close()
 
     def remove(self) -> None:
-        """Unlink both files, the descriptors first: data without descriptors is a leftover, not damage."""
+        """Unlink both files, the descriptors first: data without descriptors is a leftover, not damage.
+
+        The data's space is free at once, also while the files are open: a sync that goes on may need it.
+        """
         self._storage.unlink(self.stem + ".ext")
         self._storage.unlink(self.stem + ".dat")
+        self.dat.truncate(0)
 
     def check(self) -> None:
         """Assert the invariants of the columns, and that the files hold what they describe."""

@@ -1,7 +1,7 @@
 """Sync: the mirror moves forward to a sync indicator, and what it loses is kept in the open snapshot (fig. 9, 10, 15).
 
 A sync goes in *legs*: it stops at each snapshot and each held image on its way, so that these become the open snapshot
-there. A leg is one transaction (promise 3):
+there, and where the space that is free wouldn't do for more. A leg is one transaction (promise 3):
 
 save       The sectors that the leg will overwrite and the open snapshot lacks are copied from the mirror to its
            backward journal: data, then descriptors, both durable, and sealed. After a cut here: forgotten. Entries
@@ -23,6 +23,7 @@ from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
@@ -50,6 +51,14 @@ class SyncPlan:
     save_starts: Ints
     save_stops: Ints
     moves: tuple[Ints, Ints, Ints]
+
+
+class Stops(NamedTuple):
+    """The sync indicators that a sync may go to, ascending: seqs, times, and the bytes of data behind each."""
+
+    seqs: Ints
+    times: Ints
+    left_bytes: Ints
 
 
 def sync_target(volume: Volume) -> int | None:
@@ -113,13 +122,45 @@ def _open_snapshot(volume: Volume, seq: int, *, automatic: bool) -> Work[None]:
 
 
 def next_stop(volume: Volume, target: int) -> int:
-    """Return where the next leg to *target* ends: the first origin, snapshot or held image on the way, or *target*."""
+    """Return where the next leg to *target* ends: the first origin, snapshot or held image on the way, or *target*.
+
+    Before that where space is short, so that a sync of much frees space while it goes on.
+    """
     now = volume.pointers.now
     stops = volume.snapshots.seqs_between(now.mirror_seq, target)[:1]
     stops += volume.pinned_between(max(now.mirror_seq, now.origin_seq - 1), target)[:1]
     if now.mirror_seq < now.origin_seq:
         stops.append(now.origin_seq)
-    return min([*stops, target])
+    return _with_room(volume, min([*stops, target]))
+
+
+def stops_of(volume: Volume) -> Stops:
+    """Return the sync indicators that a sync of *volume* may go to. O(indicators)."""
+    journal, now = volume.journal, volume.pointers.now
+    if not now.copied or volume.failure:
+        return Stops(*(np.empty(0, np.int64) for _ in range(3)))
+    after = max(volume.floor, now.origin_seq - 1)
+    found = Stops(*journal.indicators(after, min(journal.durable, volume.sync_limit)))
+    outside = np.ones(len(found.seqs), bool)
+    for gap in journal.gaps:
+        inside = found.seqs > gap.begin
+        outside &= ~(inside if gap.end is None else inside & (found.seqs < gap.end))
+    return Stops(*(column[outside] for column in found))
+
+
+def _with_room(volume: Volume, stop: int) -> int:
+    """Return *stop*, or the last sync indicator before it that there is space to go to; the first one if there is none.
+
+    A leg takes as much space as its events' data at most before it frees any. Three times that are left: for capture
+    meanwhile, and for the other volumes' syncs.
+    """
+    room = volume.storage.free_bytes() // 4
+    behind = volume.journal.data_after(volume.floor)
+    if behind <= room:
+        return stop
+    found = stops_of(volume)
+    few = int(np.searchsorted(-found.left_bytes, room - behind, "right"))
+    return min(stop, int(found.seqs[max(few - 1, 0)])) if len(found.seqs) else stop
 
 
 def plan_leg(volume: Volume, target: int) -> Work[SyncPlan]:

@@ -9,7 +9,7 @@ Rules:
 2. Syncs, snapshots and drops exclude each other (``_maintenance``), not capture and not reads.
 3. Before each step of a sync or a drop, readers that resolved before are waited for: nothing is overwritten or closed
    under a reader.
-4. Work isn't cancelled, but for syncs, thinning, copies and resyncs: these may stop between two steps when the daemon
+4. Work isn't cancelled, but for syncs, drops, copies and resyncs: these may stop between two steps when the daemon
    ends. Opening the store again finishes or forgets what they began.
 5. Writes, flushes and the drop of a clone exclude each other, with a lock for each clone.
 """
@@ -33,10 +33,10 @@ from dmafs.core.clone import Clone
 from dmafs.core.copy import initial_copy
 from dmafs.core.image import Image
 from dmafs.core.ondisk import Flag
-from dmafs.core.policy import VolumeFacts, facts_of, has_past, stops_of
+from dmafs.core.policy import VolumeFacts, facts_of, has_past
 from dmafs.core.resync import begin_after_stop, needs_resync, resync
 from dmafs.core.snapshot import Snapshot
-from dmafs.core.sync import sync
+from dmafs.core.sync import stops_of, sync
 from dmafs.core.volume import Volume
 from dmafs.core.work import Work
 from dmafs.errors import CorruptionError, DmafsError
@@ -150,7 +150,7 @@ class Engine:
             self._drop_wanted = trio.Event()
             async with self._maintenance:
                 try:
-                    await self._drive(self.volume.drop_unheld(), drain=True)
+                    await self._drive(self.volume.drop_unheld(), drain=True, stoppable=True)
                     await self._sweep()
                 except TROUBLE as error:
                     log.error("volume %s: drop failed: %s", self.volume.info.name, error)
@@ -420,10 +420,14 @@ class Engine:
         return await self._drive(self.volume.snapshot_at(seq, name, instant_ns=instant_ns, frozen=frozen))
 
     async def drop_snapshot(self, snapshot: Snapshot) -> None:
-        """Drop a snapshot, or hide it until its image is closed."""
-        async with self._maintenance:
-            await self._drive(self.volume.drop_snapshot(snapshot), drain=True)
-            await self._sweep()
+        """Drop a snapshot, or hide it until its image is closed; what is given up is finished in the background."""
+        try:
+            async with self._maintenance:
+                await self._drive(self.volume.drop_snapshot(snapshot), drain=True, stoppable=True)
+                await self._sweep()
+        finally:
+            if snapshot.hidden:
+                self._drop_wanted.set()
 
     async def drop_snapshots(self, snapshots: list[Snapshot]) -> None:
         """Drop several snapshots, given oldest first, but those that are pinned or dropped meanwhile.

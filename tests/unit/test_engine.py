@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 from uuid import UUID
 
 import pytest
@@ -91,6 +92,43 @@ async def test_ticks(engine: Engine) -> None:
     seq = engine.volume.journal.head
     await until(lambda: engine.volume.journal.durable >= seq)
     assert engine.volume.journal.is_indicated(seq)
+
+
+async def test_a_drop_stops_between_steps(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The end of the daemon doesn't wait for a long merge; while it runs, what was begun is finished."""
+    for value in ("one", "two"):
+        await engine.take_snapshot(value)
+        engine.tap.write(512 * (1 + (value == "two")), sector(value))
+        engine.tap.write(0, sector(value))
+        await engine.sync()
+    unlinked: list[str] = []
+    plain_unlink = RealStorage.unlink
+
+    def unlink(storage: RealStorage, name: str) -> None:
+        unlinked.append(name)
+        plain_unlink(storage, name)
+
+    monkeypatch.setattr(RealStorage, "unlink", unlink)
+    begun, go_on = threading.Event(), threading.Event()
+    plain_write = Segment.write_batch
+
+    def slow_write(*arguments: Any) -> Any:
+        begun.set()
+        go_on.wait(10)
+        return plain_write(*arguments)
+
+    monkeypatch.setattr(Segment, "write_batch", slow_write)
+    two = engine.volume.snapshots.find("two")
+    assert two is not None
+    async with trio.open_nursery() as dropping:
+        dropping.start_soon(engine.drop_snapshot, two)
+        await until(begun.is_set)
+        dropping.cancel_scope.cancel()
+        go_on.set()
+    assert unlinked == []
+    await until(lambda: not engine.volume.snapshots.hidden())
+    assert unlinked
+    engine.volume.check()
 
 
 async def test_a_reader_is_waited_for(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

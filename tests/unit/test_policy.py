@@ -17,7 +17,6 @@ from dmafs.core.ondisk import Flag
 from dmafs.core.policy import (
     NS,
     SnapshotSchedule,
-    Stops,
     SyncPolicy,
     Target,
     VolumeFacts,
@@ -25,9 +24,8 @@ from dmafs.core.policy import (
     has_past,
     next_by_age,
     plan,
-    stops_of,
 )
-from dmafs.core.sync import sync
+from dmafs.core.sync import Stops, stops_of, sync
 from dmafs.core.volume import Volume
 from dmafs.core.work import run
 from dmafs.units import SECTOR

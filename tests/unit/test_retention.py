@@ -75,6 +75,18 @@ def test_the_newest_snapshot_of_each_of_the_newest_periods_is_kept() -> None:
     assert kept(thin(groups, dataclasses.replace(NONE, yearly=9), now)) == {"2026-07-28T11:50"}
 
 
+def test_each_volume_has_what_the_rules_promise() -> None:
+    """A newer snapshot of one volume alone, as a sync leaves, doesn't take the place of another volume's."""
+    both, alone = at("2026-07-28T11:10"), at("2026-07-28T11:50")
+    groups = {"group": {"a": snapshot(both), "b": snapshot(both)}, "sync": {"b": snapshot(alone)}}
+    for rules in ({"hourly": 1}, {"yearly": 1}, {"minimum": 1}):
+        assert kept(thin(groups, dataclasses.replace(NONE, **rules), "2027-07-28T12:00")) == {"group", "sync"}  # type: ignore[arg-type]  # all are numbers
+    minimum = dataclasses.replace(NONE, minimum=1)
+    assert kept(plan_shrink(groups, minimum, 10, held={"group": 10, "sync": 10})) == {"group", "sync"}
+    later = {**groups, "later": {"a": snapshot(alone + 1)}}
+    assert kept(thin(later, dataclasses.replace(NONE, hourly=1), "2027-07-28T12:00")) == {"sync", "later"}
+
+
 def test_all_reasons_are_given() -> None:
     """A verdict says everything that keeps a snapshot, or that nothing does."""
     groups: dict[str, dict[str, Snapshot]] = groups_of("2026-07-28T09:10", "2026-07-01T00:00")
@@ -222,9 +234,11 @@ def histories(draw: Any) -> tuple[dict[str, dict[str, Snapshot]], dict[str, int]
     held = {}
     for number, (time_ns, named, pinned, size) in enumerate(draw(st.lists(members, max_size=40))):
         name = f"n{number}" if named else ""
-        groups[f"g{number}"] = {"a": snapshot(time_ns, name, pinned=pinned)}
-        if number % 3 == 0:
-            groups[f"g{number}"]["b"] = snapshot(time_ns - number, name)
+        group = groups[f"g{number}"] = {}
+        if number % 4 != 1:
+            group["a"] = snapshot(time_ns, name, pinned=pinned)
+        if number % 4 < 2:
+            group["b"] = snapshot(time_ns - number, name, pinned=pinned and number % 4 == 1)
         held[f"g{number}"] = size
     return groups, held
 
@@ -239,19 +253,17 @@ PROFILE = settings(max_examples=EXAMPLES, deadline=None)
 def test_the_floor_stays_and_the_rest_has_a_reason(
     history: tuple[dict[str, dict[str, Snapshot]], dict[str, int]], rules: KeepRules
 ) -> None:
-    """Pinned is never dropped, named not unless the rules say so, and never are fewer than the minimum left."""
+    """Pinned is never dropped, named not unless the rules say so, and the newest of each volume stay."""
     groups, held = history
     for verdicts in (thin(groups, rules, NOW, held), plan_shrink(groups, rules, 10**9, held=held)):
         stay = kept(verdicts)
         assert sorted(verdict.id for verdict in verdicts) == sorted(groups)
         assert [verdict.time_ns for verdict in verdicts] == sorted(verdict.time_ns for verdict in verdicts)
-        assert len(stay) >= min(rules.minimum, len(groups))
-        newest = [verdict.id for verdict in verdicts][
-            len(verdicts) - rules.minimum if rules.minimum < len(verdicts) else 0 :
-        ]
-        assert set(newest if rules.minimum else []) <= stay
+        for volume in "ab":
+            ids = [verdict.id for verdict in reversed(verdicts) if volume in groups[verdict.id]]
+            assert set(ids[: rules.minimum]) <= stay
         for name, group in groups.items():
-            if any(one.pinned for one in group.values()) or (rules.named and group["a"].name):
+            if any(one.pinned for one in group.values()) or (rules.named and any(one.name for one in group.values())):
                 assert name in stay
         assert all(verdict.reasons for verdict in verdicts)
         assert all(verdict.held_bytes == held[verdict.id] for verdict in verdicts)
@@ -318,7 +330,7 @@ def test_more_is_kept_when_the_quota_grows(
 @PROFILE
 @given(histories(), rules_)
 def test_counts_are_respected(history: tuple[dict[str, dict[str, Snapshot]], dict[str, int]], rules: KeepRules) -> None:
-    """Of each kind at most so many are kept, in as many periods, none of them older than a period that has none."""
+    """Of each kind and volume so many are kept, in as many periods, none of them older than a period that has none."""
     groups, held = history
     verdicts = thin(groups, dataclasses.replace(rules, quota=0), NOW, held)
     formats = {"hourly": "%F %H %z", "daily": "%F", "weekly": "%G %V", "monthly": "%Y %m", "yearly": "%Y"}
@@ -330,9 +342,12 @@ def test_counts_are_respected(history: tuple[dict[str, dict[str, Snapshot]], dic
             .strftime(form)
             for verdict in verdicts
         }
-        chosen = [verdict.id for verdict in reversed(verdicts) if name in verdict.reasons]
-        newest = [next(group) for _, group in itertools.groupby([one.id for one in reversed(verdicts)], period.get)]
-        assert chosen == newest[: getattr(rules, name)]
+        expected = set()
+        for volume in "ab":
+            ids = [verdict.id for verdict in reversed(verdicts) if volume in groups[verdict.id]]
+            newest = [next(run) for _, run in itertools.groupby(ids, period.get)]
+            expected |= set(newest[: getattr(rules, name)])
+        assert {verdict.id for verdict in verdicts if name in verdict.reasons} == expected
 
 
 @PROFILE

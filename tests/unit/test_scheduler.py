@@ -14,7 +14,8 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from dmafs.core.policy import NS, SnapshotSchedule, Stops, SyncPolicy, VolumeFacts
+from dmafs.core.policy import NS, SnapshotSchedule, SyncPolicy, VolumeFacts
+from dmafs.core.sync import Stops
 from dmafs.errors import StoreError, StoreFullError
 from dmafs.service import scheduler
 from dmafs.service.scheduler import ATTEMPTS_MAX, RETRY_S, RETRY_S_MAX, SPACE_PAUSE_S, Scheduler

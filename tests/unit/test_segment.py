@@ -355,9 +355,12 @@ def test_leftovers_are_replaced(bench: Bench) -> None:
 
 
 def test_removed_segment_is_gone(bench: Bench) -> None:
-    """Removing a segment unlinks both files."""
-    bench.filled().remove()
+    """Removing a segment unlinks both files, and its data's space is free although they are open."""
+    segment = bench.filled()
+    assert segment.dat.allocated() > 0
+    segment.remove()
     assert list(bench.path.iterdir()) == []
+    assert segment.dat.allocated() == 0
 
 
 def test_failed_append_did_not_happen(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

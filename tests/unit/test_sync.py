@@ -92,6 +92,25 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
 # --- planning
 
 
+def test_where_space_is_short_a_sync_goes_in_steps(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A leg has a quarter of the free space at most, or goes to the next indicator; only the first is a snapshot."""
+    for index in range(8):
+        bench.write(index * 4, bytes([100 + index] * 4))
+        bench.flush()
+    bench.write(0, b"more than there is room for")
+    bench.flush()
+    monkeypatch.setattr(RealStorage, "free_bytes", lambda _: 4 * 8 * SECTOR)
+    assert next_stop(bench.volume, 9) == 2
+    assert next_stop(bench.volume, 1) == 1
+    monkeypatch.setattr(RealStorage, "free_bytes", lambda _: 0)
+    assert next_stop(bench.volume, 9) == 1
+    monkeypatch.setattr(RealStorage, "free_bytes", lambda _: 4 * 8 * SECTOR)
+    assert bench.sync() == 9
+    assert bench.volume.statistics.syncs == 5
+    assert [snapshot.seq for snapshot in bench.volume.snapshots] == [0]
+    assert bench.check() == [0, 9]
+
+
 def test_planning_changes_nothing(bench: Bench) -> None:
     """A plan can be made any number of times: no file, map or pointer is changed, and it is the same."""
     bench.write(3, b"abc")
