@@ -47,7 +47,7 @@ from tests.mount.harness import REDONE, Rig, fails, spelled, wait_until
 pytestmark = [pytest.mark.mount, pytest.mark.slow]
 
 SEED: Final = int(os.environ.get("DMAFS_TEST_SEED", "1"))
-EXAMPLES: Final = int(os.environ.get("DMAFS_TEST_MOUNT_EXAMPLES", "13"))
+EXAMPLES: Final = int(os.environ.get("DMAFS_TEST_MOUNT_EXAMPLES", "18"))
 STEPS: Final = 60
 KIB: Final = 1024
 WRITE_MAX: Final = 64 * KIB
@@ -195,10 +195,11 @@ class MountMachine(RuleBasedStateMachine):
     @rule(
         places=st.lists(st.tuples(st.integers(0, 1 << 20), st.integers(1, WRITE_MAX)), min_size=1, max_size=4),
         kind=st.sampled_from(["bytes", "sectors", "pages", "zeros", "the same"]),
-        then=st.sampled_from(["", "flush", "sync", "snapshot and sync"]),
+        then=st.sampled_from(["", "flush", "hold", "sync", "snapshot and sync", "hold and sync"]),
         name=st.sampled_from(NAMES),
+        number=st.integers(0, 1000),
     )
-    def write(self, places: list[tuple[int, int]], kind: str, then: str, name: str) -> None:
+    def write(self, places: list[tuple[int, int]], kind: str, then: str, name: str, number: int) -> None:
         """Write some times, of any size and alignment or in whole sectors or pages; often go on, to get deep."""
         grain = {"sectors": SECTOR, "pages": PAGE}.get(kind, 1)
         for place, length in places:
@@ -211,8 +212,10 @@ class MountMachine(RuleBasedStateMachine):
             self._write(offset, data)
         if then == "flush":
             self.flush()
-        if then == "snapshot and sync":
+        if "snapshot" in then:
             self.snapshot(name)
+        if "hold" in then and len(self.holds) < HOLDS_MAX:
+            self.hold(number, spelling=number, device=number % 2 == 0)
         if then.endswith("sync"):
             self.sync()
 
