@@ -58,13 +58,26 @@ class Stack(NamedTuple):
     layers: list[Selectable]
     mirror_seq: int
 
+    def select(self, start: int, stop: int) -> list[tuple[Ints, Ints, Ints]]:
+        """Return what each layer has in a range, clipped to it: starts, stops, references; later ones win.
+
+        None of it changes any more, so other threads may work with it.
+        """
+        found = [layer.select(start, stop) for layer in self.layers]
+        return [(np.maximum(starts, start), np.minimum(stops, stop), refs) for starts, stops, refs in found]
+
     def entries(self, start: int, stop: int) -> tuple[Ints, Ints, Ints]:
         """Return the moment's entries within a range as a disjoint list: starts, stops, references."""
-        starts, stops, references = stacked([layer.select(start, stop) for layer in self.layers])
-        change = net_change(np.maximum(starts, start), np.minimum(stops, stop))
-        references = references[change.winner]
-        off_mirror = (references & ~ZERO) > self.mirror_seq
-        return change.starts[off_mirror], change.stops[off_mirror], references[off_mirror]
+        return settled(self.select(start, stop), self.mirror_seq)
+
+
+def settled(parts: list[tuple[Ints, Ints, Ints]], mirror_seq: int) -> tuple[Ints, Ints, Ints]:
+    """Return what parts of layers, later ones winning, amount to off the mirror, as a disjoint list."""
+    starts, stops, references = stacked(parts)
+    change = net_change(starts, stops)
+    references = references[change.winner]
+    off_mirror = (references & ~ZERO) > mirror_seq
+    return change.starts[off_mirror], change.stops[off_mirror], references[off_mirror]
 
 
 class Vrmo:
