@@ -23,7 +23,7 @@ from functools import partial
 
 import numpy as np
 
-from dmafs.core.extent import Ints, join, net_change
+from dmafs.core.extent import Ints, united
 from dmafs.core.volume import Volume
 from dmafs.core.work import Work
 
@@ -49,9 +49,3 @@ def diff(volume: Volume, a: int, b: int) -> Work[tuple[Ints, Ints]]:
     starts, stops = (np.concatenate([part[place] for part in parts]) for place in (0, 1))
     found: tuple[Ints, Ints] = yield partial(united, starts, stops)
     return found
-
-
-def united(starts: Ints, stops: Ints) -> tuple[Ints, Ints]:
-    """Return the union of extents in any order as a disjoint joined list; pure. O(n log n)."""
-    change = net_change(starts, stops)
-    return join(change.starts, change.stops)

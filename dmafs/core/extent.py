@@ -85,6 +85,16 @@ def join(starts: Ints, stops: Ints) -> tuple[Ints, Ints]:
     return starts[begins], stops[ends]
 
 
+def united(starts: Ints, stops: Ints) -> tuple[Ints, Ints]:
+    """Return the union of extents in any order as a disjoint joined list. O(n log n), less of a few sorted runs."""
+    if not len(starts):
+        return starts, stops
+    order = np.argsort(starts, kind="stable")
+    starts, reach = starts[order], np.maximum.accumulate(stops[order])
+    first = np.flatnonzero(np.append(True, starts[1:] > reach[:-1]))
+    return starts[first], reach[np.append(first[1:], len(reach)) - 1]
+
+
 def subtract(starts: Ints, stops: Ints, held_starts: Ints, held_stops: Ints) -> tuple[Ints, Ints]:
     """Return the parts of the extents that no held extent covers, as a disjoint joined list."""
     change = lacking(starts, stops, held_starts, held_stops)

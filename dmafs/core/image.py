@@ -8,15 +8,15 @@ waits for earlier readers before it overwrites the mirror or closes a file.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 
-from dmafs.core.extent import Ints
+from dmafs.core.extent import Ints, united
+from dmafs.core.layers import stacked
 from dmafs.core.segment import Segment
-from dmafs.core.vrmo import MIRROR, ZERO, Vrmo
+from dmafs.core.vrmo import MIRROR, ZERO, Vrmo, settled
 from dmafs.core.work import Work, run
 from dmafs.units import SECTOR
 
@@ -141,8 +141,9 @@ class Image:
         """
         if self._allocated is None or self is self.volume.live:
             stack = yield from self.volume.stack(self.seq)
-            taken = stack.taken(0, self.vrmo.size)
-            self._allocated = yield partial(_allocated_sectors, taken, self.volume.mirror.allocated())
+            parts = stack.select(0, self.vrmo.size)  # copies of what is still appended to: a thread may have them
+            allocated = self.volume.mirror.allocated()
+            self._allocated = yield partial(_allocated_sectors, parts, stack.mirror_seq, allocated)
         return self._allocated
 
     def allocated_sectors(self) -> int:
@@ -159,11 +160,18 @@ class Image:
                 assert np.array_equal(mine, other), f"map of the image at {self.seq} differs from its descriptors"
 
 
-def _allocated_sectors(taken: Callable[[], tuple[Ints, Ints, Ints]], allocated: tuple[Ints, Ints]) -> int:
+def _allocated_sectors(parts: list[tuple[Ints, Ints, Ints]], mirror_seq: int, allocated: tuple[Ints, Ints]) -> int:
+    """Return how many sectors hold data over a mirror of which *allocated* do. O(n log n) of all entries."""
     begins, ends = allocated
-    starts, stops, references = taken()
+    starts, stops, references = stacked(parts)
+    if (references & ZERO).any():  # which entry wins matters only with zeros among them
+        starts, stops, references = settled(parts, mirror_seq)
+        held = (stops - starts)[(references & ZERO) == 0]
+    else:
+        kept = references > mirror_seq
+        starts, stops = united(starts[kept], stops[kept])
+        held = stops - starts
     covered = _allocated_before(begins, ends, stops) - _allocated_before(begins, ends, starts)
-    held = (stops - starts)[(references & ZERO) == 0]
     return int((ends - begins).sum() - covered.sum() + held.sum())
 
 

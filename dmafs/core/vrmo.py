@@ -25,8 +25,6 @@ descriptor's plus the distance from its start.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -60,24 +58,23 @@ class Stack(NamedTuple):
     layers: list[Selectable]
     mirror_seq: int
 
-    def taken(self, start: int, stop: int) -> Callable[[], tuple[Ints, Ints, Ints]]:
-        """Take what the layers have in a range; the call that is returned makes it the moment's entries, in any thread.
+    def select(self, start: int, stop: int) -> list[tuple[Ints, Ints, Ints]]:
+        """Return what each layer has in a range, clipped to it: starts, stops, references; later ones win.
 
-        The layers themselves are asked here, since some of them grow.
+        None of it changes any more, so other threads may work with it.
         """
-        parts = [layer.select(start, stop) for layer in self.layers]
-        return partial(_disjoint, parts, self.mirror_seq, start, stop)
+        found = [layer.select(start, stop) for layer in self.layers]
+        return [(np.maximum(starts, start), np.minimum(stops, stop), refs) for starts, stops, refs in found]
 
     def entries(self, start: int, stop: int) -> tuple[Ints, Ints, Ints]:
         """Return the moment's entries within a range as a disjoint list: starts, stops, references."""
-        return self.taken(start, stop)()
+        return settled(self.select(start, stop), self.mirror_seq)
 
 
-def _disjoint(
-    parts: list[tuple[Ints, Ints, Ints]], mirror_seq: int, start: int, stop: int
-) -> tuple[Ints, Ints, Ints]:
+def settled(parts: list[tuple[Ints, Ints, Ints]], mirror_seq: int) -> tuple[Ints, Ints, Ints]:
+    """Return what parts of layers, later ones winning, amount to off the mirror, as a disjoint list."""
     starts, stops, references = stacked(parts)
-    change = net_change(np.maximum(starts, start), np.minimum(stops, stop))
+    change = net_change(starts, stops)
     references = references[change.winner]
     off_mirror = (references & ~ZERO) > mirror_seq
     return change.starts[off_mirror], change.stops[off_mirror], references[off_mirror]

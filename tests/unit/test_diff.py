@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dmafs.core.diff import diff, united
+from dmafs.core.diff import diff
+from dmafs.core.extent import united
 from dmafs.core.sync import sync
 from dmafs.core.volume import Volume
 from dmafs.core.work import Work, run

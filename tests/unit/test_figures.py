@@ -15,6 +15,7 @@ from dmafs.core.extent import Ints, join, net_change
 from dmafs.core.sync import movelists, sync
 from dmafs.core.vbm import BlockMap, Vbmj, Vbmm
 from dmafs.core.volume import Volume
+from dmafs.core.vrmo import split_reference
 from dmafs.core.work import run
 from dmafs.units import SECTOR
 from tests.unit.tools import copied_volume, fill, image_bytes
@@ -130,6 +131,35 @@ def test_figure_16_an_older_vbmm_is_updated(tmp_path: Path) -> None:
     assert text_of(image.read(0, image.size)) == b".12345.."
     image.check()
     image.pins -= 1
+    volume.close()
+
+
+def test_figure_18_older_vbmjs_point_to_the_same_data(tmp_path: Path) -> None:
+    """A sync copies what the mirror loses once; maps of older images, journal-centric too, are made to point to it."""
+    volume = written(tmp_path / "volume", (0, b"ABCDEF"))
+    oldest = volume.image(0)
+    oldest.pins += 1
+    run(sync(volume))
+    older = volume.image(1)
+    older.pins += 1
+    assert text_of(oldest.read(0, oldest.size)) == b".12345.."
+    assert text_of(older.read(0, older.size)) == b"ABCDEF.."
+    (page,) = oldest.vrmo.pages()
+    assert isinstance(page, Vbmj)
+    volume.write(4, sectors(b"xyz"))
+    run(volume.flush())
+    run(sync(volume))
+    assert page.nodes() == [(0, 7)], "the node has grown by what was still on the mirror, sector 6"
+    opened = volume.snapshots.at(1)
+    assert opened is not None
+    assert lists(*volume.snapshots.segment(opened).extents()) == [[4], [7]]
+    (last,) = (reference for start, _, reference in zip(*lists(*page.arrays()), strict=True) if start == 6)
+    assert split_reference(last) == (opened.serial, 0)
+    assert text_of(oldest.read(0, oldest.size)) == b".12345.."
+    assert text_of(older.read(0, older.size)) == b"ABCDEF.."
+    for image in (oldest, older):
+        image.check()
+        image.pins -= 1
     volume.close()
 
 

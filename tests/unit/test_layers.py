@@ -106,7 +106,7 @@ def test_memory_is_bounded_when_blocks_share_a_layer() -> None:
     bench.add(*(number * FAN_OUT**2 + 1 for number in range(10)))
     for number in range(10):
         run(bench.tree.prepare(number * FAN_OUT**2, (number + 1) * FAN_OUT**2))
-    kept = {id(layer): layer.bytes for layer in bench.tree._blocks.values()}  # noqa: SLF001
+    kept = {id(layer): layer.bytes for layer in bench.tree._blocks.values()}
     assert sum(kept.values()) == limit
 
 
@@ -120,7 +120,7 @@ def test_what_is_released_while_it_is_made_is_not_kept() -> None:
     with pytest.raises(StopIteration):
         while True:
             call = work.send(call())
-    assert min(key[1] for key in bench.tree._blocks if key[0] == 0) == 3  # noqa: SLF001
+    assert min(key[1] for key in bench.tree._blocks if key[0] == 0) == 3
     assert bench.found(0, FAN_OUT).keys() >= set(range(3, FAN_OUT))
     bench.tree.check()
 
@@ -133,4 +133,4 @@ def test_work_that_is_given_up_leaves_nothing_behind() -> None:
     next(work)
     work.close()
     run(bench.tree.prepare(FAN_OUT, FAN_OUT * 2))
-    assert list(bench.tree._blocks) == [(1, 1)]  # noqa: SLF001
+    assert list(bench.tree._blocks) == [(1, 1)]
