@@ -91,10 +91,8 @@ class Image:
         while (pieces := self.resolve_nowait(offset, length)) is None:
             start, stop = offset // SECTOR, -(-(offset + length) // SECTOR)
             if not self.vrmo.has_pages(start, stop):
-                seq = self.seq
-                stack = yield from self.volume.stack(seq)
-                if seq == self.seq:  # else this is the live image, and events came meanwhile: once more
-                    self.vrmo.make_pages(start, stop, stack)
+                stack = yield from self.volume.stack(self)
+                self.vrmo.make_pages(start, stop, stack)  # nothing comes between: pages have all that is captured
             for _, _, reference in self.vrmo.resolve_nowait(start, stop) or ():
                 if reference != MIRROR and not reference & ZERO:
                     yield from self.volume.load(reference)
@@ -140,7 +138,7 @@ class Image:
         Counted once for an image of the past.
         """
         if self._allocated is None or self is self.volume.live:
-            stack = yield from self.volume.stack(self.seq)
+            stack = yield from self.volume.stack(self)
             parts = stack.select(0, self.vrmo.size)  # copies of what is still appended to: a thread may have them
             allocated = self.volume.mirror.allocated()
             self._allocated = yield partial(_allocated_sectors, parts, stack.mirror_seq, allocated)

@@ -261,7 +261,7 @@ class Snapshots(SnapshotMaps):
         """Leave no files behind: once a sync has passed its seq, they would be a snapshot that shows a later moment."""
         if snapshot.segment is not None:
             snapshot.segment.close()
-        for suffix in (".new", ".ext", ".dat"):
+        for suffix in (".new", ".ext", ".dat", ".pin"):
             with contextlib.suppress(FileNotFoundError):
                 self._storage.unlink(snapshot.stem + suffix)
 
@@ -279,10 +279,17 @@ class Snapshots(SnapshotMaps):
             del self._names[snapshot.name]
 
     def doom(self, snapshot: Snapshot) -> Work[None]:
-        """Begin to drop a snapshot: hide it and free its name, durably (step 1). PinnedError if it is pinned."""
+        """Begin to drop a snapshot: hide it and free its name, durably (step 1).
+
+        PinnedError if it is pinned, NoSuchSnapshotError if its files aren't made yet, or couldn't be.
+        """
         if snapshot.gone:
             return
         require_unpinned(snapshot)
+        if snapshot.busy or snapshot.serial not in self._by_serial:
+            raise NoSuchSnapshotError(
+                f"snapshot {snapshot.name or snapshot.seq} hasn't been taken yet", hint="try again in a moment"
+            )
 
         def rename() -> None:
             self._storage.rename(snapshot.stem + ".ext", snapshot.stem + ".gone")

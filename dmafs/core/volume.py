@@ -293,12 +293,14 @@ class Volume:
         for seq in idle[: max(0, len(idle) - self.limits.images)]:
             del self._images[seq]
 
-    def stack(self, seq: int) -> Work[Stack]:
-        """Return what the image at *seq* is, once all of it is in memory. O(log n) when it is there already.
+    def stack(self, image: Image) -> Work[Stack]:
+        """Return what an image is, once all of it is in memory. O(log n) when it is there already.
 
-        NoSuchPointError when the image can't be had, or a sync passes it meanwhile.
+        The live image goes on while it is waited for; what is returned is what it is then. NoSuchPointError when the
+        image can't be had, or a sync passes it meanwhile.
         """
         while True:
+            seq = image.seq
             if seq < self.floor:
                 self.require_point(seq)
             mirror_seq = self.pointers.now.mirror_seq
@@ -425,13 +427,14 @@ class Volume:
                 log.error("volume %s: snapshot %s can't be dropped: %s", self.info.name, snapshot.seq, error.message)
 
     def _drop(self, snapshot: Snapshot) -> Work[None]:
-        with self.gate():
-            yield from self.snapshots.doom(snapshot)
-            if self.pointers.now.open_snapshot == snapshot.seq:
-                yield lambda: self.pointers.update(open_snapshot=0)
-            garbage = yield from self.snapshots.merge(snapshot)
-        self.rebuild_images(range(self.floor))
-        self._garbage.append(garbage)
+        try:
+            with self.gate():
+                yield from self.snapshots.doom(snapshot)
+                if self.pointers.now.open_snapshot == snapshot.seq:
+                    yield lambda: self.pointers.update(open_snapshot=0)
+                self._garbage.append((yield from self.snapshots.merge(snapshot)))
+        finally:  # done or not, an older snapshot has taken entries over
+            self.rebuild_images(range(self.floor))
 
     # -- housekeeping -------------------------------------------------------------------------------------------
 

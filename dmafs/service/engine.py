@@ -430,7 +430,7 @@ class Engine:
                 self._drop_wanted.set()
 
     async def drop_snapshots(self, snapshots: list[Snapshot]) -> None:
-        """Drop several snapshots, given oldest first, but those that are pinned or dropped meanwhile.
+        """Drop several snapshots, given oldest first, but those that are pinned, dropped or still being taken.
 
         In this order each entry is copied once: youngest first, one would go through every snapshot of a run. The space
         of each is free before the next is merged. One that is damaged is passed over, and raised at the end.
@@ -438,7 +438,7 @@ class Engine:
         damage = None
         for snapshot in snapshots:
             async with self._maintenance:
-                if snapshot.hidden or snapshot.pinned:
+                if snapshot.hidden or snapshot.pinned or snapshot.busy:
                     continue
                 try:
                     await self._drive(self.volume.drop_snapshot(snapshot), drain=True, stoppable=True)

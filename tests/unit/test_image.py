@@ -50,6 +50,21 @@ def test_a_write_while_the_live_map_is_made_is_in_it(volume: Volume) -> None:
     volume.check()
 
 
+def test_the_live_image_is_there_while_syncs_pass(volume: Volume) -> None:
+    """What is waited for is the live image as it is then, not that of the beginning, which a sync may have passed."""
+    for number in range(30):
+        volume.write(number, fill(number + 1))
+
+    def advance() -> None:
+        volume.write(40, fill(0xEE))
+        run(volume.flush())
+        run(sync(volume))
+
+    disturbed(volume.live.locate(0, SIZE * SECTOR), advance)
+    assert volume.live.read(40 * SECTOR, SECTOR) == fill(0xEE)
+    volume.check()
+
+
 def test_counting_allocated_sectors_asks_nothing_that_grows(volume: Volume, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else a write that comes meanwhile fails: an array can't grow while a thread looks into it."""
     volume.write(5, fill(0xEE))
@@ -101,6 +116,6 @@ def test_opening_an_image_keeps_the_journals_that_it_reads_only(volume: Volume) 
     taken = with_snapshots(volume, 20)
     run(volume.warm())
     image = volume.image(taken[0].seq)
-    run(volume.stack(image.seq))
+    run(volume.stack(image))
     loaded = [one for one in volume.snapshots.all() if one.segment is not None]
     assert loaded == volume.snapshots.all()[-1:]

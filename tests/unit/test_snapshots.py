@@ -398,6 +398,22 @@ def test_creation_that_fails_at_its_end_leaves_no_files(bench: Bench, monkeypatc
     assert bench.open().all() == []
 
 
+def test_a_snapshot_that_is_not_taken_yet_is_not_dropped(bench: Bench) -> None:
+    """Its files can't be renamed; that is no trouble with the store."""
+    snapshots = bench.open()
+    work = snapshots.create(10, 100, "a")
+    next(work)
+    taken = snapshots.all()[0]
+    with pytest.raises(NoSuchSnapshotError, match="snapshot a hasn't been taken yet"):
+        run(snapshots.doom(taken))
+    with pytest.raises(OSError, match="No space"):
+        work.throw(OSError(errno.ENOSPC, "No space left on device"))
+    with pytest.raises(NoSuchSnapshotError, match="snapshot a hasn't been taken yet"):
+        run(snapshots.doom(taken))
+    snapshots.check()
+    drop(snapshots, create(snapshots, 10, "a"))
+
+
 def test_unloaded_journals_are_opened_again_when_needed(bench: Bench) -> None:
     """Forgetting open journals changes no image."""
     snapshots = three(bench)
