@@ -167,10 +167,10 @@ class SnapshotMaps:
         while (snapshot := self._by_slot.get(slot)) is not None:
             base, version = backward_reference(snapshot.serial, 0), snapshot.version
             if snapshot.segment is not None:
-                columns = entries(snapshot.segment, base, 0, len(snapshot.segment))
-                return (yield partial(net_layer, *columns))
+                layer: Layer = yield partial(net_layer, *entries(snapshot.segment, base, 0, len(snapshot.segment)))
+                return layer
             try:
-                layer: Layer = yield partial(self._read_layer, snapshot.stem, _suffix(snapshot), base)
+                layer = yield partial(self._read_layer, snapshot.stem, _suffix(snapshot), base)
             except (CorruptionError, OSError):
                 if _untouched(snapshot, version):
                     raise

@@ -170,7 +170,8 @@ class LayerTree:
         """Remove the slots up to *slot*; blocks that reach beyond it stay: who asks for them leaves out the rest."""
 
         def is_released(level: int, block: int) -> bool:
-            return (block + 1) * FAN_OUT**level <= slot + 1
+            width: int = FAN_OUT**level
+            return (block + 1) * width <= slot + 1
 
         del self._slots[: bisect_left(self._slots, slot + 1)]
         for key in [key for key in self._blocks if is_released(*key)]:

@@ -294,10 +294,9 @@ class Volume:
             del self._images[seq]
 
     def stack(self, image: Image) -> Work[Stack]:
-        """Return what an image is, once all of it is in memory. O(log n) when it is there already.
+        """Return what an image is, the live one then, once all of it is in memory. O(log n) when it is there already.
 
-        The live image goes on while it is waited for; what is returned is what it is then. NoSuchPointError when the
-        image can't be had, or a sync passes it meanwhile.
+        NoSuchPointError when the image can't be had, or a sync passes it meanwhile.
         """
         while True:
             seq = image.seq

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -56,6 +57,13 @@ def disturbed(work: Work[Any], disturb: Callable[[], Any]) -> int:
     return times
 
 
+def go_on(work: Work[Any], call: Callable[[], Any]) -> None:
+    """Do the rest of work, of which *call* comes next."""
+    with contextlib.suppress(StopIteration):
+        while True:
+            call = work.send(call())
+
+
 def test_a_slot_that_goes_on_changing_holds_up_no_other() -> None:
     """A sync adds to the open snapshot all the time; opening an image waits for none of that."""
     bench = Bench()
@@ -92,9 +100,7 @@ def test_those_who_wait_take_nothing_from_each_other() -> None:
         call = waiting.send(call())
     run(bench.tree.prepare(1, FAN_OUT))
     assert list(bench.found(1, FAN_OUT)) == list(range(1, FAN_OUT))
-    with pytest.raises(StopIteration):
-        while True:
-            call = waiting.send(call())
+    go_on(waiting, call)
     assert list(bench.found(FAN_OUT + 1, 2 * FAN_OUT)) == list(range(FAN_OUT + 1, 2 * FAN_OUT))
     assert len(bench.made) == len(set(bench.made))
 
@@ -117,9 +123,7 @@ def test_what_is_released_while_it_is_made_is_not_kept() -> None:
     work = bench.tree.prepare(0, FAN_OUT)
     call = next(work)
     bench.tree.release(2)
-    with pytest.raises(StopIteration):
-        while True:
-            call = work.send(call())
+    go_on(work, call)
     assert min(key[1] for key in bench.tree._blocks if key[0] == 0) == 3
     assert bench.found(0, FAN_OUT).keys() >= set(range(3, FAN_OUT))
     bench.tree.check()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -384,7 +383,7 @@ def test_failed_creation_leaves_no_snapshot(bench: Bench, monkeypatch: pytest.Mo
 def test_creation_that_fails_at_its_end_leaves_no_files(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """A sync may pass its moment then, and the next start would show a later one as the snapshot."""
     snapshots = bench.open()
-    opened = len(os.listdir("/proc/self/fd"))
+    opened = len(files(Path("/proc/self/fd")))
 
     def fail(*_: object) -> None:
         raise OSError(errno.EMFILE, "Too many open files")
@@ -394,7 +393,7 @@ def test_creation_that_fails_at_its_end_leaves_no_files(bench: Bench, monkeypatc
         with pytest.raises(OSError, match="Too many"):
             run(snapshots.create(10, 100, "a"))
     assert files(bench.path) == []
-    assert len(os.listdir("/proc/self/fd")) == opened
+    assert len(files(Path("/proc/self/fd"))) == opened
     assert bench.open().all() == []
 
 
