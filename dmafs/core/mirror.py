@@ -55,13 +55,13 @@ class Mirror:
     def write(self, data: Buffer, start: int) -> None:
         """Overwrite from sector *start* on."""
         assert start * SECTOR + len(data) <= self.size_sectors * SECTOR
-        self._allocated = None
         self.file.write([data], start * SECTOR)
+        self._allocated = None  # after it: another thread may have asked meanwhile
 
     def zero(self, start: int, stop: int) -> None:
         """Make sectors a hole."""
-        self._allocated = None
         self.file.zero(start * SECTOR, (stop - start) * SECTOR)
+        self._allocated = None
 
     def forget_from(self, start: int) -> None:
         """Make everything from sector *start* on a hole: what an interrupted initial copy may have left there."""

@@ -41,7 +41,7 @@ class Snapshot:
     serial: int
     gone: bool = False
     slot: int = -1  # in the tree of layers, once the mirror has reached it
-    busy: bool = False  # work writes or renames its files
+    busy: int = 0  # how many pieces of work write or rename its files: one takes it, another merges into it
     version: int = 0  # of its files: how often work began on them
     pinned: bool = False  # by the user
     segment: Segment | None = field(default=None, repr=False)

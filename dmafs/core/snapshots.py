@@ -210,13 +210,14 @@ class Snapshots(SnapshotMaps):
         """Keep journals in memory: whoever reads a file while it grows would take its end for damage."""
         for snapshot in snapshots:
             self.segment(snapshot)
+        for snapshot in snapshots:
             snapshot.version += 1
-            snapshot.busy = True
+            snapshot.busy += 1
         try:
             yield
         finally:
             for snapshot in snapshots:
-                snapshot.busy = False
+                snapshot.busy -= 1
 
     # -- changing -----------------------------------------------------------------------------------------------
 

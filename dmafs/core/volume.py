@@ -303,8 +303,7 @@ class Volume:
             if seq < self.floor:
                 self.require_point(seq)
             mirror_seq = self.pointers.now.mirror_seq
-            layers = self._layers_nowait(seq, mirror_seq)
-            if layers is not None:
+            if (layers := self._layers_nowait(seq, mirror_seq)) is not None:
                 return Stack(layers, mirror_seq)
             if seq < self.floor:
                 yield from self.snapshots.prepare(seq, mirror_seq)

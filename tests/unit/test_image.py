@@ -119,3 +119,19 @@ def test_opening_an_image_keeps_the_journals_that_it_reads_only(volume: Volume) 
     run(volume.stack(image))
     loaded = [one for one in volume.snapshots.all() if one.segment is not None]
     assert loaded == volume.snapshots.all()[-1:]
+
+
+def test_what_was_asked_of_the_mirror_while_it_was_written_is_not_kept(
+    volume: Volume, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sync writes in a thread; what was allocated before isn't what is."""
+    write = volume.mirror.file.write
+
+    def asked(buffers: list[bytes], offset: int) -> None:
+        volume.mirror.allocated()
+        write(buffers, offset)
+
+    monkeypatch.setattr(volume.mirror.file, "write", asked)
+    before = volume.mirror.allocated()[0].size
+    volume.mirror.write(fill(1), 5)
+    assert volume.mirror.allocated()[0].size == before + 1

@@ -413,6 +413,32 @@ def test_a_snapshot_that_is_not_taken_yet_is_not_dropped(bench: Bench) -> None:
     drop(snapshots, create(snapshots, 10, "a"))
 
 
+def test_a_journal_stays_in_memory_until_the_last_work_on_it_is_done(bench: Bench) -> None:
+    """A younger snapshot is dropped, which merges into one that is still being taken: that one's files stay open."""
+    snapshots = bench.open()
+    younger = create(snapshots, 20)
+    work = snapshots.create(10, 100)
+    call = next(work)
+    drop(snapshots, younger)
+    assert snapshots.unload(keep=None, everything=True) == []
+    with pytest.raises(StopIteration):
+        work.send(call())
+    assert len(snapshots.unload(keep=None, everything=True)) == 1
+
+
+def test_a_damaged_journal_keeps_no_other_in_memory(bench: Bench) -> None:
+    """A merge that can't even begin is over."""
+    snapshots = three(bench)
+    for segment in snapshots.unload(keep=None, everything=True):
+        segment.close()
+    _, older, new = snapshots.all()
+    (bench.path / f"{older.seq:020d}.dat").unlink()
+    run(snapshots.doom(new))
+    with pytest.raises(CorruptionError):
+        run(snapshots.merge(new))
+    assert len(snapshots.unload(keep=None, everything=True)) == 1
+
+
 def test_unloaded_journals_are_opened_again_when_needed(bench: Bench) -> None:
     """Forgetting open journals changes no image."""
     snapshots = three(bench)
