@@ -201,9 +201,9 @@ def _leg(volume: Volume, plan: SyncPlan) -> Work[None]:
     held = volume.pinned_between(plan.base - 1, plan.base + 1)
     if held and (plan.snapshot is None or plan.snapshot.seq != plan.base):
         return  # opened at the mirror's own moment meanwhile; the next leg makes that a snapshot
-    volume.floor = plan.target  # from here on nobody can open what is on the way
     opened = plan.snapshot.seq if plan.snapshot else 0
     with volume.gate(fatal=True):
+        volume.floor = plan.target  # from here on nobody can open what is on the way
         yield lambda: volume.pointers.update(
             durable=volume.journal.durable,
             sync_target=plan.target,

@@ -381,7 +381,7 @@ class Volume:
 
         Without a name there is one snapshot at most of an instant: if it is there already, it is returned.
         """
-        if not self.recoverable(seq):
+        if seq < self.floor or not self.recoverable(seq):  # a twin of an old one would lack what that holds
             raise NoSuchPointError(
                 f"volume {self.info.name} can't be kept at seq {seq}: a gap lasts, or a sync has passed",
                 hint="see dmafs status, and try again later",

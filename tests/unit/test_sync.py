@@ -22,7 +22,7 @@ from dmafs.core.store import open_volume
 from dmafs.core.sync import finish, next_stop, plan_leg, sync, sync_target
 from dmafs.core.volume import Volume
 from dmafs.core.work import Work, run
-from dmafs.errors import CorruptionError, NoSuchPointError, StoreError, StoreFullError
+from dmafs.errors import CorruptionError, NoSuchPointError, ReadOnlyError, StoreError, StoreFullError
 from dmafs.units import SECTOR
 from tests.unit.tools import TINY, Ticking, all_images, copied_volume, fill, flip, image_bytes, new_volume, tree
 
@@ -582,3 +582,30 @@ def test_a_target_that_is_no_indicator_is_a_bug(bench: Bench) -> None:
     with pytest.raises(AssertionError):
         run(sync(bench.volume, target=seq))
     assert bench.volume.pointers.now.mirror_seq == 0
+
+
+def test_a_sync_that_may_not_commit_gives_up_no_moment(bench: Bench) -> None:
+    """Nothing was done, so what was on the way can still be opened."""
+    bench.write(5, b"a")
+    bench.flush()
+    bench.sync()
+    for value in (b"b", b"c"):
+        bench.write(5, value)
+    bench.flush()
+    points = bench.check()
+    bench.volume.failure = "a test"
+    with pytest.raises(ReadOnlyError):
+        run(sync(bench.volume, open_snapshot=False))
+    assert bench.check() == points
+
+
+def test_no_snapshot_is_taken_of_what_a_sync_has_passed(bench: Bench) -> None:
+    """Also where one stands already: a twin of it would lack what it holds, and show it when the first is dropped."""
+    bench.write(5, b"a")
+    first = run(bench.volume.take_snapshot())
+    bench.write(5, b"b")
+    bench.flush()
+    bench.sync()
+    with pytest.raises(NoSuchPointError, match="a sync has passed"):
+        run(bench.volume.snapshot_at(first.seq, "twin"))
+    bench.check()
