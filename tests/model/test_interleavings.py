@@ -126,10 +126,13 @@ class History:
 
     def choose(self) -> None:
         volume, opens = self.volume, self.rng.random() < 0.7
-        maintenance = [lambda: sync(volume, open_snapshot=opens)] * 2 + [volume.drop_unheld]
+        maintenance: list[Callable[[], Work[Any]]] = [lambda: sync(volume, open_snapshot=opens)] * 2 + [
+            volume.drop_unheld
+        ]
         acts: list[Callable[[], None]] = [self.write] * 8 + [self.read] * 6 + [self.hold, self.let_go, self.sweep] * 2
         acts += [lambda: self.begin("maintenance", self.rng.choice(maintenance))] * 3 + [self.drop, self.compare]
-        acts += [lambda: self.begin("flush", self.rng.choice([volume.flush, self.snapshot]))] * 4
+        flushes: list[Callable[[], Work[Any]]] = [volume.flush, self.snapshot]
+        acts += [lambda: self.begin("flush", self.rng.choice(flushes))] * 4
         acts += [lambda: self.jobs.append(Job("", self.rng.choice([volume.live, *self.held]).measure()))]
         acts += [lambda: self.jobs.append(Job("", volume.warm()))]
         self.rng.choice(acts)()
@@ -138,11 +141,11 @@ class History:
 
     def go_on(self, job: Job) -> None:
         """Have a call made, or the work take what it returned."""
-        if job.call is not None:
-            name = getattr(getattr(job.call, "func", job.call), "__name__", "")
+        if (call := job.call) is not None:
+            name = getattr(getattr(call, "func", call), "__name__", "")
             fails = job.room == "maintenance" and name in TAKES_SPACE and self.rng.random() < self.failing
             error = OSError(errno.ENOSPC, "no space") if fails else None
-            job.call, job.answer = None, (None if fails else job.call(), error)
+            job.call, job.answer = None, (None if fails else call(), error)
             return
         answer, error = job.answer or (None, None)
         try:
