@@ -293,6 +293,10 @@ class Volume:
         for seq in idle[: max(0, len(idle) - self.limits.images)]:
             del self._images[seq]
 
+    def keeps(self, image: Image) -> bool:
+        """Say whether an image's map is kept up to date: the live one's, of held ones and of some looked at lately."""
+        return image is self.live or self._images.get(image.seq) is image
+
     def stack(self, seq: int) -> Work[Stack]:
         """Return what the image at *seq* is, once all of it is in memory. O(log n) when it is there already.
 

@@ -112,9 +112,8 @@ class VolumeMachine(Keeping, Cloning, Claims):
         if torn:
             self.tear_clones()
         self.volume = self._open()
-        self.spared = set()
         self.least = self.most = self.visible()
-        self.thinned = []
+        self.thinned, self.spared = [], set()
         self.floors = self.floor, self.floor
         hidden = {snapshot.seq for snapshot in self.volume.snapshots.all() if snapshot.hidden}
         assert hidden <= {*self.clone_seqs(), *(self.volume.clones.holds(seq) and seq for seq in hidden)}

@@ -12,7 +12,7 @@ from dmafs.core.diff import diff
 from dmafs.core.extent import Ints
 from dmafs.core.image import Image, Piece
 from dmafs.core.vrmo import Stack
-from dmafs.core.work import Work
+from dmafs.core.work import Work, run
 from tests.model.oracle import SECTOR, nonzero_sectors
 from tests.model.stepping import Reader
 from tests.model.volume_model import ALL, Model
@@ -128,8 +128,11 @@ class Readers(Model):
 
         def stacked(stack: Stack) -> None:
             other = Image(self.volume, seq, 0)
-            other.vrmo.make_pages(0, self.oracle.size_sectors, stack)
-            assert other.read(0, image.size) == whole
+            size = self.oracle.size_sectors
+            other.vrmo.make_pages(0, size, stack)
+            while (pieces := other._pieces(0, size)) is None:
+                run(self.volume.load(other._missing(0, size)))
+            assert other.read_pieces(pieces, 0, image.size) == whole
 
         if kind == "measure":
             return measured, image.measure()
