@@ -27,12 +27,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
 
 from dmafs.core.ondisk import Flag
+from dmafs.core.retention import KeepRules
 from tests.model.counting import run_machine
 from tests.model.stepping import Running
 from tests.model.volume_claims import Claims
 from tests.model.volume_clones import Cloning
 from tests.model.volume_keeping import Keeping
 from tests.model.volume_model import ALL, named
+from tests.model.volume_readers import KINDS, READERS_MAX
 
 EXAMPLES = 300
 STEPS = 60
@@ -40,6 +42,41 @@ STEPS = 60
 
 class VolumeMachine(Keeping, Cloning, Claims):
     """All that can be done to a volume, and its ends."""
+
+    @precondition(lambda self: self.copied)
+    @rule(
+        script=st.lists(
+            st.tuples(
+                st.sampled_from(["work", "advance", "advance", "read", "read", "read on", "read on", "unload"]),
+                st.integers(0, 1000),
+            ),
+            min_size=5,
+            max_size=40,
+        )
+    )
+    def interleave(self, script: list[tuple[str, int]]) -> None:
+        """Have work and readers go on by turns, in many more ways than single rules would."""
+        for what, number in script:
+            if what == "work" and self.idle:
+                self._begin_work(number)
+            elif what == "advance" and not self.idle:
+                self.advance(calls=1)
+            elif what == "read" and len(self.readers) < READERS_MAX:
+                place = number * 37, 1 + number * 11
+                self.begin_to_read(KINDS[number % len(KINDS)], number, place, held=number % 3 == 0, steps=number % 2)
+            elif what == "read on" and self.readers:
+                self.read_on(number, steps=1)
+            elif what == "unload":
+                self.unload()
+        self.counts["interleaved"] = self.counts.get("interleaved", 0) + len(script)
+
+    def _begin_work(self, number: int) -> None:
+        if number % 3 == 0:
+            self.sync(open_snapshot=number % 2 == 0, calls=0)
+        elif number % 3 == 1 and self.least:
+            self.drop_snapshot(number, calls=0)
+        elif len(self.least) > 1:
+            self.thin(KeepRules(0, number % 4, 0, 0, 0, 0, number % 2, number % 5 == 0), calls=0)
 
     @precondition(lambda self: self.idle and self.copied)
     @rule()

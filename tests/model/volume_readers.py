@@ -18,6 +18,7 @@ from tests.model.stepping import Reader
 from tests.model.volume_model import ALL, Model
 
 READERS_MAX = 4
+KINDS = ("locate", "locate", "locate", "measure", "stack", "warm", "diff", "clone")
 STEPS = st.sampled_from([0, 1, 1, 2, 3, ALL])
 
 
@@ -72,7 +73,7 @@ class Readers(Model):
 
     @precondition(lambda self: self.copied and len(self.readers) < READERS_MAX)
     @rule(
-        kind=st.sampled_from(["locate", "locate", "locate", "measure", "stack", "warm", "diff", "clone"]),
+        kind=st.sampled_from(KINDS),
         number=st.integers(0, 1000),
         place=st.tuples(st.integers(0, 64 * SECTOR), st.integers(1, 64 * SECTOR)),
         held=st.booleans(),

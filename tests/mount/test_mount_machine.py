@@ -9,6 +9,10 @@ in order or by SIGKILL. Claims, after every step:
 4. The snapshots listed are those taken by hand and by syncs and not dropped.
 5. An end of the daemon, in order or not, loses no write that had returned, flushed or not.
 6. A diff of two moments lists each sector whose bytes differ, and none that wasn't written in between.
+7. A pinned snapshot is neither dropped nor thinned; of the others a thinning leaves exactly what the configured rules
+   keep.
+8. A clone is its moment with the writes to it, and what was flushed of these outlives the daemon.
+9. A mark is found by its name until the mirror has passed it.
 
 ``DMAFS_TEST_SEED`` chooses the histories, ``DMAFS_TEST_MOUNT_EXAMPLES`` how many of ``STEPS`` steps there are. To add
 an operation: what it does to the moments that can be had is a method of ``Expected``, the operation itself is a rule of
@@ -19,8 +23,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import random
+import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,8 +47,9 @@ from hypothesis.stateful import (
 
 from dmafs.service.client import session
 from dmafs.units import format_time, parse_canonical
-from tests.model.oracle import SECTOR, Oracle
-from tests.mount.harness import REDONE, Rig, fails, spelled, wait_until
+from tests.model.oracle import SECTOR, expected_clone
+from tests.mount.expected import Expected, Rules
+from tests.mount.harness import REDONE, Rig, fails, opened, spelled, wait_until
 
 pytestmark = [pytest.mark.mount, pytest.mark.slow]
 
@@ -54,57 +61,14 @@ WRITE_MAX: Final = 64 * KIB
 """What the kernel passes on in one piece, but for a part of a page that it hasn't cached."""
 PAGE: Final = 4096
 NAMES: Final = "abcdef"
+MARKS: Final = "mno"
+CLONES: Final = "xy"
+DAEMON_S: Final = 40.0
 HOLDS_MAX: Final = 4
 DEVICES_MAX: Final = 2
 STEPS_BETWEEN_ENDS: Final = 15
 """An end of the daemon and the start of the next one take a second, a step else some milliseconds."""
 CONFIGURATION: Final = 'segment_size = "1MiB"\nsegment_records = 1024\nreserve = 0\ntick_s = 0.05\nidle_images = 2\n'
-
-
-class Expected:
-    """Which moments can be had, and what they look like."""
-
-    def __init__(self, content: bytes, origin_ns: int) -> None:
-        self.oracle = Oracle(content)
-        self.oracle.times[0] = origin_ns
-        self.mirror_seq = 0
-        self.snapshots: dict[str, int] = {}  # seqs by id
-
-    @property
-    def head(self) -> int:
-        return self.oracle.head
-
-    @property
-    def times(self) -> list[int]:
-        return self.oracle.times
-
-    def image(self, seq: int) -> bytes:
-        return self.oracle.image_at(seq)
-
-    def written(self, offset: int, data: bytes, time_ns: int) -> None:
-        """Take in a write of bytes, which is an event of the whole sectors around it."""
-        start, stop = offset // SECTOR, -(-(offset + len(data)) // SECTOR)
-        sectors = bytearray(self.image(self.head)[start * SECTOR : stop * SECTOR])
-        sectors[offset - start * SECTOR : offset - start * SECTOR + len(data)] = data
-        self.oracle.write(start, bytes(sectors), time_ns)
-
-    def synced(self) -> None:
-        """Take in a sync: the mirror is at the head, and where it was is a snapshot."""
-        base = self.mirror_seq
-        if base < self.head and base not in self.snapshots.values():
-            self.snapshots[format_time(self.times[base])] = base
-        self.mirror_seq = self.head
-
-    def reachable(self) -> list[int]:
-        """Return the seqs that can be looked up, ascending."""
-        return sorted({*self.snapshots.values(), *range(self.mirror_seq, self.head + 1)})
-
-    def seq_at(self, time_ns: int) -> int | None:
-        """Return the seq that a time up to now means."""
-        return max((seq for seq in self.reachable() if self.times[seq] <= time_ns), default=None)
-
-    def latest(self) -> str:
-        return max(self.snapshots, key=lambda name: (self.times[self.snapshots[name]], name))
 
 
 @dataclass(frozen=True)
@@ -137,19 +101,31 @@ class MountMachine(RuleBasedStateMachine):
         self.ever_held: set[int] = set()
         self.since_end = 0
 
-    @initialize(size=st.sampled_from([256 * KIB, 300 * KIB + SECTOR, 1024 * KIB]), empty=st.booleans())
-    def create(self, size: int, empty: bool) -> None:  # noqa: FBT001
+    @initialize(
+        size=st.sampled_from([256 * KIB, 300 * KIB + SECTOR, 1024 * KIB]),
+        empty=st.booleans(),
+        rules=st.builds(Rules, st.integers(0, 3), st.booleans()),
+    )
+    def create(self, size: int, empty: bool, rules: Rules) -> None:  # noqa: FBT001
         content = bytes(size) if empty else self.rng.randbytes(size)
         self.size = size
         self.rig = self.stack.enter_context(Rig())
         self.stack.callback(self._keep_log)
         self.rig.allow(REDONE)
         self.rig.create(size=size, content=content)
-        (self.rig.store / "dmafs.conf").write_text(CONFIGURATION)
-        self.rig.start()
-        self.tap = os.open(self.rig.tap(), os.O_RDWR)
+        self.retention = rules
+        self.rig.configure(CONFIGURATION + rules.table())
+        self.tap = -1
         self.stack.callback(self._let_go)
+        self._start()
         self.expected = Expected(content, self._time_of(0))
+
+    def _start(self) -> None:
+        """Start a daemon; it thins at once, and then once a minute."""
+        self.rig.start()
+        self.started = time.monotonic()
+        self.tap = os.open(self.rig.tap(), os.O_RDWR)
+        self.since_end = 0
 
     def teardown(self) -> None:
         self.stack.close()
@@ -250,6 +226,9 @@ class MountMachine(RuleBasedStateMachine):
         """Drop a snapshot, mostly one that is not the oldest, so that the next older one has to take over."""
         names = sorted(self.expected.snapshots, key=lambda name: (self.expected.snapshots[name], name))
         name = names[number % len(names)] if number % 4 == 0 else (names[1:] or names)[number % max(len(names) - 1, 1)]
+        if name in self.expected.pinned:
+            fails(errno.EBUSY, os.rmdir, self.rig.mnt / "snapshots" / name)
+            return
         (self.rig.mnt / "snapshots" / name).rmdir()
         del self.expected.snapshots[name]
         self.counts["drop"] += 1
@@ -261,6 +240,95 @@ class MountMachine(RuleBasedStateMachine):
         self.expected.synced()
         assert report["mirror_seq"] == self.expected.mirror_seq
         self.counts["sync"] += 1
+
+    @precondition(lambda self: self.expected.snapshots)
+    @rule(number=st.integers(0, 100))
+    def pin_or_unpin(self, number: int) -> None:
+        names = sorted(self.expected.snapshots)
+        name = names[number % len(names)]
+        with session(self.rig.store) as asked:
+            report = asked.unpin(name) if name in self.expected.pinned else asked.pin(name)
+        self.expected.pinned ^= {name}
+        assert report == {"id": name, "pinned": name in self.expected.pinned}
+        self.counts["pin" if report["pinned"] else "unpin"] += 1
+
+    @precondition(lambda self: len(self.expected.snapshots) > 1)
+    @rule(dry_run=st.sampled_from([False, False, True]))
+    def thin(self, dry_run: bool) -> None:  # noqa: FBT001
+        """What is dropped, and what each one kept is kept for, is what the rules say; a dry run drops nothing."""
+        before = dict(self.expected.snapshots)
+        dropped = self.expected.thinned(self.retention)
+        options = ["--dry-run"] if dry_run else []
+        report = json.loads(self.rig.dmafs("thin", "--json", *options, self.rig.store).stdout)["snapshots"]
+        assert {one["id"] for one in report} == set(before)
+        assert [one["id"] for one in report if not one["kept"]] == dropped
+        assert {one["id"] for one in report if "pinned" in one["reasons"]} == self.expected.pinned
+        if dry_run:
+            self.expected.snapshots = before
+        self.counts["thin"] += 1
+        self.counts["thinned"] += len(dropped) * (not dry_run)
+
+    @rule(name=st.sampled_from(MARKS))
+    def mark(self, name: str) -> None:
+        with session(self.rig.store) as asked:
+            asked.mark(name)
+        self.expected.marks[name] = self.expected.head
+        self.counts["mark"] += 1
+
+    # -- clones -----------------------------------------------------------------------------------------------------
+
+    def _clone(self, name: str) -> Path:
+        return self.rig.mnt / "clones" / name / "disk.img"
+
+    @rule(name=st.sampled_from(CLONES), number=st.integers(0, 1000), now=st.booleans())
+    def make_clone(self, name: str, number: int, now: bool) -> None:  # noqa: FBT001
+        seq = self.expected.head if now else self._any(number)
+        folder = self.rig.mnt / "clones" / (name if now else f"{name}@{spelled(self.expected.times[seq])}")
+        if name in self.expected.clones:
+            fails(errno.EEXIST, os.mkdir, folder)
+            return
+        folder.mkdir()
+        self.expected.clones[name] = expected_clone(seq, self.expected.image(seq))
+        self.ever_held.add(seq)
+        self.counts["clone"] += 1
+
+    @precondition(lambda self: self.expected.clones)
+    @rule(number=st.integers(0, 10))
+    def drop_clone(self, number: int) -> None:
+        name = sorted(self.expected.clones)[number % len(self.expected.clones)]
+        # The kernel tells of the last close a little later.
+        wait_until(lambda: self._try_to_drop(name), f"clone {name} to be idle", seconds=20)
+        del self.expected.clones[name]
+        self.counts["clone dropped"] += 1
+
+    def _try_to_drop(self, name: str) -> bool:
+        try:
+            (self.rig.mnt / "clones" / name).rmdir()
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            return False
+        return True
+
+    @precondition(lambda self: self.expected.clones)
+    @rule(
+        number=st.integers(0, 10),
+        places=st.lists(st.tuples(st.integers(0, 1 << 20), st.integers(1, 3 * PAGE)), min_size=1, max_size=4),
+        fsync=st.booleans(),
+    )
+    def write_clone(self, number: int, places: list[tuple[int, int]], fsync: bool) -> None:  # noqa: FBT001
+        name = sorted(self.expected.clones)[number % len(self.expected.clones)]
+        clone = self.expected.clones[name]
+        with opened(self._clone(name), os.O_RDWR) as fd:
+            for place, length in places:
+                offset = place % self.size
+                data = self.rng.randbytes(min(length, self.size - offset))
+                assert os.pwrite(fd, data, offset) == len(data)
+                clone.write(offset, data)
+            if fsync:
+                os.fsync(fd)
+                clone.flushed()
+        self.counts["clone written"] += 1
 
     # -- holding ----------------------------------------------------------------------------------------------------
 
@@ -358,20 +426,53 @@ class MountMachine(RuleBasedStateMachine):
         else:
             self._let_go()
             self.rig.stop()
-        self.rig.start()
-        self.tap = os.open(self.rig.tap(), os.O_RDWR)
-        self.since_end = 0
-        self.ever_held.clear()
+        self._start()
+        with session(self.rig.store) as asked:
+            asked.thin(dry_run=False)  # as the daemon does at its start, so that this is over now
+        self.expected.thinned(self.retention)
+        self.ever_held = self.expected.clone_seqs()
+        for name, clone in self.expected.clones.items():
+            if not killed:
+                clone.flushed()
+            clone.settle(self._clone(name).read_bytes())
         assert self._seq_of(self.rig.live()) == self.expected.head, "what had been written is there"
         assert self.rig.primary().read_bytes() == self.expected.image(self.expected.head)
         self._assert_nothing_else_is_kept()
         self.counts["kill" if killed else "stop"] += 1
 
     def _assert_nothing_else_is_kept(self) -> None:
-        kept = sorted(path.stem for path in self.rig.store.glob("disk/backward/*.ext"))
-        assert sorted(int(stem[:20]) for stem in kept) == sorted(self.expected.snapshots.values())
+        """Each snapshot has its files, and besides there are only those that clones need."""
+        backward, clones = self.rig.store / "disk" / "backward", self.expected.clone_seqs()
+        kept = Counter(int(path.stem[:20]) for path in backward.glob("*.ext"))
+        shown = Counter(self.expected.snapshots.values())
+        assert kept >= shown
+        assert {*(kept - shown), *(int(path.stem[:20]) for path in backward.glob("*.gone"))} <= clones
+        assert len(list(backward.glob("*.pin"))) == len(self.expected.pinned)
 
     # -- what holds after every step --------------------------------------------------------------------------------
+
+    @invariant()
+    def the_daemon_has_not_thinned_by_itself(self) -> None:
+        """It would do so a minute after its start, which no model could foresee to the step."""
+        if time.monotonic() - self.started > DAEMON_S:
+            self.end_and_start(killed=False)
+
+    @invariant()
+    def clones_show_what_was_written(self) -> None:
+        assert sorted(os.listdir(self.rig.mnt / "clones")) == sorted(self.expected.clones)
+        for name, clone in self.expected.clones.items():
+            with opened(self._clone(name), os.O_RDONLY) as fd:
+                assert whole(fd, self.size) == clone.shown, f"clone {name}"
+            assert self._seq_of(self._clone(name)) == clone.seq
+            with opened(self.rig.at(f"seq:{clone.seq}"), os.O_RDONLY) as fd:
+                assert whole(fd, self.size) == clone.base == self.expected.image(clone.seq)
+
+    @invariant()
+    def marks_are_found(self) -> None:
+        """Until the mirror has passed them."""
+        for name, seq in self.expected.marks.items():
+            if seq > self.expected.mirror_seq:
+                assert self._seq_of(self.rig.at(name)) == seq
 
     @invariant()
     def live_is_the_newest(self) -> None:
@@ -414,11 +515,11 @@ class MountMachine(RuleBasedStateMachine):
             self._assert_nothing_else_is_kept()
         except AssertionError:
             return False
-        return not list(self.rig.store.glob("disk/backward/*.gone"))
+        return True
 
 
 def test_every_moment_of_a_mounted_volume_is_history(capsys: pytest.CaptureFixture[str]) -> None:
-    """Claims 1 to 6 hold in every step of all histories, of which there are enough."""
+    """Claims 1 to 9 hold in every step of all histories, of which there are enough."""
     MountMachine.steps = 0
     MountMachine.counts.clear()
     profile = settings(
@@ -440,4 +541,5 @@ def test_every_moment_of_a_mounted_volume_is_history(capsys: pytest.CaptureFixtu
         print(f"{MountMachine.steps} steps, {dict(sorted(MountMachine.counts.items()))}")
     assert MountMachine.steps >= EXAMPLES * STEPS // 2
     wanted = {"snapshot", "drop", "sync", "device", "descriptor", "diff", "kill", "stop"}
+    wanted |= {"pin", "unpin", "thin", "thinned", "mark", "clone", "clone written", "clone dropped"}
     assert wanted <= set(MountMachine.counts)
