@@ -59,7 +59,8 @@ class SnapshotMaps:
                 self.keep(snapshot, segment)
             else:
                 segment.close()
-        self._loaded.move_to_end(snapshot.serial)
+        if snapshot.serial in self._loaded:  # it may have been dropped while it was loaded
+            self._loaded.move_to_end(snapshot.serial)
         return snapshot.segment
 
     def _open(self, stem: str, suffix: str) -> Segment:

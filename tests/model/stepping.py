@@ -11,7 +11,7 @@ from typing import Any
 
 from dmafs.core.image import Image
 from dmafs.core.work import Work
-from dmafs.errors import NoSuchPointError
+from dmafs.errors import DmafsError, NoSuchPointError
 
 
 class Running:
@@ -63,6 +63,7 @@ class Reader:
         self._work = work
         self._call: Callable[[], Any] | None = None
         self._answer: Any = None
+        self._error: Exception | None = None
         self._executed = False
         self._last: Callable[[], None] | None = None  # the pieces are known, their bytes aren't read yet
 
@@ -76,7 +77,8 @@ class Reader:
                 self._call = next(self._work)
             else:
                 self._execute()
-                self._call = self._work.send(self._answer)
+                error, self._error = self._error, None
+                self._call = self._work.send(self._answer) if error is None else self._work.throw(error)
             self._executed = False
         except NoSuchPointError:
             assert self.held is None, f"{self.kind}: the image at {self.seq} is held"
@@ -89,7 +91,10 @@ class Reader:
     def _execute(self) -> None:
         assert self._call is not None
         if not self._executed:
-            self._answer = self._call()
+            try:
+                self._answer = self._call()
+            except (DmafsError, OSError) as error:  # such as a file that is gone: the work decides
+                self._error = error
             self._executed = True
 
     def _end(self) -> None:

@@ -60,7 +60,7 @@ class VolumeMachine(Keeping, Cloning, Claims):
             if what == "work" and self.idle:
                 self._begin_work(number)
             elif what == "advance" and not self.idle:
-                self.advance(calls=1)
+                self.advance(calls=1 if number % 3 else ALL)
             elif what == "read" and len(self.readers) < READERS_MAX:
                 place = number * 37, 1 + number * 11
                 self.begin_to_read(KINDS[number % len(KINDS)], number, place, held=number % 3 == 0, steps=number % 2)

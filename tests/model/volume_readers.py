@@ -80,8 +80,10 @@ class Readers(Model):
         steps=STEPS,
     )
     def begin_to_read(self, kind: str, number: int, place: tuple[int, int], held: bool, steps: int) -> None:  # noqa: FBT001
+        """Begin to read, mostly what only snapshots have, since that is what changes its place."""
         seqs = self.recoverable()
-        seq = seqs[number % len(seqs)]
+        past = [seq for seq in seqs if seq < self.floor] if number % 4 else []
+        seq = (past or seqs)[number % len(past or seqs)]
         offset = place[0] % (self.oracle.size_sectors * SECTOR)
         length = min(place[1], self.oracle.size_sectors * SECTOR - offset)
         if kind in {"diff", "warm"}:
