@@ -42,14 +42,14 @@ class Piece(NamedTuple):
 class Image:
     """One moment of a volume. Made by ``Volume.image``; whoever reads it over time holds it with ``pins``."""
 
-    def __init__(self, volume: Volume, seq: int, time_ns: int) -> None:
+    def __init__(self, volume: Volume, seq: int, time_ns: int, *, exact: bool = False) -> None:
         """Show *volume* at *seq*."""
         self.volume = volume
         self.seq = seq
         self.time_ns = time_ns
         self.vrmo = Vrmo(volume.info.size_sectors)
         self.pins = 0
-        self.exact = False  # whether it ends at a sync indicator; set when it is made, since syncs forget indicators
+        self.exact = exact  # whether it ends at a sync indicator; set when it is made, since syncs forget indicators
         self._allocated: int | None = None
 
     @property
