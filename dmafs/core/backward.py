@@ -61,7 +61,7 @@ class SnapshotMaps:
                 self.keep(snapshot, segment)
             else:
                 segment.close()
-        if snapshot.serial in self._loaded:
+        if snapshot.serial in self._loaded:  # it may have been dropped while it was loaded
             self._loaded.move_to_end(snapshot.serial)
         return snapshot.segment
 

@@ -43,14 +43,14 @@ class Piece(NamedTuple):
 class Image:
     """One moment of a volume. Made by ``Volume.image``; whoever reads it over time holds it with ``pins``."""
 
-    def __init__(self, volume: Volume, seq: int, time_ns: int) -> None:
+    def __init__(self, volume: Volume, seq: int, time_ns: int, *, exact: bool = False) -> None:
         """Show *volume* at *seq*."""
         self.volume = volume
         self.seq = seq
         self.time_ns = time_ns
         self.vrmo = Vrmo(volume.info.size_sectors)
         self.pins = 0
-        self.exact = False  # whether it ends at a sync indicator; set when it is made, since syncs forget indicators
+        self.exact = exact  # whether it ends at a sync indicator; set when it is made, since syncs forget indicators
         self._allocated: int | None = None
 
     @property
@@ -63,40 +63,58 @@ class Image:
     def resolve_nowait(self, offset: int, length: int) -> list[Piece] | None:
         """Return where ``[offset, offset + length)`` is, in bytes widened to whole sectors; within the image.
 
-        None if something that this needs isn't in memory yet.
+        None if something that this needs isn't in memory yet, or the volume has let go of the image, which nobody
+        holds: then its map isn't kept up to date any more.
         """
         assert offset >= 0
         assert offset + length <= self.size
-        found = self.vrmo.resolve_nowait(offset // SECTOR, -(-(offset + length) // SECTOR))
+        return self._pieces(*_sectors(offset, length)) if self.volume.keeps(self) else None
+
+    def _pieces(self, start: int, stop: int) -> list[Piece] | None:
+        found = self.vrmo.resolve_nowait(start, stop)
         if found is None:
             return None
         pieces = []
-        for start, stop, reference in found:
+        for begin, end, reference in found:
             if reference == MIRROR:
-                pieces.append(Piece(start, stop, None, MIRROR, 0))
+                pieces.append(Piece(begin, end, None, MIRROR, 0))
             elif reference & ZERO:
-                pieces.append(Piece(start, stop, None, ZEROS, 0))
+                pieces.append(Piece(begin, end, None, ZEROS, 0))
             else:
                 segment, index = self.volume.descriptor_nowait(reference)
                 if segment is None:
                     return None
-                pieces.append(Piece(start, stop, segment, index, start - segment.starts[index]))
+                pieces.append(Piece(begin, end, segment, index, begin - segment.starts[index]))
         return pieces
 
     def locate(self, offset: int, length: int) -> Work[list[Piece]]:
         """Return where ``[offset, offset + length)`` is, once all that this needs is in memory.
 
-        NoSuchPointError if nobody holds the image and a sync has passed it meanwhile.
+        At each yield a sync or a drop may change the map, so nothing taken from it is used behind one. Of an image that
+        the volume has let go of it is made anew each time. NoSuchPointError if nobody holds the image and a sync has
+        passed it meanwhile.
         """
-        while (pieces := self.resolve_nowait(offset, length)) is None:
-            start, stop = offset // SECTOR, -(-(offset + length) // SECTOR)
+        start, stop = _sectors(offset, length)
+        while True:
+            if not self.volume.keeps(self):
+                self.vrmo.reset()
             if not self.vrmo.has_pages(start, stop):
                 stack = yield from self.volume.stack(self)
-                self.vrmo.make_pages(start, stop, stack)  # nothing comes between: pages have all that is captured
-            for _, _, reference in self.vrmo.resolve_nowait(start, stop) or ():
-                if reference != MIRROR and not reference & ZERO:
-                    yield from self.volume.load(reference)
-        return pieces
+                if not self.volume.keeps(self):
+                    self.vrmo.reset()
+                self.vrmo.make_pages(start, stop, stack)
+            pieces = self._pieces(start, stop)
+            if pieces is not None:
+                return pieces
+            yield from self.volume.load(self._missing(start, stop))
+
+    def _missing(self, start: int, stop: int) -> int:
+        """Return the first reference of a range to a journal that isn't in memory; there is one."""
+        for _, _, reference in self.vrmo.resolve_nowait(start, stop) or ():
+            is_data = reference != MIRROR and not reference & ZERO
+            if is_data and self.volume.descriptor_nowait(reference)[0] is None:
+                return reference
+        raise AssertionError("all of the range is in memory")
 
     def resolve(self, offset: int, length: int) -> list[Piece]:
         """Return where ``[offset, offset + length)`` is; blocks."""
@@ -156,6 +174,11 @@ class Image:
             columns = fresh.entries(page.first, page.first + page.size)
             for mine, other in zip(_joined(*page.arrays()), _joined(*columns), strict=True):
                 assert np.array_equal(mine, other), f"map of the image at {self.seq} differs from its descriptors"
+
+
+def _sectors(offset: int, length: int) -> tuple[int, int]:
+    """Widen a range of bytes to whole sectors."""
+    return offset // SECTOR, -(-(offset + length) // SECTOR)
 
 
 def _allocated_sectors(parts: list[tuple[Ints, Ints, Ints]], mirror_seq: int, allocated: tuple[Ints, Ints]) -> int:

@@ -271,10 +271,7 @@ class Volume:
         The same object for the same seq as long as somebody holds it. Its map is made where it is looked at.
         """
         self.require_point(seq)
-        image = self._images.pop(seq, None)
-        if image is None:
-            image = Image(self, seq, self.time_of(seq))
-            image.exact = self.is_exact(seq)
+        image = self._images.pop(seq, None) or Image(self, seq, self.time_of(seq), exact=self.is_exact(seq))
         self._images[seq] = image
         self._evict()
         return image
@@ -292,6 +289,10 @@ class Volume:
         idle = [seq for seq, image in self._images.items() if not image.pins]
         for seq in idle[: max(0, len(idle) - self.limits.images)]:
             del self._images[seq]
+
+    def keeps(self, image: Image) -> bool:
+        """Say whether an image's map is kept up to date: the live one's, of held ones and of some looked at lately."""
+        return image is self.live or self._images.get(image.seq) is image
 
     def stack(self, image: Image) -> Work[Stack]:
         """Return what an image is, the live one then, once all of it is in memory. O(log n) when it is there already.
@@ -313,14 +314,13 @@ class Volume:
     def warm(self) -> Work[None]:
         """Make the layers that opening images needs, those of the oldest one too."""
         yield from self.journal.prepare(self.journal.head)
-        for snapshot in self.snapshots:
-            yield from self.snapshots.prepare(snapshot.seq, self.pointers.now.mirror_seq)
-            return
+        oldest = next(iter(self.snapshots), None)
+        if oldest is not None:
+            yield from self.snapshots.prepare(oldest.seq, self.pointers.now.mirror_seq)
 
     def _layers_nowait(self, seq: int, mirror_seq: int) -> list[Selectable] | None:
-        if seq < self.floor:
-            return self.snapshots.layers_nowait(seq, mirror_seq)
-        return self.journal.layers_nowait(seq)
+        below = seq < self.floor
+        return self.snapshots.layers_nowait(seq, mirror_seq) if below else self.journal.layers_nowait(seq)
 
     def rebuilt(self, seq: int) -> Stack:
         """Return what the image at *seq* is, made from descriptors alone (promise 9)."""

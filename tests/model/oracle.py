@@ -5,6 +5,8 @@ It is as simple as it can be made, since everything else is measured against it.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 SECTOR = 512
 
 
@@ -51,6 +53,33 @@ class Oracle:
         one, other = self._images[a], self._images[b]
         places = ((sector, slice(sector * SECTOR, (sector + 1) * SECTOR)) for sector in range(self.size_sectors))
         return {sector for sector, place in places if one[place] != other[place]}
+
+
+@dataclass
+class Expected:
+    """What a clone has to show, and what of it a power cut may leave."""
+
+    seq: int
+    base: bytes
+    shown: bytearray
+    durable: bytearray
+
+    def write(self, offset: int, data: bytes) -> None:
+        self.shown[offset : offset + len(data)] = data
+
+    def flushed(self) -> None:
+        self.durable[:] = self.shown
+
+    def settle(self, found: bytes) -> None:
+        """Assert that after a cut each sector is as at the last flush or as last written; adopt which."""
+        for at in range(0, len(self.shown), SECTOR):
+            sector = found[at : at + SECTOR]
+            assert sector in (self.shown[at : at + SECTOR], self.durable[at : at + SECTOR]), at
+        self.shown[:] = self.durable[:] = found  # what is found when a clone is opened is made durable then
+
+
+def expected_clone(seq: int, base: bytes) -> Expected:
+    return Expected(seq, base, bytearray(base), bytearray(base))
 
 
 def nonzero_sectors(image: bytes) -> int:

@@ -14,21 +14,16 @@ Claims, after every step, also while a sync or a drop of the volume underneath i
 from __future__ import annotations
 
 import contextlib
-import os
 import random
 import shutil
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import hypothesis
 import pytest
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from hypothesis.stateful import run_state_machine_as_test as run_machine
 
 from dmafs.core import overlay
 from dmafs.core import segment as segments
@@ -42,24 +37,14 @@ from dmafs.core.sync import sync
 from dmafs.core.volume import Volume, VolumeLimits
 from dmafs.core.work import Work, run
 from dmafs.errors import StoreFullError
+from tests.model.counting import run_machine
 from tests.model.cuts import Disk
-from tests.model.oracle import SECTOR, Oracle
+from tests.model.oracle import SECTOR, Expected, Oracle, expected_clone
 
-SEED = int(os.environ.get("DMAFS_TEST_SEED", "1"))
-EXAMPLES = int(os.environ.get("DMAFS_TEST_EXAMPLES", "200"))
+EXAMPLES = 200
 STEPS = 50
 SHM = Path("/dev/shm")  # noqa: S108 - a private directory is made in it
 NAMES = ("one", "two", "three")
-
-
-@dataclass
-class Expected:
-    """What a clone has to show."""
-
-    seq: int
-    base: bytes
-    shown: bytearray
-    durable: bytearray
 
 
 class CloneMachine(RuleBasedStateMachine):
@@ -194,8 +179,7 @@ class CloneMachine(RuleBasedStateMachine):
         self._adopt(clone)
 
     def _adopt(self, clone: Clone) -> None:
-        base = self.oracle.image_at(clone.seq)
-        self.expected[clone.name] = Expected(clone.seq, base, bytearray(base), bytearray(base))
+        self.expected[clone.name] = expected_clone(clone.seq, self.oracle.image_at(clone.seq))
 
     @rule(
         number=st.integers(0, 2),
@@ -316,15 +300,7 @@ class CloneMachine(RuleBasedStateMachine):
             assert not clone.failure, clone.failure
             if clone.name not in before:
                 self._adopt(clone)
-            self._settle_on(clone, self.expected[clone.name])
-
-    def _settle_on(self, clone: Clone, expected: Expected) -> None:
-        """Each sector is as at the last flush or as last written; adopt which."""
-        shown = run(clone.read(0, self.size))
-        for at in range(0, self.size, SECTOR):
-            sector = shown[at : at + SECTOR]
-            assert sector in (expected.shown[at : at + SECTOR], expected.durable[at : at + SECTOR]), at
-        expected.shown[:] = expected.durable[:] = shown  # what is found when a clone is opened is made durable then
+            self.expected[clone.name].settle(bytes(run(clone.read(0, self.size))))
 
     def _restart(self, *, torn: bool) -> None:
         self.running = None
@@ -383,20 +359,7 @@ class CloneMachine(RuleBasedStateMachine):
 
 def test_clones_show_what_was_written_to_them(capsys: pytest.CaptureFixture[str]) -> None:
     """Claims 1 to 4 hold in every step of all histories, of which there are enough."""
-    CloneMachine.steps = 0
-    CloneMachine.counts.clear()
-    profile = settings(
-        max_examples=EXAMPLES,
-        stateful_step_count=STEPS,
-        deadline=None,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-        print_blob=False,
-    )
     with capsys.disabled():
-        print(f"\nDMAFS_TEST_SEED={SEED} DMAFS_TEST_EXAMPLES={EXAMPLES}")  # noqa: T201
-        run_machine(hypothesis.seed(SEED)(CloneMachine), settings=profile)
-        print(f"{CloneMachine.steps} steps, {dict(sorted(CloneMachine.counts.items()))}")  # noqa: T201
-    assert CloneMachine.steps >= EXAMPLES * STEPS // 2
+        run_machine(CloneMachine, examples=EXAMPLES, steps=STEPS)
     cuts = {"cut of flush", "cut of make", "cut of drop", "cut of work", "torn"}
     assert {"make", "write", "flush", "drop", "full", "sync", "drop of a snapshot", *cuts} <= set(CloneMachine.counts)

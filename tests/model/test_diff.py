@@ -14,7 +14,6 @@ claim 1 while syncs and drops are under way is in test_volume_machine.py.
 from __future__ import annotations
 
 import itertools
-import os
 import random
 import tempfile
 from collections.abc import Iterator
@@ -28,10 +27,10 @@ from dmafs.core.store import open_volume
 from dmafs.core.sync import sync
 from dmafs.core.volume import Volume
 from dmafs.core.work import run
+from tests.model.counting import SEED, report
 from tests.model.oracle import SECTOR, Oracle
 from tests.unit.tools import TINY, Ticking, copied_volume
 
-SEED = int(os.environ.get("DMAFS_TEST_SEED", "1"))
 HISTORIES = 20
 STEPS = 40
 PAIRS = 40
@@ -151,7 +150,7 @@ def test_a_diff_is_what_was_written_between(scratch: Path, capsys: pytest.Captur
     """Claims 1 to 3 hold in every step of all histories; enough pairs lie before the mirror."""
     over_snapshots = 0
     with capsys.disabled():
-        print(f"\nDMAFS_TEST_SEED={SEED}")  # noqa: T201
+        print(f"\nDMAFS_TEST_SEED={SEED}")
     for number in range(HISTORIES):
         history = History(scratch / str(number), random.Random(f"{SEED} {number}"))
         try:
@@ -161,4 +160,6 @@ def test_a_diff_is_what_was_written_between(scratch: Path, capsys: pytest.Captur
         finally:
             history.volume.close()
         over_snapshots += history.over_snapshots
+    with capsys.disabled():
+        report("DiffHistories", HISTORIES * STEPS, {"over snapshots": over_snapshots})
     assert over_snapshots > HISTORIES * STEPS

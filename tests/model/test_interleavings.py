@@ -180,7 +180,7 @@ def test_any_interleaving_shows_history_as_it_was(tmp_path: Path, number: int, m
     """Claims 1 and 2."""
     monkeypatch.setattr(layers, "FAN_OUT", 2)
     monkeypatch.setattr(layers, "GROWN_ENTRIES", 2)
-    print(f"\nDMAFS_TEST_SEED={SEED}")  # noqa: T201
+    print(f"\nDMAFS_TEST_SEED={SEED}")
     history = History(tmp_path, SEED * 1000 + number)
     history.live()
     history.end()

@@ -5,14 +5,11 @@
 
 from __future__ import annotations
 
-import os
-
 import hypothesis
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from dmafs.core import layers
 from dmafs.core.extent import Ints, join, subtract
@@ -20,12 +17,12 @@ from dmafs.core.layers import Layer, LayerTree, net_layer, stacked
 from dmafs.core.vbm import MIRROR, ZERO, BlockMap, Vbmj, Vbmm, block_map, pays
 from dmafs.core.vrmo import BACKWARD, Stack, Vrmo, backward_reference, split_reference
 from dmafs.core.work import Work, run
+from tests.model.counting import run_machine
 from tests.model.tables import closed, table_1, table_2
 
 SIZE = 80
 FIRST = 1000
-SEED = int(os.environ.get("DMAFS_TEST_SEED", "1"))
-EXAMPLES = int(os.environ.get("DMAFS_TEST_EXAMPLES", "300"))
+EXAMPLES = 300
 
 moves = st.integers(0, SIZE - 1).flatmap(lambda start: st.tuples(st.just(start), st.integers(start + 1, SIZE)))
 
@@ -242,19 +239,8 @@ def test_maps_are_lists_of_references(
     machine: type[PageMachine | StackMachine], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Whatever is done to maps and layers does to them what it does to a list with one reference per sector."""
-    machine.steps = 0
-    profile = settings(
-        max_examples=EXAMPLES,
-        stateful_step_count=50,
-        deadline=None,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-        print_blob=False,
-    )
-    run_state_machine_as_test(hypothesis.seed(SEED)(machine), settings=profile)
     with capsys.disabled():
-        print(f"\n{machine.__name__}: DMAFS_TEST_SEED={SEED}, {machine.steps} steps")  # noqa: T201
-    assert machine.steps >= EXAMPLES * 25
+        run_machine(machine, examples=EXAMPLES, steps=50)
 
 
 def test_an_image_nobody_grows_needs_no_layers() -> None:

@@ -9,6 +9,10 @@ in order or by SIGKILL. Claims, after every step:
 4. The snapshots listed are those taken by hand and by syncs and not dropped.
 5. An end of the daemon, in order or not, loses no write that had returned, flushed or not.
 6. A diff of two moments lists each sector whose bytes differ, and none that wasn't written in between.
+7. A pinned snapshot is neither dropped nor thinned; of the others a thinning leaves exactly what the configured rules
+   keep.
+8. A clone is its moment with the writes to it, and what was flushed of these outlives the daemon.
+9. A mark is found by its name until the mirror has passed it.
 
 ``DMAFS_TEST_SEED`` chooses the histories, ``DMAFS_TEST_MOUNT_EXAMPLES`` how many of ``STEPS`` steps there are. To add
 an operation: what it does to the moments that can be had is a method of ``Expected``, the operation itself is a rule of
@@ -17,22 +21,17 @@ an operation: what it does to the moments that can be had is a method of ``Expec
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
-import random
+import time
 from collections import Counter
-from dataclasses import dataclass
-from pathlib import Path
-from typing import ClassVar, Final
+from typing import Final
 
 import hypothesis
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
-    RuleBasedStateMachine,
-    initialize,
     invariant,
     precondition,
     rule,
@@ -40,155 +39,30 @@ from hypothesis.stateful import (
 )
 
 from dmafs.service.client import session
-from dmafs.units import format_time, parse_canonical
-from tests.model.oracle import SECTOR, Oracle
-from tests.mount.harness import REDONE, Rig, fails, spelled, wait_until
+from tests.model.oracle import SECTOR
+from tests.mount.harness import fails, wait_until
+from tests.mount.mount_keeping import Keeping
+from tests.mount.mount_model import KIB, Hold, whole
 
 pytestmark = [pytest.mark.mount, pytest.mark.slow]
 
 SEED: Final = int(os.environ.get("DMAFS_TEST_SEED", "1"))
 EXAMPLES: Final = int(os.environ.get("DMAFS_TEST_MOUNT_EXAMPLES", "18"))
 STEPS: Final = 60
-KIB: Final = 1024
 WRITE_MAX: Final = 64 * KIB
 """What the kernel passes on in one piece, but for a part of a page that it hasn't cached."""
 PAGE: Final = 4096
 NAMES: Final = "abcdef"
+DAEMON_S: Final = 40.0
+"""How long a daemon runs at most: a minute after its start it thins by itself."""
 HOLDS_MAX: Final = 4
 DEVICES_MAX: Final = 2
 STEPS_BETWEEN_ENDS: Final = 15
 """An end of the daemon and the start of the next one take a second, a step else some milliseconds."""
-CONFIGURATION: Final = 'segment_size = "1MiB"\nsegment_records = 1024\nreserve = 0\ntick_s = 0.05\nidle_images = 2\n'
 
 
-class Expected:
-    """Which moments can be had, and what they look like."""
-
-    def __init__(self, content: bytes, origin_ns: int) -> None:
-        self.oracle = Oracle(content)
-        self.oracle.times[0] = origin_ns
-        self.mirror_seq = 0
-        self.snapshots: dict[str, int] = {}  # seqs by id
-
-    @property
-    def head(self) -> int:
-        return self.oracle.head
-
-    @property
-    def times(self) -> list[int]:
-        return self.oracle.times
-
-    def image(self, seq: int) -> bytes:
-        return self.oracle.image_at(seq)
-
-    def written(self, offset: int, data: bytes, time_ns: int) -> None:
-        """Take in a write of bytes, which is an event of the whole sectors around it."""
-        start, stop = offset // SECTOR, -(-(offset + len(data)) // SECTOR)
-        sectors = bytearray(self.image(self.head)[start * SECTOR : stop * SECTOR])
-        sectors[offset - start * SECTOR : offset - start * SECTOR + len(data)] = data
-        self.oracle.write(start, bytes(sectors), time_ns)
-
-    def synced(self) -> None:
-        """Take in a sync: the mirror is at the head, and where it was is a snapshot."""
-        base = self.mirror_seq
-        if base < self.head and base not in self.snapshots.values():
-            self.snapshots[format_time(self.times[base])] = base
-        self.mirror_seq = self.head
-
-    def reachable(self) -> list[int]:
-        """Return the seqs that can be looked up, ascending."""
-        return sorted({*self.snapshots.values(), *range(self.mirror_seq, self.head + 1)})
-
-    def seq_at(self, time_ns: int) -> int | None:
-        """Return the seq that a time up to now means."""
-        return max((seq for seq in self.reachable() if self.times[seq] <= time_ns), default=None)
-
-    def latest(self) -> str:
-        return max(self.snapshots, key=lambda name: (self.times[self.snapshots[name]], name))
-
-
-@dataclass(frozen=True)
-class Hold:
-    """A past image that is open: as a file, or, with *device*, as the one behind a loop device."""
-
-    seq: int
-    fd: int
-    device: str = ""
-
-
-def whole(fd: int, size: int) -> bytes:
-    """Read all of a file or device; what the kernel has of it in its cache is forgotten first."""
-    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    return os.pread(fd, size, 0)
-
-
-class MountMachine(RuleBasedStateMachine):
-    """One volume behind a daemon, and what is expected of it."""
-
-    steps = 0
-    counts: ClassVar[Counter[str]] = Counter()
-    log = ""  # of the last daemons
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stack = contextlib.ExitStack()
-        self.rng = random.Random(0)
-        self.holds: list[Hold] = []
-        self.ever_held: set[int] = set()
-        self.since_end = 0
-
-    @initialize(size=st.sampled_from([256 * KIB, 300 * KIB + SECTOR, 1024 * KIB]), empty=st.booleans())
-    def create(self, size: int, empty: bool) -> None:  # noqa: FBT001
-        content = bytes(size) if empty else self.rng.randbytes(size)
-        self.size = size
-        self.rig = self.stack.enter_context(Rig())
-        self.stack.callback(self._keep_log)
-        self.rig.allow(REDONE)
-        self.rig.create(size=size, content=content)
-        (self.rig.store / "dmafs.conf").write_text(CONFIGURATION)
-        self.rig.start()
-        self.tap = os.open(self.rig.tap(), os.O_RDWR)
-        self.stack.callback(self._let_go)
-        self.expected = Expected(content, self._time_of(0))
-
-    def teardown(self) -> None:
-        self.stack.close()
-
-    def _keep_log(self) -> None:
-        MountMachine.log = self.rig.log()
-
-    def _let_go(self) -> None:
-        """Close everything; of a daemon that was killed that says it is gone."""
-        for hold in self.holds:
-            self._close(hold)
-        self.holds = []
-        with contextlib.suppress(OSError):
-            os.close(self.tap)
-
-    # -- the tree ---------------------------------------------------------------------------------------------------
-
-    def _time_of(self, seq: int) -> int:
-        """Return the time that a seq's canonical name tells."""
-        time_ns = parse_canonical(os.readlink(self.rig.mnt / "at" / f"seq:{seq}"))
-        assert time_ns is not None
-        return time_ns
-
-    def _spellings(self, seq: int) -> list[Path]:
-        """Return paths of the image at a reachable seq."""
-        time_ns = self.expected.times[seq]
-        times = (f"seq:{seq}", format_time(time_ns), spelled(time_ns), f"{spelled(time_ns + 7)}~7ns")
-        ids = [name for name, found in self.expected.snapshots.items() if found == seq]
-        return [self.rig.at(time) for time in times] + [self.rig.snapshot(name) for name in ids]
-
-    def _seq_of(self, path: Path) -> int:
-        return int(os.getxattr(path, "user.dmafs.seq"))
-
-    def _any(self, number: int) -> int:
-        """Return a reachable seq: often the mirror's, which a sync takes away first, or one of the newest."""
-        seqs = self.expected.reachable()
-        if number % 4 == 0:
-            return self.expected.mirror_seq
-        return seqs[-1 - number // 4 % min(len(seqs), 3)] if number % 4 == 1 else seqs[number % len(seqs)]
+class MountMachine(Keeping):
+    """All that is done to a mounted volume, and its ends."""
 
     # -- capture ----------------------------------------------------------------------------------------------------
 
@@ -253,6 +127,9 @@ class MountMachine(RuleBasedStateMachine):
         """Drop a snapshot, mostly one that is not the oldest, so that the next older one has to take over."""
         names = sorted(self.expected.snapshots, key=lambda name: (self.expected.snapshots[name], name))
         name = names[number % len(names)] if number % 4 == 0 else (names[1:] or names)[number % max(len(names) - 1, 1)]
+        if name in self.expected.pinned:
+            fails(errno.EBUSY, os.rmdir, self.rig.mnt / "snapshots" / name)
+            return
         (self.rig.mnt / "snapshots" / name).rmdir()
         del self.expected.snapshots[name]
         self.counts["drop"] += 1
@@ -288,12 +165,6 @@ class MountMachine(RuleBasedStateMachine):
     @rule(number=st.integers(0, 100))
     def close(self, number: int) -> None:
         self._close(self.holds.pop(number % len(self.holds)))
-
-    def _close(self, hold: Hold) -> None:
-        with contextlib.suppress(OSError):
-            os.close(hold.fd)
-        if hold.device:
-            self.rig.detach(hold.device)
 
     # -- looking ----------------------------------------------------------------------------------------------------
 
@@ -361,20 +232,36 @@ class MountMachine(RuleBasedStateMachine):
         else:
             self._let_go()
             self.rig.stop()
-        self.rig.start()
-        self.tap = os.open(self.rig.tap(), os.O_RDWR)
-        self.since_end = 0
-        self.ever_held.clear()
+        self._start()
+        with session(self.rig.store) as asked:
+            asked.thin(dry_run=False)  # as the daemon does at its start, so that this is over now
+        self.counts["thinned"] += len(self.expected.thinned(self.retention))
+        self.ever_held = self.expected.clone_seqs()
+        for name, clone in self.expected.clones.items():
+            if not killed:
+                clone.flushed()
+            clone.settle(self._clone(name).read_bytes())
         assert self._seq_of(self.rig.live()) == self.expected.head, "what had been written is there"
         assert self.rig.primary().read_bytes() == self.expected.image(self.expected.head)
         self._assert_nothing_else_is_kept()
         self.counts["kill" if killed else "stop"] += 1
 
     def _assert_nothing_else_is_kept(self) -> None:
-        kept = sorted(path.stem for path in self.rig.store.glob("disk/backward/*.ext"))
-        assert sorted(int(stem[:20]) for stem in kept) == sorted(self.expected.snapshots.values())
+        """Each snapshot has its files, and besides there are only those that clones need."""
+        backward, clones = self.rig.store / "disk" / "backward", self.expected.clone_seqs()
+        kept = Counter(int(path.stem[:20]) for path in backward.glob("*.ext"))
+        shown = Counter(self.expected.snapshots.values())
+        assert kept >= shown
+        assert {*(kept - shown), *(int(path.stem[:20]) for path in backward.glob("*.gone"))} <= clones
+        assert len(list(backward.glob("*.pin"))) == len(self.expected.pinned)
 
     # -- what holds after every step --------------------------------------------------------------------------------
+
+    @invariant()
+    def the_daemon_has_not_thinned_by_itself(self) -> None:
+        """It would do so at a time that no model could foresee to the step."""
+        if time.monotonic() - self.started > DAEMON_S:
+            self.end_and_start(killed=False)
 
     @invariant()
     def live_is_the_newest(self) -> None:
@@ -417,11 +304,11 @@ class MountMachine(RuleBasedStateMachine):
             self._assert_nothing_else_is_kept()
         except AssertionError:
             return False
-        return not list(self.rig.store.glob("disk/backward/*.gone"))
+        return True
 
 
 def test_every_moment_of_a_mounted_volume_is_history(capsys: pytest.CaptureFixture[str]) -> None:
-    """Claims 1 to 6 hold in every step of all histories, of which there are enough."""
+    """Claims 1 to 9 hold in every step of all histories, of which there are enough."""
     MountMachine.steps = 0
     MountMachine.counts.clear()
     profile = settings(
@@ -443,4 +330,5 @@ def test_every_moment_of_a_mounted_volume_is_history(capsys: pytest.CaptureFixtu
         print(f"{MountMachine.steps} steps, {dict(sorted(MountMachine.counts.items()))}")
     assert MountMachine.steps >= EXAMPLES * STEPS // 2
     wanted = {"snapshot", "drop", "sync", "device", "descriptor", "diff", "kill", "stop"}
-    assert wanted <= set(MountMachine.counts)
+    wanted |= {"pin", "unpin", "thin", "thinned", "mark", "clone", "clone written", "clone dropped"}
+    assert wanted <= {what for what, count in MountMachine.counts.items() if count}
