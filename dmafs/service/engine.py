@@ -420,8 +420,13 @@ class Engine:
         return await self._drive(self.volume.snapshot_at(seq, name, instant_ns=instant_ns, frozen=frozen))
 
     async def drop_snapshot(self, snapshot: Snapshot) -> None:
-        """Drop a snapshot, or hide it until its image is closed; what is given up is finished in the background."""
+        """Drop a snapshot, or hide it until its image is closed or a sync that is under way has ended.
+
+        What is left to do then, or when the caller gives up, is done in the background.
+        """
         try:
+            if self._maintenance.locked():
+                return await self._drive(self.volume.hide_snapshot(snapshot))
             async with self._maintenance:
                 await self._drive(self.volume.drop_snapshot(snapshot), drain=True, stoppable=True)
                 await self._sweep()
