@@ -129,6 +129,7 @@ class VolumeMachine(RuleBasedStateMachine):
         index_bytes=st.sampled_from([0, 200, 1 << 20]),
         stepwise=st.sampled_from([False, False, False, True]),
         nosy=st.booleans(),
+        room=st.sampled_from([0, 4, 16, 1 << 20]),
     )
     def create(  # noqa: PLR0917 - drawn by name
         self,
@@ -139,6 +140,7 @@ class VolumeMachine(RuleBasedStateMachine):
         index_bytes: int,
         stepwise: bool,  # noqa: FBT001
         nosy: bool,  # noqa: FBT001
+        room: int,
     ) -> None:
         self.limits = dataclasses.replace(LIMITS, index=IndexLimits(bytes=index_bytes, journals=2))
         self.nosy = nosy
@@ -152,6 +154,7 @@ class VolumeMachine(RuleBasedStateMachine):
             (copy, "_HOLE_GRAIN", 2 * SECTOR),
             (segments, "BATCH_BYTES", 6 * SECTOR),
             (sync, "chop", functools.partial(extent.chop, limit=5)),
+            (sync, "room", lambda _: room * SECTOR),
         ):
             self.patches.enter_context(mock.patch.object(module, name, value))
         self.disk.enter()
@@ -678,7 +681,16 @@ def test_every_moment_of_a_volume_is_history(capsys: pytest.CaptureFixture[str])
 @pytest.fixture
 def machine() -> Iterator[VolumeMachine]:
     made = VolumeMachine()
-    made.create(size=24, content="random", page_sectors=4, fan_out=2, index_bytes=200, stepwise=False, nosy=True)
+    made.create(
+        size=24,
+        content="random",
+        page_sectors=4,
+        fan_out=2,
+        index_bytes=200,
+        stepwise=False,
+        nosy=True,
+        room=1 << 20,
+    )
     yield made
     made.teardown()
 
