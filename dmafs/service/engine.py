@@ -108,8 +108,6 @@ class Engine:
         self._clone_locks: defaultdict[int, trio.Lock] = defaultdict(trio.Lock)  # by serial
         self.progress = CopyProgress(volume.info.size_sectors)
         self.syncing = False
-        self.starved = trio.Event()
-        """Set when the store had no space for a write; whoever makes space puts a new one here."""
 
     # -- tasks --------------------------------------------------------------------------------------------------
 
@@ -394,7 +392,7 @@ class Engine:
     def facts(self) -> VolumeFacts:
         """Return what a sync policy has to know."""
         storage = self.volume.storage
-        short = self.starved.is_set() or storage.free_bytes() < self.volume.limits.reserve_bytes
+        short = storage.free_bytes() < self.volume.limits.reserve_bytes
         return facts_of(
             self.volume, free=storage.free_share(), starved=short and not self.volume.failure, busy=self.syncing
         )
