@@ -148,18 +148,22 @@ def stops_of(volume: Volume) -> Stops:
     return Stops(*(column[outside] for column in found))
 
 
-def _with_room(volume: Volume, stop: int) -> int:
-    """Return *stop*, or the last sync indicator before it that there is space to go to; the first one if there is none.
+def room(volume: Volume) -> int:
+    """Return how many bytes of data the events of a leg may have.
 
-    A leg takes as much space as its events' data at most before it frees any. Three times that are left: for capture
-    meanwhile, and for the other volumes' syncs.
+    A leg takes as much space as that at most before it frees any. Three times as much are left for capture meanwhile,
+    and for the other volumes' syncs.
     """
-    room = volume.storage.free_bytes() // 4
-    behind = volume.journal.data_after(volume.floor)
-    if behind <= room:
+    return volume.storage.free_bytes() // 4
+
+
+def _with_room(volume: Volume, stop: int) -> int:
+    """Return *stop*, or the last sync indicator before it that there is room for; the first one if there is none."""
+    most, behind = room(volume), volume.journal.data_after(volume.floor)
+    if behind <= most:
         return stop
     found = stops_of(volume)
-    few = int(np.searchsorted(-found.left_bytes, room - behind, "right"))
+    few = int(np.searchsorted(-found.left_bytes, most - behind, "right"))
     return min(stop, int(found.seqs[max(few - 1, 0)])) if len(found.seqs) else stop
 
 

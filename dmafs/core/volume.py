@@ -396,13 +396,14 @@ class Volume:
             return (yield from work)
 
     def drop_snapshot(self, snapshot: Snapshot) -> Work[None]:
-        """Hide a snapshot and, unless its image is held, merge its entries into the next older one.
+        """Hide a snapshot and, unless its image is held, merge its entries into the next older one."""
+        yield from self.hide_snapshot(snapshot)
+        yield from self.drop_unheld()
 
-        PinnedError if it is pinned.
-        """
+    def hide_snapshot(self, snapshot: Snapshot) -> Work[None]:
+        """Begin to drop a snapshot, durably, also during a sync; ``drop_unheld`` finishes it. PinnedError if pinned."""
         with self.gate():
             yield from self.snapshots.doom(snapshot)
-        yield from self.drop_unheld()
 
     def pin(self, snapshot: Snapshot) -> Work[None]:
         """Have a snapshot not be dropped, durably."""

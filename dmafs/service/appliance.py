@@ -34,7 +34,7 @@ from dmafs.core.retention import KeepRules
 from dmafs.core.snapshot import Snapshot, require_unpinned
 from dmafs.core.store import Store
 from dmafs.core.volume import Volume
-from dmafs.errors import NoSuchPointError, NoSuchVolumeError, StoreFullError
+from dmafs.errors import NoSuchPointError, NoSuchVolumeError
 from dmafs.service.alarms import Alarms
 from dmafs.service.engine import TROUBLE, Engine
 from dmafs.service.report import (
@@ -297,12 +297,7 @@ class Appliance:
 
     def write_tap(self, volume: str, offset: int, data: bytes) -> None:
         """See ``Backend``."""
-        engine = self._engine(volume)
-        try:
-            engine.tap.write(offset, data)
-        except StoreFullError:
-            engine.starved.set()
-            raise
+        self._engine(volume).tap.write(offset, data)
 
     async def flush_tap(self, volume: str) -> None:
         """See ``Backend``."""

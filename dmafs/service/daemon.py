@@ -1,8 +1,8 @@
 """The daemon: the composition root. Opens the store, mounts the tree, runs engines and control interface.
 
-Order of starting: lock and recovery, checks, redo onto the primaries, engines, control socket, mount, scheduler. Order
-of ending, on SIGTERM, SIGINT, SIGHUP or an unmount from outside: scheduler, unmount, control socket, engines' tasks,
-last flush, clean mark, unlock.
+Order of starting: lock and recovery, checks, redo onto the primaries, engines, control socket, mount, scheduler and
+keeper. Order of ending, on SIGTERM, SIGINT, SIGHUP or an unmount from outside: scheduler and keeper, unmount, control
+socket, engines' tasks, last flush, clean mark, unlock.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ log = logging.getLogger(__name__)
 BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 FUSE_TASKS: Final = 32
 """Requests of the tree handled at once; more wait in the kernel."""
+GRACE_S: Final = 5.0
+"""How long requests that are under way may take when the daemon ends."""
 
 
 def serve(store_path: Path, mount_point: Path) -> None:
@@ -152,26 +154,32 @@ async def _serve_mount(
                 f"mount point {mount_point} can't be mounted on: {error}", hint="is fuse3 installed, and /dev/fuse?"
             ) from error
         try:
-            scheduled = trio.CancelScope()
+            scheduled, mounted = trio.CancelScope(), trio.CancelScope()
             ending.act = scheduled.cancel
-            nursery.start_soon(_schedule, scheduler, scheduled)
+            nursery.start_soon(_schedule, scheduler, Keeper(appliance), scheduled, mounted)
             nursery.start_soon(trio.to_thread.run_sync, tune, mount_point)
             nursery.start_soon(show_progress, engines)
-            nursery.start_soon(Keeper(appliance).run)
             with contextlib.suppress(OSError):  # the terminal may be gone already
                 print(f"dmafs: serving {store.path} at {mount_point}", file=sys.stderr, flush=True)  # noqa: T201
-            await pyfuse3.main(min_tasks=1, max_tasks=FUSE_TASKS)
+            with mounted:
+                await pyfuse3.main(min_tasks=1, max_tasks=FUSE_TASKS)
         finally:
             pyfuse3.close(unmount=True)
             close_connections(socket_path)
         nursery.cancel_scope.cancel()
 
 
-async def _schedule(scheduler: Scheduler, scope: trio.CancelScope) -> None:
-    """Run the scheduler until the daemon is told to end, and end the mount then.
+async def _schedule(
+    scheduler: Scheduler, keeper: Keeper, scheduled: trio.CancelScope, mounted: trio.CancelScope
+) -> None:
+    """Run scheduler and keeper until the daemon is told to end, and end the mount then.
 
-    In this order, since a hook that thaws a filesystem writes to the disk behind it, which is in the mount.
+    In this order, since a hook that thaws a filesystem writes to the disk behind it, which is in the mount. Requests
+    that are under way are answered, but for those that wait for something long, such as room in a full store.
     """
-    with scope:
-        await scheduler.run()
+    with scheduled:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(scheduler.run)
+            nursery.start_soon(keeper.run)
+    mounted.deadline = trio.current_time() + GRACE_S
     pyfuse3.terminate()

@@ -108,8 +108,6 @@ class Engine:
         self._clone_locks: defaultdict[int, trio.Lock] = defaultdict(trio.Lock)  # by serial
         self.progress = CopyProgress(volume.info.size_sectors)
         self.syncing = False
-        self.starved = trio.Event()
-        """Set when the store had no space for a write; whoever makes space puts a new one here."""
 
     # -- tasks --------------------------------------------------------------------------------------------------
 
@@ -394,7 +392,7 @@ class Engine:
     def facts(self) -> VolumeFacts:
         """Return what a sync policy has to know."""
         storage = self.volume.storage
-        short = self.starved.is_set() or storage.free_bytes() < self.volume.limits.reserve_bytes
+        short = storage.free_bytes() < self.volume.limits.reserve_bytes
         return facts_of(
             self.volume, free=storage.free_share(), starved=short and not self.volume.failure, busy=self.syncing
         )
@@ -420,8 +418,13 @@ class Engine:
         return await self._drive(self.volume.snapshot_at(seq, name, instant_ns=instant_ns, frozen=frozen))
 
     async def drop_snapshot(self, snapshot: Snapshot) -> None:
-        """Drop a snapshot, or hide it until its image is closed; what is given up is finished in the background."""
+        """Drop a snapshot, or hide it until its image is closed or a sync that is under way has ended.
+
+        What is left to do then, or when the caller gives up, is done in the background.
+        """
         try:
+            if self._maintenance.locked():
+                return await self._drive(self.volume.hide_snapshot(snapshot))
             async with self._maintenance:
                 await self._drive(self.volume.drop_snapshot(snapshot), drain=True, stoppable=True)
                 await self._sweep()

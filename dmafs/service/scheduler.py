@@ -5,8 +5,9 @@ that was asleep need no care. What came while no daemon ran isn't caught up with
 
 1. A run that fails is logged and tried again, later each time up to a limit; it never ends the daemon. A time of day is
    given up after some attempts, a condition that lasts isn't.
-2. When a write was refused for lack of space, its volume is synced at once. For the sake of free space it is synced
-   once a minute at most: otherwise nothing would stay exact to the write on a disk that is simply rather full.
+2. While the reserve is touched, all that can be is synced; a write that finds no space has it made itself
+   (``Appliance.make_room``). For the sake of free space a volume is synced once a minute at most: otherwise nothing
+   would stay exact to the write on a disk that is simply rather full.
 3. The hook ``after`` is run whenever a snapshot was begun, also if ``before`` or the snapshot failed, and when the
    daemon ends meanwhile.
 """
@@ -31,8 +32,6 @@ from dmafs.units import format_rfc3339, local_offset_s
 log = logging.getLogger(__name__)
 
 CHECK_S: Final = 1.0
-PAUSE_S: Final = 0.1
-"""Shortest time between two looks at a volume whose writes are refused."""
 SPACE_PAUSE_S: Final = 60.0
 RETRY_S: Final = 10.0
 """Until the second attempt; each further one takes twice as long."""
@@ -43,8 +42,6 @@ ATTEMPTS_MAX: Final = 5
 
 class Syncable(Protocol):
     """What the scheduler asks of a volume's engine."""
-
-    starved: trio.Event
 
     def facts(self) -> VolumeFacts:
         """Return what a sync policy has to know."""
@@ -129,9 +126,7 @@ class Scheduler:
         engine, agenda = self._engines[name], self._syncs[name]
         space_synced = -SPACE_PAUSE_S
         while True:
-            await trio.sleep(PAUSE_S)
-            with trio.move_on_after(CHECK_S - PAUSE_S):
-                await engine.starved.wait()
+            await trio.sleep(CHECK_S)
             target = None
             now = self._clock()
             agenda.since_ns = min(agenda.since_ns, now)  # the clock was set back
@@ -155,10 +150,9 @@ class Scheduler:
             agenda.since_ns = max(agenda.since_ns, now)
 
     async def _facts(self, engine: Syncable, *, rested: bool) -> VolumeFacts:
-        """Return the facts of a volume; if its writes are refused, after a flush, so that all of it can be synced."""
+        """Return the facts of a volume; if the reserve is touched, after a flush, so that all of it can be synced."""
         facts = engine.facts()
         if facts.starved:
-            engine.starved = trio.Event()
             await engine.flush()
             facts = replace(engine.facts(), starved=True)
         return facts if rested else replace(facts, free=1.0)

@@ -98,6 +98,7 @@ class Model(RuleBasedStateMachine):
         index_bytes=st.sampled_from([0, 200, 1 << 20]),
         stepwise=st.sampled_from([False, False, False, True]),
         nosy=st.booleans(),
+        room=st.sampled_from([0, 4, 16, 1 << 20]),
     )
     def create(  # noqa: PLR0917 - drawn by name
         self,
@@ -108,6 +109,7 @@ class Model(RuleBasedStateMachine):
         index_bytes: int,
         stepwise: bool,  # noqa: FBT001
         nosy: bool,  # noqa: FBT001
+        room: int = 1 << 20,
     ) -> None:
         self.limits = dataclasses.replace(LIMITS, index=IndexLimits(bytes=index_bytes, journals=2))
         self.nosy = nosy
@@ -121,6 +123,7 @@ class Model(RuleBasedStateMachine):
             (copy, "_HOLE_GRAIN", 2 * SECTOR),
             (segments, "BATCH_BYTES", 6 * SECTOR),
             (sync, "chop", functools.partial(extent.chop, limit=5)),
+            (sync, "room", lambda _: room * SECTOR),
         ):
             self.patches.enter_context(mock.patch.object(module, name, value))
         self.patches.enter_context(mock.patch.object(RealFile, "read_into_nowait", self._read_into_nowait))

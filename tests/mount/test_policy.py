@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import threading
@@ -136,8 +135,7 @@ def test_a_bound_on_the_journal_holds_and_the_past_stays(rig: Rig) -> None:
 
 
 def test_a_full_store_is_synced_and_writing_goes_on(rig: Rig) -> None:
-    """Where the journal would fill its disk, a write that is refused makes space: whoever tries again succeeds."""
-    rig.allow("is full: less than", "write: store of volume", "runs full")
+    """Where the journal would fill its disk, syncs make space in time, also for more than they have at once."""
     disk = rig.root / "store.disk"
     with disk.open("wb") as file:
         file.truncate(96 * MIB)
@@ -149,19 +147,11 @@ def test_a_full_store_is_synced_and_writing_goes_on(rig: Rig) -> None:
     rig.configure('segment_size = "1MiB"\nreserve = "16MiB"\n')
     rig.start()
     numbers = Numbers(rig.tap())
-    refused = 0
     while numbers.count < 3000:
-        try:
-            numbers.write(sync=numbers.count % 50 == 0)
-        except OSError as error:
-            assert error.errno == errno.ENOSPC  # noqa: PT017 - the errno is what matters
-            refused += 1
-            assert refused < 100
-            time.sleep(0.2)
-    assert refused
+        numbers.write(sync=numbers.count % 50 == 0)
     assert numbers.count * BLOCK > 96 * MIB
     assert rig.status()["syncs"] >= 1
-    assert planned(rig)["syncs"]["disk"]["last"]["reason"] == "store full"
+    assert planned(rig)["syncs"]["disk"]["last"]["reason"] in {"free space", "store full"}
     assert rig.live().read_bytes() == numbers.image(numbers.count)
     assert_same(primary, rig.live())
     rig.stop()

@@ -19,7 +19,6 @@ from dmafs.errors import (
     NoSuchPointError,
     ReadOnlyError,
     StoreError,
-    StoreFullError,
 )
 from dmafs.service.appliance import Appliance
 from dmafs.service.engine import Engine
@@ -274,18 +273,6 @@ async def test_a_mark_is_one_instant_of_all_volumes(appliance: Appliance) -> Non
     await appliance.take_snapshot("taken")
     with pytest.raises(ExistsError):
         await appliance.mark("taken")
-
-
-async def test_a_refused_write_calls_for_a_sync(appliance: Appliance, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever makes space learns of a write that had none."""
-    engine = appliance._engines["a"]
-    assert not engine.facts().starved
-    monkeypatch.setattr(engine.volume.storage, "free_bytes", lambda: -1)
-    with pytest.raises(StoreFullError):
-        appliance.write_tap("a", 0, bytes(512))
-    monkeypatch.undo()
-    assert engine.starved.is_set()
-    assert engine.facts().starved
 
 
 async def test_a_sync_by_policy_opens_no_snapshot_but_the_first(appliance: Appliance) -> None:

@@ -131,6 +131,36 @@ async def test_a_drop_stops_between_steps(engine: Engine, monkeypatch: pytest.Mo
     engine.volume.check()
 
 
+async def test_a_drop_does_not_wait_for_a_sync(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A snapshot is hidden at once, also the one that the sync feeds, and gone for good once the sync has ended."""
+    engine.tap.write(0, sector("one"))
+    await engine.take_snapshot("one")
+    await engine.sync()
+    engine.tap.write(0, sector("two"))
+    begun, go_on = threading.Event(), threading.Event()
+    plain_write = Segment.write_batch
+
+    def slow_write(*arguments: Any) -> Any:
+        begun.set()
+        go_on.wait(10)
+        return plain_write(*arguments)
+
+    monkeypatch.setattr(Segment, "write_batch", slow_write)
+    one = engine.volume.snapshots.find("one")
+    assert one is not None
+    async with trio.open_nursery() as syncing:
+        syncing.start_soon(engine.sync)
+        await until(begun.is_set)
+        with trio.fail_after(5):
+            await engine.drop_snapshot(one)
+        assert engine.syncing
+        assert engine.volume.snapshots.find("one") is None
+        go_on.set()
+    await until(lambda: not engine.volume.snapshots.hidden())
+    engine.volume.check()
+    assert bytes(engine.volume.live.read(0, 3)) == b"two"
+
+
 async def test_a_reader_is_waited_for(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """A sync doesn't overwrite the mirror under a reader that resolved before: the reader gets the old bytes."""
     engine.tap.write(0, sector("old"))

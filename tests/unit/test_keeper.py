@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -41,7 +42,10 @@ class Bench:
         self.capacity = 1 << 40
 
     def free(self) -> int:
-        used = sum(path.stat().st_size for path in self.store.path.glob("*/backward/*"))
+        used = 0
+        for path in self.store.path.glob("*/backward/*"):
+            with contextlib.suppress(FileNotFoundError):  # dropped just now
+                used += path.stat().st_size
         return max(0, self.capacity - used)
 
     def ids(self) -> list[str]:
