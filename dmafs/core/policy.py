@@ -8,7 +8,7 @@ age           the oldest event in the forward journal is too old    the last ind
 time of day   the caller says so                                    the same
 journal size  the events since the mirror have too much data        the first indicator that leaves half of it at most
 free space    the store's file system is too full                   the newest indicator
-store full    the reserve of the store's file system is touched      the newest indicator
+store full    capture touches the reserve of the store              the newest indicator
 mark          a mark whose name matches has become durable          that mark
 unfinished    an earlier sync stopped behind its commit             where that leads to
 
