@@ -44,7 +44,7 @@ class Keeping(MountModel):
         options = ["--dry-run"] if dry_run else []
         report = json.loads(self.rig.dmafs("thin", "--json", *options, self.rig.store).stdout)["snapshots"]
         assert {one["id"] for one in report} == set(before)
-        assert [one["id"] for one in report if not one["kept"]] == dropped
+        assert {one["id"] for one in report if not one["kept"]} == set(dropped)
         assert {one["id"] for one in report if "pinned" in one["reasons"]} == self.expected.pinned
         if dry_run:
             self.expected.snapshots = before
@@ -122,8 +122,10 @@ class Keeping(MountModel):
             with opened(self._clone(name), os.O_RDONLY) as fd:
                 assert whole(fd, self.size) == clone.shown, f"clone {name}"
             assert self._seq_of(self._clone(name)) == clone.seq
-            with opened(self.rig.at(f"seq:{clone.seq}"), os.O_RDONLY) as fd:
-                assert whole(fd, self.size) == clone.base == self.expected.image(clone.seq)
+            assert clone.base == self.expected.image(clone.seq)
+            if clone.seq in self.expected.reachable():  # one that only clones keep has no name under at/
+                with opened(self.rig.at(f"seq:{clone.seq}"), os.O_RDONLY) as fd:
+                    assert whole(fd, self.size) == clone.base
 
     @invariant()
     def marks_are_found(self) -> None:
