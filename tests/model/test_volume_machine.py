@@ -102,6 +102,8 @@ class VolumeMachine(Keeping, Cloning, Claims):
         assert durable == self.durable if self.idle else durable >= self.durable
         running, flushing, self.running, self.flushing = self.running, self.flushing, None, None
         pinning, cloning, self.pinning, self.cloning = self.pinning, self.cloning, None, None
+        # A process that ends cleans nothing up: its work is never closed, not even by the garbage collector.
+        self.dead += [work for work in (running, flushing, pinning, cloning, *self.readers) if work]
         self.readers = []
         if flushing and flushed:
             flushing.execute()

@@ -72,6 +72,7 @@ class Model(RuleBasedStateMachine):
         self.flushing: Running | None = None
         self.held: dict[int, tuple[Image, int]] = {}
         self.readers: list[Reader] = []
+        self.dead: list[Running | Reader] = []  # work of processes that have ended
         self.clones: dict[str, Expected] = {}
         self.cloning: Running | None = None  # one clone is being made or dropped
         self.clone_at = -1  # whose base that holds
