@@ -18,6 +18,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 from dmafs.core.journal import SegmentLimits
 from dmafs.core.policy import SnapshotSchedule, SyncPolicy
 from dmafs.core.retention import KeepRules
+from dmafs.core.snapshot import IndexLimits
 from dmafs.core.store import CONFIGURATION_NAME
 from dmafs.core.volume import VolumeLimits
 from dmafs.errors import InputError
@@ -163,6 +164,12 @@ class Configuration:
     """Records of one segment of the forward journal."""
     idle_images: int = setting(NUMBER, 8, minimum=1)
     """Maps of past images kept in memory although nobody has them open."""
+    index_size: int = setting(SIZE, "128MiB", minimum=0)
+    """Merged layers kept in memory, of the forward and of the backward journal of a volume each."""
+    open_journals: int = setting(NUMBER, 1024, minimum=1)
+    """Snapshots of a volume whose journals are kept open, with their descriptors in memory."""
+    open_records: int = setting(NUMBER, 2097152, minimum=1)
+    """Descriptors of all these together."""
     reserve: int = setting(SIZE, "64MiB", minimum=0)
     """Space of the store's filesystem that capture leaves for syncs."""
     clone_quota: int = setting(SIZE, "10GiB", minimum=0)
@@ -181,6 +188,7 @@ class Configuration:
         """Return what the core needs of it."""
         return VolumeLimits(
             segments=SegmentLimits(self.segment_size // SECTOR, self.segment_records),
+            index=IndexLimits(self.index_size, self.open_journals, self.open_records),
             images=self.idle_images,
             reserve_bytes=self.reserve,
             clone_bytes=self.clone_quota,
