@@ -25,6 +25,7 @@ entries together are the page without overlap; a Vbmj's nodes are the unbroken r
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from array import array
 from bisect import bisect_left, bisect_right
 from typing import Final
@@ -45,7 +46,7 @@ Pieces = list[tuple[int, int, int]]
 Extents = list[tuple[int, int]]
 
 
-class BlockMap:
+class BlockMap(ABC):
     """What both kinds share: the PELs. Not thread-safe."""
 
     __slots__ = ("first", "node_starts", "node_stops", "on_mirror", "references", "size", "starts", "stops")
@@ -64,17 +65,17 @@ class BlockMap:
         """Return the number of entries."""
         return len(self.starts)
 
+    @abstractmethod
     def _nodes(self) -> tuple[array[int], array[int]]:
         """Return the nodes that belong to the entries."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _take(self, start: int, stop: int) -> Extents:
         """Take a range off the mirror: change the nodes, and return the parts that were there (relative)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def resolve(self, start: int, stop: int, pieces: Pieces) -> None:
         """Append (start, stop, reference) pieces that together are the range, ascending. O(log n + pieces)."""
-        raise NotImplementedError
 
     # -- changing -----------------------------------------------------------------------------------------------
 

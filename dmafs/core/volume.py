@@ -482,14 +482,12 @@ class Volume:
         self.journal.check()
         self.snapshots.check()
         self.mirror.check()
-        now = self.pointers.now
-        assert now.mirror_seq <= self.floor <= self.journal.head
+        assert self.pointers.now.mirror_seq <= self.floor <= self.journal.head
         assert self.live.seq == self.journal.head
         self.live.check()
         self.clones.check()
-        for image in self._images.values():
-            if image.pins or self.recoverable(image.seq):
-                image.check()
+        for image in [one for one in self._images.values() if one.pins or self.recoverable(one.seq)]:
+            image.check()
 
 
 @dataclass(slots=True)
