@@ -198,15 +198,20 @@ def require_clone(volumes: Volumes, name: str) -> None:
 
 
 def landmark_times(volumes: Volumes) -> tuple[list[TimeNs], dict[str, TimeNs]]:
-    """Return the canonical times worth listing, ascending, and the canonical times of named marks and snapshots."""
+    """Return the canonical times worth listing, ascending, and the canonical times of named marks and snapshots.
+
+    A mark is one moment of all volumes, whatever the times of their last writes before it.
+    """
     times: set[TimeNs] = set()
     instants: dict[str, int] = {}
     for volume in volumes.values():
         newest: dict[str, int] = {}  # of a name: snapshots before marks, among these the last one
         for point in landmarks(volume):
-            times.add(canonical(volumes, point.instant_ns))
+            if point.kind != "mark":
+                times.add(canonical(volumes, point.instant_ns))
             if point.name and not (point.kind == "mark" and volume.snapshots.find(point.name)):
                 newest[point.name] = point.instant_ns
         for name, instant_ns in newest.items():
             instants[name] = max(instants.get(name, 0), instant_ns)
-    return sorted(times), {name: canonical(volumes, instant_ns) for name, instant_ns in instants.items()}
+    names = {name: canonical(volumes, instant_ns) for name, instant_ns in instants.items()}
+    return sorted(times | set(names.values())), names

@@ -260,6 +260,17 @@ async def test_volumes_that_cannot_are_left_out(appliance: Appliance) -> None:
         volume.failure = ""
 
 
+async def test_a_mark_is_listed_once(appliance: Appliance) -> None:
+    """It has one moment, that of the volume that was written to last, and no other one beside it."""
+    for name in ("a", "b"):
+        appliance.write_tap(name, 0, b"x".ljust(512))
+    await appliance.mark("m")
+    times, names = appliance.landmarks()
+    assert names == {"m": appliance.live("b").time_ns}
+    assert appliance.image("a", appliance.seqs_at(names["m"])["a"]).time_ns not in times
+    assert times[-1] == names["m"]
+
+
 async def test_a_mark_is_one_instant_of_all_volumes(appliance: Appliance) -> None:
     """A name set again means the newest; a snapshot's name can't be one."""
     for value in (b"first", b"second"):
