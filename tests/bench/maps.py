@@ -174,6 +174,7 @@ def lookups(path: Path, count: int) -> Iterator[Result]:
     """Find random blocks of 4 KiB in a map: a first pass right after opening, and a second one over the same blocks."""
     volume = reopened(path)
     image = volume.image(volume.journal.head)
+    image.pins += 1  # open, as the tree has it
     blocks = np.random.default_rng(6).integers(0, image.size // BLOCK, count) * BLOCK
     extents = f"an image of {volume.journal.head} extents"
     progress(f"resolving {count} blocks in {extents}")
@@ -186,6 +187,7 @@ def lookups(path: Path, count: int) -> Iterator[Result]:
         name = f"resolve 4 KiB in {extents}, {turn}"
         yield at_most(f"{name}: median", median(taken) / 1000, "us", RESOLVE_GOAL_US, lookups=count)
         yield told(f"{name}: p99", float(np.percentile(taken, 99)) / 1000, "us")
+    image.pins -= 1
     del image
     yield from _memory(volume, volume.journal.head, "of the journal")
     close(volume)
@@ -200,12 +202,14 @@ def _memory(volume: Volume, seq: int, kind: str) -> Iterator[Result]:
     try:
         before = tracemalloc.get_traced_memory()[0]
         image = volume.image(seq)
+        image.pins += 1
         extents = 0
         for offset in range(0, image.size, 1 << 20):
             length = min(1 << 20, image.size - offset)
             extents += sum(piece.entry != MIRROR for piece in image.resolve(offset, length))
         gc.collect()
         kept = tracemalloc.get_traced_memory()[0] - before
+        image.pins -= 1
     finally:
         tracemalloc.stop()
     yield at_most(f"memory of an open image {kind}", kept / extents, "B/extent", EXTENT_BYTES_GOAL, extents=extents)

@@ -279,7 +279,7 @@ def write_until_refused(fd: int) -> int:
 def test_a_full_store_keeps_its_floor(rig: Rig) -> None:
     """When all that is left is pinned or named, writes are refused, and the alarm says that nothing can be dropped."""
     rig.allow(r"runs full, .* free: ", r"write: store of volume disk is full")
-    place = small_store(rig, 128, 'segment_size = "1MiB"\nreserve = "16MiB"\n[retention]\nminimum = 0\n')
+    place = small_store(rig, 88, 'segment_size = "1MiB"\nreserve = "16MiB"\n[retention]\nminimum = 0\n')
     rig.start()
     copies = {}
     for number in range(3):
