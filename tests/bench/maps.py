@@ -196,6 +196,7 @@ def lookups(path: Path, count: int) -> Iterator[Result]:
 def _memory(volume: Volume, seq: int, kind: str) -> Iterator[Result]:
     """Measure what opening an image and finding all its extents leaves in memory."""
     progress(f"memory of an open image {kind}")
+    volume.image(seq).vrmo.reset()  # it may have been opened before
     forget(volume)
     gc.collect()
     tracemalloc.start()

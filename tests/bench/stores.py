@@ -29,8 +29,8 @@ BLOCK: Final = 4096
 BLOCK_SECTORS: Final = BLOCK // SECTOR
 SPACING: Final = 2 * BLOCK_SECTORS
 DATA_EVERY: Final = 64
-LIMITS: Final = VolumeLimits(images=0, reserve_bytes=0)
-"""No image is kept that nobody holds: each is opened anew."""
+LIMITS: Final = VolumeLimits(images=1, reserve_bytes=0)
+"""One image is kept that nobody holds, the least there can be: the next one that is opened takes its place."""
 BEGIN_NS: Final = 1_700_000_000_000_000_000
 
 
