@@ -94,6 +94,20 @@ async def test_ticks(engine: Engine) -> None:
     assert engine.volume.journal.is_indicated(seq)
 
 
+def held_up(monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threading.Event]:
+    """Have batches of a backward journal wait: return the events that one has begun, and that they may go on."""
+    begun, go_on = threading.Event(), threading.Event()
+    plain_write = Segment.write_batch
+
+    def slow_write(*arguments: Any) -> Any:
+        begun.set()
+        go_on.wait(10)
+        return plain_write(*arguments)
+
+    monkeypatch.setattr(Segment, "write_batch", slow_write)
+    return begun, go_on
+
+
 async def test_a_drop_stops_between_steps(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """The end of the daemon doesn't wait for a long merge; while it runs, what was begun is finished."""
     for value in ("one", "two"):
@@ -109,15 +123,7 @@ async def test_a_drop_stops_between_steps(engine: Engine, monkeypatch: pytest.Mo
         plain_unlink(storage, name)
 
     monkeypatch.setattr(RealStorage, "unlink", unlink)
-    begun, go_on = threading.Event(), threading.Event()
-    plain_write = Segment.write_batch
-
-    def slow_write(*arguments: Any) -> Any:
-        begun.set()
-        go_on.wait(10)
-        return plain_write(*arguments)
-
-    monkeypatch.setattr(Segment, "write_batch", slow_write)
+    begun, go_on = held_up(monkeypatch)
     two = engine.volume.snapshots.find("two")
     assert two is not None
     async with trio.open_nursery() as dropping:
@@ -137,15 +143,7 @@ async def test_a_drop_does_not_wait_for_a_sync(engine: Engine, monkeypatch: pyte
     await engine.take_snapshot("one")
     await engine.sync()
     engine.tap.write(0, sector("two"))
-    begun, go_on = threading.Event(), threading.Event()
-    plain_write = Segment.write_batch
-
-    def slow_write(*arguments: Any) -> Any:
-        begun.set()
-        go_on.wait(10)
-        return plain_write(*arguments)
-
-    monkeypatch.setattr(Segment, "write_batch", slow_write)
+    begun, go_on = held_up(monkeypatch)
     one = engine.volume.snapshots.find("one")
     assert one is not None
     async with trio.open_nursery() as syncing:
