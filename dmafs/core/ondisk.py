@@ -28,12 +28,14 @@ Descriptor record, 64 bytes each from offset 512 on (fig. 7, queue 701; fig. 13,
     offset  bytes  field
          0      8  seq: dense from ``first`` for events; of the last event before it for sync indicators
          8      8  time_ns at capture
-        16      8  start, sector in the logical address space
+        16      8  start, sector in the logical address space; of a sync indicator: the place in the log of the tap
+                     behind what was captured until then, 0 if there is no log
         24      4  length in sectors
         28      4  flags: 1 data, 2 zeros (discard, hole), 4 flush, 8 tick, 16 mark,
                      32 gap begins, 64 copy complete, 128 gap ends
         32      8  physical, sector in the .dat file
-        40      8  checksum of the data (0 without data)
+        40      8  checksum of the data; of a sync indicator without a name: from where on the log of the tap is
+                     still needed; else 0
         48      8  durable: journal and primary were durable up to this seq when the record was written;
                      in a backward journal, in the tick that seals it: the number of entries before;
                      in a clone: the number of records that were durable when it was written
@@ -84,7 +86,7 @@ import xxhash
 from dmafs.core.extent import MAX_EXTENT_SECTORS
 from dmafs.errors import CorruptionError, VersionError
 
-FORMAT_VERSION: Final = 2
+FORMAT_VERSION: Final = 3
 HEADER_SIZE: Final = 512
 RECORD_SIZE: Final = 64
 SLOT_SIZE: Final = 512

@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
+from dmafs.core.limits import VolumeLimits
 from dmafs.core.mounts import devices_below, mounts
 from dmafs.core.ondisk import VOLUME_JSON_LIMIT, VolumeInfo
 from dmafs.core.storage import RealStorage, lock_directory, open_source
 from dmafs.core.sync import finish
-from dmafs.core.volume import INFO_NAME, Volume, VolumeLimits
+from dmafs.core.volume import INFO_NAME, Volume
 from dmafs.core.work import run
 from dmafs.errors import (
     CorruptionError,

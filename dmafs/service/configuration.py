@@ -15,12 +15,10 @@ from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeVar
 
-from dmafs.core.journal import SegmentLimits
+from dmafs.core.limits import IndexLimits, SegmentLimits, VolumeLimits
 from dmafs.core.policy import SnapshotSchedule, SyncPolicy
 from dmafs.core.retention import KeepRules
-from dmafs.core.snapshot import IndexLimits
 from dmafs.core.store import CONFIGURATION_NAME
-from dmafs.core.volume import VolumeLimits
 from dmafs.errors import InputError
 from dmafs.units import SECTOR, parse_bytes, parse_duration_s, parse_share, parse_time_of_day
 

@@ -11,12 +11,12 @@ from uuid import UUID
 import pytest
 import trio
 
-from dmafs.core.journal import SegmentLimits
+from dmafs.core.limits import SegmentLimits, VolumeLimits
 from dmafs.core.ondisk import Flag
 from dmafs.core.segment import Segment
 from dmafs.core.storage import RealStorage, open_source
 from dmafs.core.store import open_volume
-from dmafs.core.volume import Volume, VolumeLimits
+from dmafs.core.volume import Volume
 from dmafs.errors import ExistsError, NoSuchPointError, StoreError
 from dmafs.service.engine import Engine
 from dmafs.taps.passthrough import PassThroughTap

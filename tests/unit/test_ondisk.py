@@ -118,7 +118,7 @@ def test_tables_cover_every_byte_once(title: str, size: int) -> None:
 def test_sizes_are_the_documented_ones() -> None:
     """Headers and slots have one sector, records 64 bytes; the slots of a pointer file lie in different pages."""
     assert (HEADER_SIZE, RECORD_SIZE, SLOT_SIZE, SLOT_OFFSETS, POINTERS_SIZE) == (512, 64, 512, (0, 4096), 8192)
-    assert FORMAT_VERSION == 2
+    assert FORMAT_VERSION == 3
 
 
 def number(data: bytes, offset: int, length: int) -> int:
