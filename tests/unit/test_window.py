@@ -124,7 +124,7 @@ def test_events_behind_the_last_indicator_do_not_count(bench: Bench) -> None:
 
 
 def test_a_mark_is_there_with_its_window_or_not_at_all(bench: Bench) -> None:
-    """Name and place in the log are recorded behind the events; cut between the two, the place is known all the same."""
+    """Name and place in the log are recorded behind the events; cut between them, the place is known all the same."""
     bench.window(extents(1), 10, retained=4)
     bench.window(extents(2), 20, name="half", retained=15)
     ext = max((bench.root / DIRECTORY).glob("*.ext"))
