@@ -24,7 +24,8 @@ snapshot), "<duration> ago", or one of these with "~<duration>" behind it: so mu
 "1h30min", "90s"; its units are w d h min s ms us ns.
 
 Exit status: 0 success, 1 success with warnings, 2 other errors and wrong usage, 3-8 wrong input, 10-16 trouble with the
-store, 20-24 not found, 25 pinned, 30 mount, 31 control interface, 128+n ended by signal n. See dmafs(1).
+store, 20-24 not found, 25 pinned, 30 mount, 31 control interface, 32-34 tap, 128+n ended by signal n. See
+dmafs(1).
 """
 
 
