@@ -146,6 +146,7 @@ class LogReader:
         self._buffer = bytearray(CHUNK_BYTES)
         self._base = self._filled = 0
         self._step = TAIL_BYTES
+        self._fresh = False  # the buffer was filled while a window was found that ``scan`` has just returned
         self._clear()
         if position > file.size():
             raise CorruptionError(
@@ -196,13 +197,9 @@ class LogReader:
 
         With *upto* exactly the entries whose number is less count, whatever is visible of others; they are complete.
         """
-        if not self._sector_bytes:
-            found = self.read_super()
-            if found is None:
-                return None
-            self._set_sector_bytes(found.sector_bytes)
         assert upto is None or self._numbered
-        self._filled = 0  # what was read before may have changed
+        if not self._begin_scan():
+            return None
         sure = upto is not None
         while upto is None or self.number < upto:
             if not self._header_visible():
@@ -225,6 +222,18 @@ class LogReader:
         self._retreat(sure=sure)
         return None
 
+    def _begin_scan(self) -> bool:
+        """Make sure that it is known what a log sector is; say whether it is."""
+        if not self._sector_bytes:
+            found = self.read_super()
+            if found is None:
+                return False
+            self._set_sector_bytes(found.sector_bytes)
+        if not self._fresh:
+            self._filled = 0  # what was read before may have changed
+        self._fresh = False
+        return True
+
     def rest(self) -> LoggedWindow | None:
         """Return what was found behind the last closing entry as a window, where the log has ended without one."""
         return self._close("end") if self.pending else None
@@ -240,7 +249,7 @@ class LogReader:
             starts * scale, counts * scale, flags, offsets, closing, mark, self._begin, self.position, entries
         )
         self._clear()
-        self._unsure = None
+        self._unsure, self._fresh = None, True
         self._begin, self._first = self.position, self.number
         return window
 
