@@ -98,7 +98,7 @@ time.sleep(1000)
         guest.cut_power()
     assert_nothing_is_left(places)
     with Guest(tmp_path / "rig", sys.executable, "-c", after, options=("--disk", image)) as guest:
-        assert guest.wait() == f"{b'synced!!'} {bytes(8)}\n"
+        assert guest.wait() == f"{b'synced!!'!r} {bytes(8)!r}\n"
 
 
 @pytest.mark.parametrize(
