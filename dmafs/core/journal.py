@@ -29,7 +29,6 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Final
 from uuid import UUID
 
 import numpy as np
@@ -38,16 +37,13 @@ from dmafs.core.columns import Indicator
 from dmafs.core.extent import MAX_EXTENT_SECTORS, MAX_ZERO_SECTORS, Ints
 from dmafs.core.layers import Growing, Layer, LayerTree, Selectable, entries, net_layer, stacked
 from dmafs.core.limits import SegmentLimits
-from dmafs.core.ondisk import Flag, Header, Kind
+from dmafs.core.ondisk import Flag, Header, Kind, new_salt
 from dmafs.core.recovery import DIRECTORY, Recovery, last_indicated, stem
-from dmafs.core.segment import Segment, new_salt
+from dmafs.core.segment import Segment
 from dmafs.core.storage import Storage, close_all
-from dmafs.core.window import Window
+from dmafs.core.window import Beginning, Window
 from dmafs.core.work import Work
 from dmafs.units import SECTOR
-
-NOTED_SECTORS: Final = (1 << 20) // SECTOR
-"""How much of a log without events in it is read again at most after the daemon was killed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,26 +164,16 @@ class ForwardJournal:
         assert self._window is None
         last = self.segments[-1] if self.segments else None
         time_ns = max(self._clock(), self.head_time_ns + 1)
-        self._window = Window(
-            self._begin_segment,
-            self._limits,
-            last,
-            first=self.head + 1,
-            time_ns=time_ns,
-            durable=self.durable,
-        )
+        begin = Beginning(self.head + 1, time_ns, self.durable, self._noted)
+        self._window = Window(self._begin_segment, self._limits, last, begin)
         return self._window
 
     def _begin_segment(self, first: int) -> Segment:
         header = Header(Kind.FORWARD, self._uuid, new_salt(), first)
         return Segment.create(self._storage, stem(first), header)
 
-    def publish(self, window: Window, flag: Flag, *, position: int, retained: int, name: str = "") -> None:
-        """Have the events of a window count, all at once, with an indicator behind them; a name makes a mark of it.
-
-        *position* is the place in the log behind the window, *retained* from where on the log is still needed. Without
-        events that is only noted from time to time.
-        """
+    def publish(self, window: Window) -> None:
+        """Have the events of a window that is closed count, all at once, and its indicator. Touches memory only."""
         assert window is self._window
         self._window = None
         for segment, records in window.parts:
@@ -195,13 +181,10 @@ class ForwardJournal:
                 self._add_segment(segment)
             segment.publish(records)
             self._mark_dirty(segment)
-        if window.count:
+        self.position, self.retained = window.position, window.retained
+        if window.noted:
+            self._noted = window.position
             self.head, self.head_time_ns = self.head + window.count, window.time_ns
-        self.position, self.retained = position, retained
-        if name:
-            self._indicate(Flag.MARK, name)
-        if window.count or name or position - self._noted > NOTED_SECTORS:
-            self._indicate(flag)
 
     def abandon(self, window: Window) -> None:
         """Take away what a window has written; nothing of it counts."""

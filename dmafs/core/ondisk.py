@@ -73,6 +73,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import struct
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
@@ -151,6 +152,11 @@ _KINDS: Final = frozenset(int(flag) for flag in Flag)
 def checksum(data: bytes | bytearray | memoryview) -> int:
     """Return the checksum of an extent's data."""
     return xxhash.xxh3_64_intdigest(data)
+
+
+def new_salt() -> int:
+    """Return a fresh random salt."""
+    return int.from_bytes(os.urandom(8), "little")
 
 
 @dataclass(frozen=True, slots=True)

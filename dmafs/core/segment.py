@@ -16,7 +16,6 @@ One thread appends. Any thread may read extents that were in the columns before 
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator, Sequence
 from typing import Final
 from uuid import UUID
@@ -278,11 +277,7 @@ class Segment(Columns):
 
         Neither durable nor published. May run in a thread, while nothing is appended.
         """
-        sectors, count = self.data_sectors, len(pending)
-        if count:
-            sectors = int(
-                np.max(np.where(pending["flags"] == int(Flag.DATA), pending["length"], 0) + pending["physical"])
-            )
+        sectors, count = self._end_of(pending), len(pending)
         records = self._described(extents, self.next_seq + count, sectors)
         records["time_ns"] = time_ns
         records["durable"] = durable
@@ -291,6 +286,31 @@ class Segment(Columns):
         self.dat.write([data for _, _, data in extents if data is not None], sectors * SECTOR)
         self.ext.write([out], self.ext_size + count * RECORD_SIZE)
         return np.concatenate([pending, records])
+
+    def write_indicator_behind(
+        self, pending: Records, flag: Flag, time_ns: int, *, durable: int, position: int, retained: int, name: str
+    ) -> Records:
+        """Write a sync indicator likewise; see ``append_indicator``. No extent may follow it."""
+        sectors, events = self._end_of(pending), int(np.isin(pending["flags"], EVENT_FLAGS).sum())
+        record = np.zeros(1, RECORD_DTYPE)
+        record["seq"], record["time_ns"], record["flags"] = self.next_seq + events - 1, time_ns, int(flag)
+        record["start"], record["physical"], record["durable"] = position, sectors, durable
+        record["data_checksum"] = retained
+        if name:
+            text = name.encode().ljust(SECTOR, b"\0")
+            assert len(text) == SECTOR
+            record["length"], record["data_checksum"] = 1, checksum(text)
+            self.dat.write([text], sectors * SECTOR)
+        out = seal_records(record, self.header.salt)
+        self.ext.write([out], self.ext_size + len(pending) * RECORD_SIZE)
+        return np.concatenate([pending, record])
+
+    def _end_of(self, pending: Records) -> int:
+        """Return where the data behind that of *pending* goes."""
+        if not len(pending):
+            return self.data_sectors
+        with_data = np.isin(pending["flags"], (int(Flag.DATA), int(Flag.MARK)))
+        return int((pending["physical"] + np.where(with_data, pending["length"], 0)).max())
 
     def _described(self, extents: Sequence[Extent], seq: int, physical: int) -> Records:
         """Return records of extents, the first with that seq and physical sector."""
@@ -475,11 +495,6 @@ def read_header(ext: File, kind: Kind, uuid: UUID) -> Header:
             hint="move the foreign file out of the store",
         )
     return header
-
-
-def new_salt() -> int:
-    """Return a fresh random salt."""
-    return int.from_bytes(os.urandom(8), "little")
 
 
 def _missing(name: str) -> CorruptionError:

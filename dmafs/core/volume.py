@@ -28,8 +28,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from uuid import UUID, uuid4
 
-import numpy as np
-
 from dmafs.core import clone as writable
 from dmafs.core import recovery as forward
 from dmafs.core import snapshot as backward
@@ -151,13 +149,11 @@ class Volume:
         with self.gate():
             return self.journal.begin_window()
 
-    def publish(self, window: Window, flag: Flag, *, position: int, retained: int, name: str = "") -> None:
-        """Have the events of a window count; see ``ForwardJournal.publish``."""
-        with self.gate():
-            self.journal.publish(window, flag, position=position, retained=retained, name=name)
-        for _, records in window.parts:
-            starts = records["start"].astype(np.int64)
-            self.live.vrmo.forget(starts, starts + records["length"].astype(np.int64))
+    def publish(self, window: Window) -> None:
+        """Have the events of a closed window count; see ``ForwardJournal.publish``."""
+        self.journal.publish(window)
+        for starts, stops in window.extents():
+            self.live.vrmo.forget(starts, stops)
         self.live.seq, self.live.time_ns = self.journal.head, self.journal.head_time_ns
 
     def require_space(self, needed: int) -> None:

@@ -7,35 +7,45 @@ published all at once, with one time. What was written and not published is cut 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Final, NamedTuple
 
 import numpy as np
 
+from dmafs.core.extent import Ints
 from dmafs.core.limits import SegmentLimits
-from dmafs.core.ondisk import RECORD_DTYPE, Records
+from dmafs.core.ondisk import EVENT_FLAGS, RECORD_DTYPE, Flag, Records
 from dmafs.core.segment import Extent, Segment
+from dmafs.units import SECTOR
+
+NOTED_SECTORS: Final = (1 << 20) // SECTOR
+"""How much of a log without events in it is read again at most after the daemon was killed."""
+
+
+class Beginning(NamedTuple):
+    """What a window begins with: the first seq, its time, what is durable, the place in the log noted last."""
+
+    seq: int
+    time_ns: int
+    durable: int
+    noted: int
 
 
 class Window:
     """See the module. Made by ``ForwardJournal.begin_window``, which publishes or abandons it."""
 
     def __init__(
-        self,
-        begin_segment: Callable[[int], Segment],
-        limits: SegmentLimits,
-        last: Segment | None,
-        *,
-        first: int,
-        time_ns: int,
-        durable: int,
+        self, begin_segment: Callable[[int], Segment], limits: SegmentLimits, last: Segment | None, begin: Beginning
     ) -> None:
-        """Begin with seq *first* behind the segment *last*; *begin_segment* makes one that begins with a given seq."""
+        """Begin behind the segment *last*; *begin_segment* makes one that begins with a given seq."""
         self._begin_segment = begin_segment
         self._limits = limits
-        self._first = first
-        self._durable = durable
-        self.time_ns = time_ns
+        self._begin = begin
+        self.time_ns = begin.time_ns
         self.count = 0
+        self.noted = False
+        """Whether an indicator stands behind it."""
+        self.position = self.retained = 0
         self.parts: list[tuple[Segment, Records]] = []
         self._last = last
         self._records, self._sectors = (last.records, last.data_sectors) if last else (0, 0)
@@ -51,12 +61,37 @@ class Window:
                 self._next_segment()
                 continue
             segment, pending = self.parts[-1]
-            pending = segment.write_behind(pending, extents[begin:end], self.time_ns, durable=self._durable)
+            pending = segment.write_behind(pending, extents[begin:end], self.time_ns, durable=self._begin.durable)
             self.parts[-1] = segment, pending
             self._records += end - begin
             self._sectors += sectors
             self.count += end - begin
             begin = end
+
+    def close(self, flag: Flag, *, position: int, retained: int, name: str = "") -> None:
+        """Write the indicator that ends the window; a name makes a mark too. May run in a thread.
+
+        *position* is the place in the log behind the window, *retained* from where on the log is still needed. Without
+        events that is only noted from time to time.
+        """
+        self.position, self.retained = position, retained
+        if not self.count and not name and position - self._begin.noted <= NOTED_SECTORS:
+            return
+        if not self.parts:
+            self._next_segment()
+        segment, pending = self.parts[-1]
+        for kind, text in (*([(Flag.MARK, name)] if name else []), (flag, "")):
+            pending = segment.write_indicator_behind(
+                pending,
+                kind,
+                self.time_ns,
+                durable=self._begin.durable,
+                position=position,
+                retained=retained,
+                name=text,
+            )
+        self.parts[-1] = segment, pending
+        self.noted = True
 
     def _fitting(self, extents: Sequence[Extent], begin: int) -> tuple[int, int]:
         """Return the end of the run that fits into the present segment, and its sectors of data.
@@ -74,8 +109,15 @@ class Window:
         return end, sectors
 
     def _next_segment(self) -> None:
-        self.parts.append((self._begin_segment(self._first + self.count), np.empty(0, RECORD_DTYPE)))
+        self.parts.append((self._begin_segment(self._begin.seq + self.count), np.empty(0, RECORD_DTYPE)))
         self._records = self._sectors = 0
+
+    def extents(self) -> Iterator[tuple[Ints, Ints]]:
+        """Yield starts and stops of the events, a part at a time."""
+        for _, records in self.parts:
+            events = records[np.isin(records["flags"], EVENT_FLAGS)]
+            starts = events["start"].astype(np.int64)
+            yield starts, starts + events["length"].astype(np.int64)
 
     def discard(self) -> None:
         """Take away what was written."""

@@ -45,7 +45,8 @@ class Bench:
     def window(self, extents: list[Extent], position: int, *, name: str = "", retained: int = 0) -> None:
         window = self.journal.begin_window()
         window.write(extents)
-        self.journal.publish(window, Flag.FLUSH, position=position, retained=retained, name=name)
+        window.close(Flag.FLUSH, position=position, retained=retained, name=name)
+        self.journal.publish(window)
         self.journal.check()
 
     def content(self) -> list[tuple[int, int, bytes]]:
@@ -169,7 +170,8 @@ def test_volume_shows_windows_as_points(tmp_path: Path) -> None:
     assert bytes(volume.live.read(0, 16 * SECTOR)) == fill(9, 16)
     window = volume.begin_window()
     window.write(extents(1, 2, -3))
-    volume.publish(window, Flag.FLUSH, position=40, retained=0)
+    window.close(Flag.FLUSH, position=40, retained=0)
+    volume.publish(window)
     volume.check()
     expected = fill(9) + fill(1) + fill(2) + fill(0) + fill(9, 12)
     assert bytes(volume.live.read(0, 16 * SECTOR)) == expected
