@@ -1,29 +1,28 @@
 """The engine of one volume: the synchronous core under trio.
 
 What runs where: capture, resolving and all in-memory changes on trio's thread, without an ``await`` in between; bulk
-copies, fsyncs and reads that have to wait in threads. Work of the core is driven by ``_drive``.
+copies, fsyncs and reads that have to wait in threads. Work of the core is driven by ``driver.py``.
 
 Rules:
 
 1. Flushes are group commits: one at a time, and each covers everybody who asked before it began.
 2. Syncs, snapshots and drops exclude each other (``_maintenance``), not capture and not reads.
-3. Before each step of a sync or a drop, readers that resolved before are waited for: nothing is overwritten or closed
-   under a reader.
-4. Work isn't cancelled, but for syncs, drops, copies and resyncs: these may stop between two steps when the daemon
+3. Work isn't cancelled, but for syncs, drops, copies and resyncs: these may stop between two steps when the daemon
    ends. Opening the store again finishes or forgets what they began.
-5. Writes, flushes and the drop of a clone exclude each other, with a lock for each clone.
+4. Writes, flushes and the drop of a clone exclude each other, with a lock for each clone.
+5. While a window of a log is being journaled (following.py) nothing else is: whoever journals something, or sets a sync
+   indicator, holds ``appending``.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final, TypeVar
+from typing import Final, Protocol
 from uuid import UUID
 
 import trio
@@ -36,16 +35,16 @@ from dmafs.core.ondisk import Flag
 from dmafs.core.policy import VolumeFacts, facts_of, has_past
 from dmafs.core.resync import begin_after_stop, needs_resync, resync
 from dmafs.core.snapshot import Snapshot
+from dmafs.core.storage import File
 from dmafs.core.sync import stops_of, sync
 from dmafs.core.volume import Volume
 from dmafs.core.work import Work
 from dmafs.errors import CorruptionError, DmafsError
+from dmafs.service.driver import Await, Driver, Result
 from dmafs.taps.passthrough import PassThroughTap
 from dmafs.units import SECTOR, format_bytes
 
 log = logging.getLogger(__name__)
-
-Result = TypeVar("Result")
 
 DIGEST_CHUNK: Final = 1 << 20
 RETRY_S: Final = 10.0
@@ -53,14 +52,13 @@ TROUBLE: Final = (DmafsError, OSError)
 """What a task survives: it is logged, and the task goes on."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Await:
-    """A step of work that is asynchronous itself."""
+class Tap(Protocol):
+    """What every tap has."""
 
-    function: Callable[[], Any]
+    primary: File
 
-    def __call__(self) -> None:
-        raise AssertionError("only an engine can drive this step")
+    def close(self) -> None:
+        """Close all files."""
 
 
 class CopyProgress:
@@ -88,22 +86,20 @@ class CopyProgress:
         return (self.done - self.first) * SECTOR / elapsed if elapsed > 0 else 0.0
 
 
-class Engine:
+class Engine(Driver):
     """One volume in a daemon."""
 
-    def __init__(self, volume: Volume, tap: PassThroughTap, *, tick_s: float, limiter: trio.CapacityLimiter) -> None:
+    def __init__(self, volume: Volume, tap: Tap, *, tick_s: float, limiter: trio.CapacityLimiter) -> None:
         """Drive *volume*; threads are taken from *limiter*."""
+        super().__init__(limiter)
         self.volume = volume
         self.tap = tap
-        self._tick_s = tick_s
-        self.limiter = limiter
+        self.tick_s = tick_s
+        self.appending = trio.Lock()
         self._commit = trio.Lock()
         self._requested = self._committed = 0
         self.commits = 0
         self._maintenance = trio.Lock()
-        self._epoch = 0
-        self._readers: Counter[int] = Counter()
-        self._reader_left = trio.lowlevel.ParkingLot()
         self._drop_wanted = trio.Event()
         self._clone_locks: defaultdict[int, trio.Lock] = defaultdict(trio.Lock)  # by serial
         self.progress = CopyProgress(volume.info.size_sectors)
@@ -116,9 +112,9 @@ class Engine:
 
         *boot_id* is the running kernel's: if it stopped itself meanwhile, a gap begins.
         """
-        redone: int = await self._drive(self.tap.redo())
-        await self._drive(begin_after_stop(self.volume, boot_id, self._flush_step))
-        await self._call(partial(self.volume.mark_open, boot_id))
+        redone: int = await self.drive(self.through.redo())
+        await self.drive(begin_after_stop(self.volume, boot_id, self._flush_step))
+        await self.call(partial(self.volume.mark_open, boot_id))
         return redone
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -134,7 +130,7 @@ class Engine:
     async def _tick(self) -> None:
         """Set a sync indicator when there were writes and nobody flushed."""
         while True:
-            await trio.sleep(self._tick_s)
+            await trio.sleep(self.tick_s)
             if self.volume.journal.durable < self.volume.journal.head and not self.volume.failure:
                 try:
                     await self.flush(Flag.TICK)
@@ -148,7 +144,7 @@ class Engine:
             self._drop_wanted = trio.Event()
             async with self._maintenance:
                 try:
-                    await self._drive(self.volume.drop_unheld(), drain=True, stoppable=True)
+                    await self.drive(self.volume.drop_unheld(), drain=True, stoppable=True)
                     await self._sweep()
                 except TROUBLE as error:
                     log.error("volume %s: drop failed: %s", self.volume.info.name, error)
@@ -159,7 +155,7 @@ class Engine:
         while not self.volume.pointers.now.copied:
             work = initial_copy(self.volume, self.tap.primary, self._flush_step, self.progress.update)
             try:
-                await self._drive(work, stoppable=True)
+                await self.drive(work, stoppable=True)
             except TROUBLE as error:
                 log.error("volume %s: initial copy failed: %s; trying again", self.volume.info.name, error)
                 await trio.sleep(RETRY_S)
@@ -179,7 +175,7 @@ class Engine:
             self.progress.begin(0)
             work = resync(self.volume, self.tap.primary, self._flush_step, self.progress.update)
             try:
-                differing = await self._drive(work, reads=True, stoppable=True)
+                differing = await self.drive(work, reads=True, stoppable=True)
             except TROUBLE as error:
                 log.error("volume %s: resync failed: %s; trying again", name, error)
                 await trio.sleep(RETRY_S)
@@ -189,54 +185,13 @@ class Engine:
     async def _warm(self) -> None:
         """Make what opening images needs, so that the first one doesn't wait for it."""
         try:
-            await self._drive(self.volume.warm(), stoppable=True)
+            await self.drive(self.volume.warm(), stoppable=True)
         except TROUBLE as error:  # who opens an image that needs it gets the error
             log.error("volume %s: the index can't be made: %s", self.volume.info.name, error)
         self._mind_excess()
 
     def _flush_step(self, flag: Flag) -> Work[object]:
-        return (yield _Await(partial(self.flush, flag)))
-
-    async def _drive(
-        self, work: Work[Result], *, drain: bool = False, reads: bool = False, stoppable: bool = False
-    ) -> Result:
-        """Drive work of the core: each call it yields in a thread, this thread free for everything else meanwhile.
-
-        With *drain* readers are waited for before each call; with *reads* each call is a reader itself. Only
-        *stoppable* work can be cancelled, and that between two calls.
-        """
-        with trio.CancelScope(shield=not stoppable):
-            result = await self._drive_calls(work, drain=drain, reads=reads)
-        return result  # noqa: RET504 - not inside: for all mypy knows a scope swallows exceptions
-
-    async def _drive_calls(self, work: Work[Result], *, drain: bool, reads: bool) -> Result:
-        try:
-            call = next(work)
-            while True:
-                try:
-                    with self._reading() if reads else contextlib.nullcontext():
-                        if drain:
-                            await self._drain()
-                        answer = await self._call(call)
-                except Exception as error:  # noqa: BLE001 - passed on: the work decides
-                    call = work.throw(error)
-                else:
-                    call = work.send(answer)
-        except StopIteration as stop:
-            result: Result = stop.value
-            return result
-        finally:
-            work.close()
-
-    async def _call(self, call: Callable[[], Any]) -> object:
-        """Run a call in a thread; once begun it is waited for."""
-        await trio.lowlevel.checkpoint_if_cancelled()
-        with trio.CancelScope(shield=True):
-            if isinstance(call, _Await):
-                answer = await call.function()
-            else:
-                answer = await trio.to_thread.run_sync(call, limiter=self.limiter)
-        return answer
+        return (yield Await(partial(self.flush, flag)))
 
     # -- capture ------------------------------------------------------------------------------------------------
 
@@ -248,9 +203,29 @@ class Engine:
             if self._committed >= mine and flag in (Flag.FLUSH, Flag.TICK):
                 return
             upto = self._requested
-            self.commits += not self.volume.journal.is_clean()
-            await self._drive(self.volume.flush(self.tap.primary, flag=flag))
+            await self.settle()
+            await self.commit(flag)
             self._committed = upto
+
+    async def commit(self, flag: Flag) -> None:
+        """Make durable what is in the journal; only one at a time."""
+        async with self.appending:
+            self.commits += not self.volume.journal.is_clean()
+            self.volume.indicate(flag)
+        await self.drive(self.volume.settle(self.tap.primary))
+
+    async def settle(self, *, mark: str = "") -> None:
+        """Have all writes that are complete on the primary be in the journal: with a pass-through they are."""
+
+    def mark(self, name: str) -> None:
+        """Set a named mark now; to be called while nothing else is journaled, and after ``settle`` was told its name."""
+        self.volume.indicate(Flag.MARK, name)
+
+    @property
+    def through(self) -> PassThroughTap:
+        """Return the tap that the primary is used through."""
+        assert isinstance(self.tap, PassThroughTap), "a volume with another tap has no file under tap/"
+        return self.tap
 
     # -- reading ------------------------------------------------------------------------------------------------
 
@@ -265,12 +240,12 @@ class Engine:
         try:
             return image.read_pieces(pieces, offset, length, nowait=True)
         except BlockingIOError:
-            with self._reading():
+            with self.reading():
                 return await trio.to_thread.run_sync(image.read_pieces, pieces, offset, length, limiter=self.limiter)
 
     async def answer(self, work: Work[Result]) -> Result:
         """Do work that changes nothing; who waits for it may give up."""
-        found = await self._drive(work, stoppable=True)
+        found = await self.drive(work, stoppable=True)
         self._mind_excess()
         return found
 
@@ -282,9 +257,9 @@ class Engine:
     async def read_tap(self, offset: int, length: int) -> bytearray:
         """Return bytes of the primary, fewer at its end."""
         try:
-            return self.tap.read(offset, length, nowait=True)
+            return self.through.read(offset, length, nowait=True)
         except BlockingIOError:
-            return await trio.to_thread.run_sync(self.tap.read, offset, length, limiter=self.limiter)
+            return await trio.to_thread.run_sync(self.through.read, offset, length, limiter=self.limiter)
 
     async def digest(self, image: Image) -> str:
         """Return the xxh3-128 digest of a whole image."""
@@ -293,26 +268,6 @@ class Engine:
             digest.update(await self.read(image, offset, DIGEST_CHUNK))
             await trio.lowlevel.checkpoint()
         return digest.hexdigest()
-
-    @contextmanager
-    def _reading(self) -> Iterator[None]:
-        """Be a reader of the present epoch."""
-        epoch = self._epoch
-        self._readers[epoch] += 1
-        try:
-            yield
-        finally:
-            self._readers[epoch] -= 1
-            if not self._readers[epoch]:
-                del self._readers[epoch]
-            self._reader_left.unpark_all()
-
-    async def _drain(self) -> None:
-        """Wait for all readers that began before this call."""
-        epoch = self._epoch
-        self._epoch += 1
-        while any(number <= epoch for number in self._readers):
-            await self._reader_left.park()
 
     def hold(self, image: Image) -> None:
         """Keep an image readable and unchanged (promise 4)."""
@@ -331,29 +286,29 @@ class Engine:
         """Make *base*, which the caller holds, durable, and a clone of it."""
         if base.seq > self.volume.journal.durable:
             await self.flush()
-        return await self._drive(self.volume.clones.create(base, name))
+        return await self.drive(self.volume.clones.create(base, name))
 
     async def drop_clone(self, clone: Clone) -> None:
         """Drop a clone that nobody has open; what was kept only for it is dropped in the background."""
         self.volume.clones.require_idle(clone)
         async with self._clone_locks[clone.serial]:
-            await self._drive(self.volume.clones.drop(clone))
+            await self.drive(self.volume.clones.drop(clone))
         self._clone_locks.pop(clone.serial, None)
         self._drop_wanted.set()
 
     async def read_clone(self, clone: Clone, offset: int, length: int) -> memoryview:
         """Return bytes of a clone, fewer at its end."""
-        return await self._drive(clone.read(offset, length), reads=True)
+        return await self.drive(clone.read(offset, length), reads=True)
 
     async def write_clone(self, clone: Clone, offset: int, data: bytes) -> None:
         """Write within a clone."""
         async with self._clone_locks[clone.serial]:
-            await self._drive(clone.write(offset, data), reads=True)
+            await self.drive(clone.write(offset, data), reads=True)
 
     async def flush_clone(self, clone: Clone) -> None:
         """Make all writes to a clone durable."""
         async with self._clone_locks[clone.serial]:
-            await self._drive(clone.flush())
+            await self.drive(clone.flush())
 
     # -- maintenance --------------------------------------------------------------------------------------------
 
@@ -383,7 +338,7 @@ class Engine:
     async def _sync(self, work: Work[int]) -> int:
         self.syncing = True
         try:
-            seq: int = await self._drive(work, drain=True, stoppable=True)
+            seq: int = await self.drive(work, drain=True, stoppable=True)
         finally:
             self.syncing = False
         await self._sweep()
@@ -400,12 +355,15 @@ class Engine:
     async def take_snapshot(self, name: str) -> Snapshot:
         """Flush, and make that moment a snapshot. Doesn't wait for a sync that is under way."""
         self.volume.require_snapshot(name)
-        with self.marked() as seq:
+        await self.settle()
+        with contextlib.ExitStack() as kept:
+            async with self.appending:
+                seq = kept.enter_context(self.marked())
             return await self.snapshot_at(seq, name)
 
     @contextmanager
     def marked(self) -> Iterator[int]:
-        """Set a sync indicator now, and have syncs not pass it; yields its seq."""
+        """Set a sync indicator now, and have syncs not pass it; yields it. The caller holds ``appending``."""
         seq = self.volume.indicate().seq
         with self.volume.reserved(seq):
             yield seq
@@ -415,7 +373,7 @@ class Engine:
     ) -> Snapshot:
         """Make a marked moment durable and a snapshot."""
         await self.flush()
-        return await self._drive(self.volume.snapshot_at(seq, name, instant_ns=instant_ns, frozen=frozen))
+        return await self.drive(self.volume.snapshot_at(seq, name, instant_ns=instant_ns, frozen=frozen))
 
     async def drop_snapshot(self, snapshot: Snapshot) -> None:
         """Drop a snapshot, or hide it until its image is closed or a sync that is under way has ended.
@@ -424,9 +382,9 @@ class Engine:
         """
         try:
             if self._maintenance.locked():
-                return await self._drive(self.volume.hide_snapshot(snapshot))
+                return await self.drive(self.volume.hide_snapshot(snapshot))
             async with self._maintenance:
-                await self._drive(self.volume.drop_snapshot(snapshot), drain=True, stoppable=True)
+                await self.drive(self.volume.drop_snapshot(snapshot), drain=True, stoppable=True)
                 await self._sweep()
         finally:
             if snapshot.hidden:
@@ -444,7 +402,7 @@ class Engine:
                 if snapshot.hidden or snapshot.pinned or snapshot.busy:
                     continue
                 try:
-                    await self._drive(self.volume.drop_snapshot(snapshot), drain=True, stoppable=True)
+                    await self.drive(self.volume.drop_snapshot(snapshot), drain=True, stoppable=True)
                 except CorruptionError as error:
                     damage = damage or error
                 await self._sweep()
@@ -453,12 +411,12 @@ class Engine:
 
     async def do(self, work: Work[Result]) -> Result:
         """Drive work that touches nothing that is read."""
-        return await self._drive(work)
+        return await self.drive(work)
 
     async def _sweep(self) -> None:
         """Close the journals that nobody can be reading or syncing any more."""
         garbage = self.volume.take_garbage()
-        await self._drain()
+        await self.drain()
         async with self._commit:
             for segment in garbage:
                 segment.close()
@@ -469,11 +427,11 @@ class Engine:
             await self._flush_clones()
             try:
                 await self.flush()
-                await self._call(self.volume.mark_clean)
+                await self.call(self.volume.mark_clean)
             except TROUBLE as error:
                 log.error("volume %s: not closed in order: %s", self.volume.info.name, error)
             self.volume.close()
-            self.tap.primary.close()
+            self.tap.close()
 
     async def _flush_clones(self) -> None:
         for clone in self.volume.clones:
