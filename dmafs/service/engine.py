@@ -218,7 +218,7 @@ class Engine(Driver):
         """Have all writes that are complete on the primary be in the journal: with a pass-through they are."""
 
     def mark(self, name: str) -> None:
-        """Set a named mark now; to be called while nothing else is journaled, and after ``settle`` was told its name."""
+        """Set a named mark now; the caller holds ``appending``, and ``settle`` was told the name."""
         self.volume.indicate(Flag.MARK, name)
 
     @property
