@@ -9,8 +9,8 @@ Rules:
 2. Syncs, snapshots and drops exclude each other (``_maintenance``), not capture and not reads.
 3. Before each step of a sync or a drop, readers that resolved before are waited for: nothing is overwritten or closed
    under a reader.
-4. Work isn't cancelled, but for syncs, drops, copies and resyncs: these may stop between two steps when the daemon
-   ends. Opening the store again finishes or forgets what they began.
+4. Work isn't cancelled, but for syncs, drops, copies, verifies and resyncs: these may stop between two steps when the
+   daemon ends. Opening the store again finishes or forgets what they began.
 5. Writes, flushes and the drop of a clone exclude each other, with a lock for each clone.
 """
 
@@ -34,12 +34,16 @@ from dmafs.core.copy import initial_copy
 from dmafs.core.image import Image
 from dmafs.core.ondisk import Flag
 from dmafs.core.policy import VolumeFacts, facts_of, has_past
-from dmafs.core.resync import begin_after_stop, needs_resync, resync
+from dmafs.core.resync import begin_after_stop
 from dmafs.core.snapshot import Snapshot
 from dmafs.core.sync import stops_of, sync
+from dmafs.core.throttle import Throttle
+from dmafs.core.verify import Steps
 from dmafs.core.volume import Volume
 from dmafs.core.work import Work
-from dmafs.errors import CorruptionError, DmafsError
+from dmafs.errors import CorruptionError
+from dmafs.service.checking import Checking
+from dmafs.service.tasks import RETRY_S, TROUBLE, Progress
 from dmafs.taps.passthrough import PassThroughTap
 from dmafs.units import SECTOR, format_bytes
 
@@ -48,51 +52,32 @@ log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 DIGEST_CHUNK: Final = 1 << 20
-RETRY_S: Final = 10.0
-TROUBLE: Final = (DmafsError, OSError)
-"""What a task survives: it is logged, and the task goes on."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Await:
-    """A step of work that is asynchronous itself."""
+    """A step of work that is asynchronous itself, and not a reader; a *stoppable* one can be cancelled meanwhile."""
 
     function: Callable[[], Any]
+    stoppable: bool = False
 
     def __call__(self) -> None:
         raise AssertionError("only an engine can drive this step")
 
 
-class CopyProgress:
-    """How far the initial copy is."""
-
-    def __init__(self, total_sectors: int) -> None:
-        """Begin now."""
-        self.total = total_sectors
-        self.first = self.done = 0
-        self._began = self._latest = trio.current_time()
-
-    def begin(self, sectors: int) -> None:
-        """Go on from a saved position."""
-        self.first = self.done = sectors
-
-    def update(self, sectors: int) -> None:
-        """Take in that so many sectors are done."""
-        self.done = sectors
-        self._latest = trio.current_time()
-
-    @property
-    def bytes_per_s(self) -> float:
-        """Return the mean rate since the copy began or resumed."""
-        elapsed = self._latest - self._began
-        return (self.done - self.first) * SECTOR / elapsed if elapsed > 0 else 0.0
-
-
 class Engine:
     """One volume in a daemon."""
 
-    def __init__(self, volume: Volume, tap: PassThroughTap, *, tick_s: float, limiter: trio.CapacityLimiter) -> None:
-        """Drive *volume*; threads are taken from *limiter*."""
+    def __init__(
+        self,
+        volume: Volume,
+        tap: PassThroughTap,
+        *,
+        tick_s: float,
+        limiter: trio.CapacityLimiter,
+        resync_rate: int = 0,
+    ) -> None:
+        """Drive *volume*; threads are taken from *limiter*. Checks read *resync_rate* bytes a second; 0 is no limit."""
         self.volume = volume
         self.tap = tap
         self._tick_s = tick_s
@@ -106,7 +91,8 @@ class Engine:
         self._reader_left = trio.lowlevel.ParkingLot()
         self._drop_wanted = trio.Event()
         self._clone_locks: defaultdict[int, trio.Lock] = defaultdict(trio.Lock)  # by serial
-        self.progress = CopyProgress(volume.info.size_sectors)
+        self.progress = Progress(volume.info.size_sectors)
+        self.checking = Checking(self, bytes_per_s=resync_rate)
         self.syncing = False
 
     # -- tasks --------------------------------------------------------------------------------------------------
@@ -117,7 +103,7 @@ class Engine:
         *boot_id* is the running kernel's: if it stopped itself meanwhile, a gap begins.
         """
         redone: int = await self._drive(self.tap.redo())
-        await self._drive(begin_after_stop(self.volume, boot_id, self._flush_step))
+        await self._drive(begin_after_stop(self.volume, boot_id, self.flush_step))
         await self._call(partial(self.volume.mark_open, boot_id))
         return redone
 
@@ -127,7 +113,7 @@ class Engine:
             nursery.start_soon(self._tick)
             nursery.start_soon(self._drop_unheld)
             nursery.start_soon(self._copy)
-            nursery.start_soon(self._resync)
+            nursery.start_soon(self.checking.run)
             nursery.start_soon(self._warm)
             task_status.started()
 
@@ -157,7 +143,7 @@ class Engine:
         """Make the initial copy, or go on with it."""
         self.progress.begin(self.volume.pointers.now.copied_sectors)
         while not self.volume.pointers.now.copied:
-            work = initial_copy(self.volume, self.tap.primary, self._flush_step, self.progress.update)
+            work = initial_copy(self.volume, self.tap.primary, self.flush_step, self.progress.update)
             try:
                 await self._drive(work, stoppable=True)
             except TROUBLE as error:
@@ -172,20 +158,6 @@ class Engine:
             )
         self.progress.update(self.progress.total)
 
-    async def _resync(self) -> None:
-        """End a gap: compare the primary with the newest image."""
-        name = self.volume.info.name
-        while needs_resync(self.volume):
-            self.progress.begin(0)
-            work = resync(self.volume, self.tap.primary, self._flush_step, self.progress.update)
-            try:
-                differing = await self._drive(work, reads=True, stoppable=True)
-            except TROUBLE as error:
-                log.error("volume %s: resync failed: %s; trying again", name, error)
-                await trio.sleep(RETRY_S)
-                continue
-            log.warning("volume %s: gap ended, %s of the source differed", name, format_bytes(differing * SECTOR))
-
     async def _warm(self) -> None:
         """Make what opening images needs, so that the first one doesn't wait for it."""
         try:
@@ -194,16 +166,36 @@ class Engine:
             log.error("volume %s: the index can't be made: %s", self.volume.info.name, error)
         self._mind_excess()
 
-    def _flush_step(self, flag: Flag) -> Work[object]:
+    def flush_step(self, flag: Flag) -> Work[object]:
+        """Flush, as a step of work."""
         return (yield _Await(partial(self.flush, flag)))
+
+    def steps(self, throttle: Throttle) -> Steps:
+        """Return what a comparison needs; both steps can be cancelled."""
+
+        def settle() -> Work[object]:
+            return (yield _Await(self.settle, stoppable=True))
+
+        def pause(seconds: float) -> Work[object]:
+            return (yield _Await(partial(trio.sleep, seconds), stoppable=True))
+
+        return Steps(settle, pause, throttle)
+
+    async def settle(self) -> None:
+        """Return when all writes that are complete on the primary now are events: with this tap they always are."""
+        await trio.lowlevel.checkpoint()
+
+    async def examine(self, work: Work[Result]) -> Result:
+        """Do work whose calls read images, and that may be ended between two of them."""
+        return await self._drive(work, reads=True, stoppable=True)
 
     async def _drive(
         self, work: Work[Result], *, drain: bool = False, reads: bool = False, stoppable: bool = False
     ) -> Result:
         """Drive work of the core: each call it yields in a thread, this thread free for everything else meanwhile.
 
-        With *drain* readers are waited for before each call; with *reads* each call is a reader itself. Only
-        *stoppable* work can be cancelled, and that between two calls.
+        With *drain* readers are waited for before each call; with *reads* each call in a thread is a reader itself.
+        Only *stoppable* work can be cancelled, and that between two calls.
         """
         with trio.CancelScope(shield=not stoppable):
             result = await self._drive_calls(work, drain=drain, reads=reads)
@@ -214,7 +206,7 @@ class Engine:
             call = next(work)
             while True:
                 try:
-                    with self._reading() if reads else contextlib.nullcontext():
+                    with self._reading() if reads and not isinstance(call, _Await) else contextlib.nullcontext():
                         if drain:
                             await self._drain()
                         answer = await self._call(call)
@@ -229,9 +221,9 @@ class Engine:
             work.close()
 
     async def _call(self, call: Callable[[], Any]) -> object:
-        """Run a call in a thread; once begun it is waited for."""
+        """Run a call in a thread; once begun it is waited for, unless it is a step that says otherwise."""
         await trio.lowlevel.checkpoint_if_cancelled()
-        with trio.CancelScope(shield=True):
+        with trio.CancelScope(shield=not (isinstance(call, _Await) and call.stoppable)):
             if isinstance(call, _Await):
                 answer = await call.function()
             else:
