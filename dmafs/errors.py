@@ -22,6 +22,8 @@
     │   ├── NoSuchSnapshotError exit 23  ENOENT
     │   └── NoSuchCloneError    exit 24  ENOENT
     ├── PinnedError             exit 25  EBUSY      a pinned snapshot isn't dropped
+    ├── DifferenceError         exit 26  EIO        a verify has found that source and newest image differ
+    ├── CheckBusyError          exit 27  EBUSY      a verify or resync of the volume is under way already
     ├── MountError              exit 30  EIO        the mount point can't be used
     ├── ControlError            exit 31  EIO        the daemon doesn't answer, or not in our words
     └── TapError                exit 32  EIO        device-mapper, a loop device or a tap's log can't be used
@@ -173,6 +175,19 @@ class PinnedError(DmafsError):
     """The snapshot is pinned, so it isn't dropped; nothing was changed."""
 
     exit_code = 25
+    errno = errno.EBUSY
+
+
+class DifferenceError(DmafsError):
+    """A verify has found that source and newest image differ; nothing was changed."""
+
+    exit_code = 26
+
+
+class CheckBusyError(DmafsError):
+    """A verify or resync of the volume is under way already; there is one at a time."""
+
+    exit_code = 27
     errno = errno.EBUSY
 
 

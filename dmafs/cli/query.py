@@ -98,6 +98,11 @@ def _volume_lines(volume: dict[str, Any]) -> list[str]:
     for gap in volume["gaps"]:
         end = gap["end"]["time"] if gap["end"] else "now: a resync is under way"
         lines.append(f"  gap       {gap['begin']['time']} to {end}")
+    if check := volume["check"]:
+        lines.append(f"  {check['kind']:<9} {check['fraction']:.1%} at {format_bytes(check['bytes_per_s'])}/s")
+    if last := volume["last_check"]:
+        found = f"{format_bytes(last['bytes'])} differed" if last["bytes"] else "no differences"
+        lines.append(f"  checked   {last['time']} ({last['kind']}): {found}")
     forward = volume["forward"]
     segments = "1 segment" if forward["segments"] == 1 else f"{forward['segments']} segments"
     lines.append(f"  forward   {forward['events']} events, {format_bytes(forward['bytes'])} in {segments}")

@@ -1,34 +1,27 @@
-"""Resync: after a gap, journal and primary are made to agree again, while the tap captures.
+"""Resync: journal and primary are made to agree again, while the tap captures.
 
 When the kernel itself stopped (a power cut, a crash), writes that nobody had flushed may have reached the primary's
 disk but not the journal's. Nothing acknowledged is lost by that, but the newest image no longer is the primary. So the
-volume records a gap, the primary is compared with the newest image, what differs is journaled as new events, and the
-gap ends with a sync indicator. A moment inside the gap can't be had: its image would mix old and new.
+volume records a gap, the primary is compared with the newest image (verify.py), what differs is journaled as new
+events, and the gap ends with a sync indicator. A moment inside the gap can't be had: its image would mix old and new.
 
-Reading both sides takes place in a thread, while writes go on; only where they differ are they read again without
-anything in between, and that decides.
+On demand, where no gap is known, a verify comes first: only where that finds differences is there a gap at all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final
 from uuid import UUID
 
-import numpy as np
-
-from dmafs.core.extent import MAX_EXTENT_SECTORS, Ints, chop, join
-from dmafs.core.image import Piece
 from dmafs.core.ondisk import Flag
 from dmafs.core.storage import File
 from dmafs.core.sync import any_set
+from dmafs.core.verify import Differences, Found, Steps, compare, everything
 from dmafs.core.volume import Volume
 from dmafs.core.work import Work
-from dmafs.units import SECTOR
 
-CHUNK_SECTORS: Final = MAX_EXTENT_SECTORS
-GRAIN_SECTORS: Final = 8
-"""Differences are journaled in units of 4 KiB, the block size of most filesystems."""
+Flush = Callable[[Flag], Work[object]]
+"""Makes events durable with an indicator of the given kind."""
 
 
 def needs_resync(volume: Volume) -> bool:
@@ -36,7 +29,7 @@ def needs_resync(volume: Volume) -> bool:
     return bool(volume.journal.gaps) and volume.journal.gaps[-1].end is None
 
 
-def begin_after_stop(volume: Volume, boot_id: UUID, flush: Callable[[Flag], Work[object]]) -> Work[None]:
+def begin_after_stop(volume: Volume, boot_id: UUID, flush: Flush) -> Work[None]:
     """Begin a gap if the kernel stopped while the volume was open; an initial copy then starts again from nothing.
 
     The primary has been brought up to the journal before (redo), which made both durable up to the head. *boot_id* is
@@ -48,10 +41,10 @@ def begin_after_stop(volume: Volume, boot_id: UUID, flush: Callable[[Flag], Work
     if now.copied:
         yield from flush(Flag.GAP)
     else:
-        yield from _start_again(volume)
+        yield from start_again(volume)
 
 
-def _start_again(volume: Volume) -> Work[None]:
+def start_again(volume: Volume) -> Work[None]:
     """Have the initial copy begin anew, without the events until now: the copy will hold what they left."""
     seq, time_ns = volume.journal.head, volume.journal.head_time_ns
     with volume.gate(fatal=True):
@@ -62,52 +55,64 @@ def _start_again(volume: Volume) -> Work[None]:
 
 
 def resync(
-    volume: Volume, primary: File, flush: Callable[[Flag], Work[object]], progress: Callable[[int], None]
-) -> Work[int]:
-    """Journal what the primary has and the newest image doesn't, then end the gap; return the sectors that differed.
+    volume: Volume, primary: File, flush: Flush, steps: Steps, progress: Callable[[int], None]
+) -> Work[Differences]:
+    """Journal what the primary has and the newest image doesn't, then end the gap; return what differed.
 
-    *flush* makes events durable with an indicator of the given kind, *progress* is told the sectors done so far.
+    *progress* is told the sectors done so far.
+    """
+    return (yield from _end_gap(volume, primary, flush, steps, progress, found=None))
+
+
+def mend(
+    volume: Volume,
+    primary: File,
+    flush: Flush,
+    steps: Steps,
+    progress: Callable[[int], None],
+    *,
+    found: Differences,
+) -> Work[Differences]:
+    """Begin a gap for the differences that a verify has found, journal them, and end it; return what still differed."""
+    assert found.sectors
+    yield from flush(Flag.GAP)
+    return (yield from _end_gap(volume, primary, flush, steps, progress, found=found))
+
+
+def _end_gap(
+    volume: Volume,
+    primary: File,
+    flush: Flush,
+    steps: Steps,
+    progress: Callable[[int], None],
+    *,
+    found: Differences | None,
+) -> Work[Differences]:
+    """Journal what differs, of what was found before if all of that is known; then end the gap.
+
+    The tap settles once more before that: then the end is a moment at which the journal lacks nothing that was complete
+    when the last difference was journaled.
     """
     assert needs_resync(volume)
-    differing = 0
-    for start in range(0, volume.info.size_sectors, CHUNK_SECTORS):
-        stop = min(start + CHUNK_SECTORS, volume.info.size_sectors)
-        pieces = volume.live.resolve(start * SECTOR, (stop - start) * SECTOR)
+    extents = everything(volume) if found is None or found.cut else found.columns
 
-        def compare(start: int = start, stop: int = stop, pieces: list[Piece] = pieces) -> tuple[Ints, Ints]:
-            return _differences(volume, primary, start, stop, pieces)
+    def take(part: Found) -> Work[object]:
+        return steps.append(lambda: journal_found(volume, part))
 
-        starts, stops = yield compare
-        for begin, end in zip(*(column.tolist() for column in chop(starts, stops)), strict=True):
-            differing += _journal(volume, primary, begin, end)
-        progress(stop)
+    differing = yield from compare(volume, primary, extents, steps, progress=progress, take=take)
+    yield from steps.settle()
     yield from flush(Flag.RESYNCED)
     return differing
 
 
-def _differences(volume: Volume, primary: File, start: int, stop: int, pieces: list[Piece]) -> tuple[Ints, Ints]:
-    """Return where primary and pieces differ, as a disjoint joined list of sectors."""
-    theirs = bytearray((stop - start) * SECTOR)
-    primary.read_into(theirs, start * SECTOR)
-    mine = volume.live.read_pieces(pieces, start * SECTOR, len(theirs))
-    grain = GRAIN_SECTORS * SECTOR
-    found = [
-        start + offset // SECTOR
-        for offset in (range(0, len(theirs), grain) if theirs != mine else ())
-        if theirs[offset : offset + grain] != mine[offset : offset + grain]
-    ]
-    starts = np.array(found, np.int64)
-    return join(starts, np.minimum(starts + GRAIN_SECTORS, stop))
+def journal_found(volume: Volume, found: Found) -> None:
+    """Journal a part as the primary had it, but for what newer events cover. All appends of a resync are here.
 
-
-def _journal(volume: Volume, primary: File, start: int, stop: int) -> int:
-    """Journal an extent as the primary has it, if it still differs; return the number of sectors."""
-    data = bytearray((stop - start) * SECTOR)
-    primary.read_into(data, start * SECTOR)
-    if data == volume.live.read(start * SECTOR, len(data)):
-        return 0
-    if any_set(data):
-        volume.write(start, memoryview(data))
-    else:
-        volume.discard(start, stop - start)
-    return stop - start
+    Nothing else happens on the volume meanwhile. No sync passes the gap's beginning, so the events are all there.
+    """
+    for start, stop in found.still(volume):
+        data = found.bytes_of(start, stop)
+        if any_set(data):
+            volume.write(start, data)
+        else:
+            volume.discard(start, stop - start)

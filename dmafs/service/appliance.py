@@ -37,7 +37,8 @@ from dmafs.core.store import Store
 from dmafs.core.volume import Volume
 from dmafs.errors import NoSuchPointError, NoSuchVolumeError
 from dmafs.service.alarms import Alarms
-from dmafs.service.engine import TROUBLE, Engine
+from dmafs.service.checking import Check
+from dmafs.service.engine import Engine
 from dmafs.service.report import (
     READ_CHUNK,
     Report,
@@ -48,6 +49,7 @@ from dmafs.service.report import (
     state_of,
     status_of,
 )
+from dmafs.service.tasks import TROUBLE
 from dmafs.service.thinning import Drops, Shrinking, Thinning
 from dmafs.tree.backend import Space
 from dmafs.units import SECTOR, TimeNs, check_name, format_bytes, format_rfc3339, format_time
@@ -334,10 +336,12 @@ class Appliance:
         for engine in self._engines.values():
             report = status_of(engine.volume)
             if report["state"] == "copying":
-                report["copy_fraction"] = engine.progress.done / engine.progress.total
+                report["copy_fraction"] = engine.progress.fraction
                 report["copy_bytes_per_s"] = int(engine.progress.bytes_per_s)
             report["syncing"] = engine.syncing
             report["commits"] = engine.commits
+            report["check"] = engine.checking.current.report() if engine.checking.current else None
+            report["last_check"] = engine.checking.last
             volumes.append(report)
         daemon: Report = {"pid": os.getpid(), "schedule": self.schedule()}
         return {"daemon": daemon, "alarms": self.alarms.report(), "volumes": volumes}
@@ -355,6 +359,10 @@ class Appliance:
         return {
             "volumes": [{"name": name, "mirror_seq": await engine.sync()} for name, engine in self._engines.items()]
         }
+
+    def begin_check(self, kind: str, volume: str, bytes_per_s: int | None) -> Check:
+        """Begin a verify or resync of a volume; without a rate by that of the configuration."""
+        return self._engine(volume).checking.begin(kind, bytes_per_s)
 
     async def pin(self, identifier: str) -> None:
         """Have a snapshot not be dropped."""

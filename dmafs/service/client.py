@@ -7,8 +7,9 @@ through its control socket.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -17,19 +18,38 @@ import httpx
 from dmafs import errors
 from dmafs.core.moments import Volumes, clone_group, instant_of, pin_group, require_mark, unpin_group
 from dmafs.core.ondisk import Flag
+from dmafs.core.resync import mend, needs_resync, resync
 from dmafs.core.retention import KeepRules
+from dmafs.core.storage import open_source
 from dmafs.core.store import SOCKET_NAME, Store
 from dmafs.core.sync import sync
+from dmafs.core.throttle import Throttle
+from dmafs.core.verify import Steps, verify
 from dmafs.core.volume import Volume
-from dmafs.core.work import run
+from dmafs.core.work import Work, run
 from dmafs.errors import ControlError, DmafsError, StoreBusyError, StoreError
 from dmafs.service.configuration import load_configuration
-from dmafs.service.report import READ_CHUNK, Report, check_range, clones_of, diff_of, image_at, points_of, status_of
+from dmafs.service.report import (
+    READ_CHUNK,
+    Report,
+    check_range,
+    clones_of,
+    diff_of,
+    differences_of,
+    image_at,
+    points_of,
+    status_of,
+    volume_of,
+)
 from dmafs.service.thinning import Thinning
-from dmafs.units import check_name
+from dmafs.units import SECTOR, check_name
 
 TIMEOUT_S: Final = 10.0
 """For answers that are ready at once."""
+
+
+Show = Callable[[int, int], None]
+"""Is told the bytes done and the total."""
 
 
 class Session(Protocol):
@@ -74,6 +94,12 @@ class Session(Protocol):
     def diff(self, volume: str, a: str, b: str) -> Report:
         """Return which extents of a volume were written between two moments."""
 
+    def verify(self, volume: str, bytes_per_s: int | None, show: Show) -> Report:
+        """Return where a volume's source and newest image differ; *show* is told how far it is."""
+
+    def resync(self, volume: str, bytes_per_s: int | None, show: Show) -> Report:
+        """Journal that, too; return what it was."""
+
 
 @contextlib.contextmanager
 def session(path: Path) -> Iterator[Session]:
@@ -86,7 +112,8 @@ def session(path: Path) -> Iterator[Session]:
             yield RemoteSession(client, path)
         return
     try:
-        yield LocalSession(store.volumes, configuration.retention.rules(path))
+        rate = configuration.resync.rate
+        yield LocalSession(store.volumes, configuration.retention.rules(path), resync_rate=rate)
     finally:
         store.close()
 
@@ -94,10 +121,11 @@ def session(path: Path) -> Iterator[Session]:
 class LocalSession:
     """A session that works on the store itself."""
 
-    def __init__(self, volumes: Volumes, rules: KeepRules) -> None:
-        """Work on the open *volumes*; keep snapshots by *rules*."""
+    def __init__(self, volumes: Volumes, rules: KeepRules, *, resync_rate: int = 0) -> None:
+        """Work on the open *volumes*; keep snapshots by *rules*, compare *resync_rate* bytes a second (0: any)."""
         self._volumes = volumes
         self._rules = rules
+        self._rate = resync_rate
 
     def status(self) -> Report:
         """See ``Session``."""
@@ -196,6 +224,35 @@ class LocalSession:
         """See ``Session``."""
         return run(diff_of(self._volumes, volume, a, b))
 
+    def verify(self, volume: str, bytes_per_s: int | None, show: Show) -> Report:
+        """See ``Session``. The source is read only; without a daemon nobody writes through the tap."""
+        return self._compare(volume, bytes_per_s, show, resyncs=False)
+
+    def resync(self, volume: str, bytes_per_s: int | None, show: Show) -> Report:
+        """See ``Session``. Likewise."""
+        return self._compare(volume, bytes_per_s, show, resyncs=True)
+
+    def _compare(self, name: str, bytes_per_s: int | None, show: Show, *, resyncs: bool) -> Report:
+        volume = volume_of(self._volumes, name)
+        self._require_closed_in_order()
+        steps = Steps(_settled, throttle=Throttle(self._rate if bytes_per_s is None else bytes_per_s))
+        size = volume.info.size_sectors * SECTOR
+
+        def progress(sectors: int) -> None:
+            show(sectors * SECTOR, size)
+
+        with contextlib.closing(open_source(Path(volume.info.source), writable=False)) as primary:
+
+            def flush(flag: Flag) -> Work[object]:
+                return (yield from volume.flush(primary, flag=flag))
+
+            if resyncs and needs_resync(volume):
+                return differences_of(name, run(resync(volume, primary, flush, steps, progress)))
+            found = run(verify(volume, primary, steps, progress))
+            if resyncs and found.sectors:
+                found = run(mend(volume, primary, flush, steps, lambda _done: None, found=found))
+            return differences_of(name, found)
+
 
 class RemoteSession:
     """A session with a daemon."""
@@ -287,6 +344,38 @@ class RemoteSession:
         answer: Report = self._ask("GET", "/diff", timeout=None, volume=volume, a=a, b=b).json()
         return answer
 
+    def verify(self, volume: str, bytes_per_s: int | None, show: Show) -> Report:
+        """See ``Session``. Who stops waiting ends it."""
+        return self._follow("/verify", volume, bytes_per_s, show)
+
+    def resync(self, volume: str, bytes_per_s: int | None, show: Show) -> Report:
+        """See ``Session``. Likewise, unless it has found something: then the daemon goes on."""
+        return self._follow("/resync", volume, bytes_per_s, show)
+
+    def _follow(self, what: str, volume: str, bytes_per_s: int | None, show: Show) -> Report:
+        """Ask for something that tells how far it is, and return its result."""
+        query: dict[str, str | int] = {"volume": volume} | ({} if bytes_per_s is None else {"rate": bytes_per_s})
+        try:
+            with self._client.stream("POST", what, params=query, timeout=None) as response:
+                if not response.is_success:
+                    response.read()
+                    raise _error(response, self._path)
+                for line in response.iter_lines():
+                    told: dict[str, Any] = json.loads(line)
+                    if "result" in told:
+                        result: Report = told["result"]
+                        return result
+                    if "error" in told:
+                        raise _error_of(told)
+                    show(told["done_bytes"], told["total_bytes"])
+        except httpx.HTTPError as error:
+            raise _no_answer(self._path, error) from error
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ControlError(
+                f"the daemon of store {self._path} answered {what} not as expected", hint="look at the daemon's log"
+            ) from error
+        raise ControlError(f"the daemon of store {self._path} ended before {what} was done", hint="look at its log")
+
 
 def _close_garbage(volume: Volume) -> None:
     for segment in volume.take_garbage():
@@ -315,13 +404,22 @@ def _no_answer(path: Path, error: httpx.HTTPError) -> ControlError:
 def _error(response: httpx.Response, path: Path) -> DmafsError:
     """Return the error of the tree that a daemon answered."""
     try:
-        body: dict[str, Any] = response.json()
-        kind = getattr(errors, body["error"])
-        if issubclass(kind, DmafsError):
-            error: DmafsError = kind(body["message"], hint=body["hint"])
-            return error
+        return _error_of(response.json())
     except (ValueError, KeyError, AttributeError, TypeError):
-        pass
-    return ControlError(
-        f"the daemon of store {path} answered with status {response.status_code}", hint="look at the daemon's log"
-    )
+        return ControlError(
+            f"the daemon of store {path} answered with status {response.status_code}", hint="look at the daemon's log"
+        )
+
+
+def _error_of(body: dict[str, Any]) -> DmafsError:
+    """Return the error of the tree that a JSON object says; TypeError and its like if it says none."""
+    kind = getattr(errors, body["error"])
+    if not issubclass(kind, DmafsError):
+        raise TypeError
+    error: DmafsError = kind(body["message"], hint=body["hint"])
+    return error
+
+
+def _settled() -> Work[object]:
+    """Settle: without a daemon there is nothing on its way."""
+    return (yield lambda: None)

@@ -153,6 +153,13 @@ class RetentionTable:
 
 
 @dataclass(frozen=True, slots=True)
+class ResyncTable:
+    """``[resync]``: how source and newest image are compared."""
+
+    rate: int = setting(SIZE, "128MiB", minimum=0)
+
+
+@dataclass(frozen=True, slots=True)
 class Configuration:
     """What an administrator may set. A new table is one more field here."""
 
@@ -181,6 +188,7 @@ class Configuration:
     sync: SyncTable = field(default_factory=SyncTable, metadata={"table": SyncTable})
     snapshots: SnapshotsTable = field(default_factory=SnapshotsTable, metadata={"table": SnapshotsTable})
     retention: RetentionTable = field(default_factory=RetentionTable, metadata={"table": RetentionTable})
+    resync: ResyncTable = field(default_factory=ResyncTable, metadata={"table": ResyncTable})
 
     def volume_limits(self) -> VolumeLimits:
         """Return what the core needs of it."""

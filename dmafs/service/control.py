@@ -16,7 +16,12 @@ POST     /clones           name, at (optional)                                 J
 DELETE   /clones           name                                                JSON
 GET      /read             volume, at, offset, length                          bytes, all of one moment
 GET      /diff             volume, a, b                                        JSON
+POST     /verify           volume, rate (optional)                             lines of JSON
+POST     /resync           volume, rate (optional)                             lines of JSON
 =======  ================  ==================================================  =============================
+
+A verify or resync tells how far it is several times a second, a line each time; the last line is {result} or {error,
+message, hint}. Who goes away before that gives it up.
 
 An error is a JSON object {error, message, hint}: the class's name in the error tree and its texts; status 400 for
 what the caller got wrong, 404 for what isn't there, 500 for the rest. The socket has mode 0600 in a directory of mode
@@ -25,6 +30,7 @@ what the caller got wrong, 404 for what isn't there, 500 for the rest. The socke
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -33,7 +39,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import trio
 from hypercorn.config import Config
@@ -42,13 +48,18 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
-from dmafs.errors import DmafsError, InputError, NotFoundError
+from dmafs.errors import ControlError, DmafsError, InputError, NotFoundError
 from dmafs.service.appliance import Appliance
-from dmafs.service.report import check_range
+from dmafs.service.checking import RESYNC, VERIFY, Check
+from dmafs.service.report import Report, check_range, differences_of
 from dmafs.units import check_name
 
 log = logging.getLogger(__name__)
+
+TOLD_S: Final = 0.2
+"""How often somebody who waits is told how far it is."""
 
 _NUMBER: Final = re.compile(r"-?[0-9]{1,18}", re.ASCII)  # fits 63 bits
 
@@ -70,6 +81,8 @@ def application(appliance: Appliance) -> Starlette:
         ("DELETE", "/clones", handlers.drop_clone),
         ("GET", "/read", handlers.read),
         ("GET", "/diff", handlers.diff),
+        ("POST", "/verify", handlers.verify),
+        ("POST", "/resync", handlers.resync),
     ]
     return Starlette(routes=[Route(path, _answering(handler), methods=[method]) for method, path, handler in routes])
 
@@ -154,6 +167,45 @@ class Handlers:
         found = await self._appliance.diff(query.get("volume", ""), query.get("a", ""), query.get("b", ""))
         return Response(found, media_type="application/json")
 
+    async def verify(self, request: Request) -> Response:
+        """Verify, and tell how far that is until it is done."""
+        return self._check(VERIFY, request)
+
+    async def resync(self, request: Request) -> Response:
+        """Resync, likewise."""
+        return self._check(RESYNC, request)
+
+    def _check(self, kind: str, request: Request) -> Response:
+        query = request.query_params
+        rate = query.get("rate")
+        return _Told(self._appliance.begin_check(kind, query.get("volume", ""), None if rate is None else _rate(rate)))
+
+
+class _Told(StreamingResponse):
+    """How far a check is, to its end; it is given up when nobody listens any more."""
+
+    def __init__(self, check: Check) -> None:
+        super().__init__(_lines(check), media_type="application/x-ndjson")
+        self._check = check
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._check.abandon()
+
+
+async def _lines(check: Check) -> AsyncIterator[str]:
+    while not check.done.is_set():
+        yield json.dumps(check.report()) + "\n"
+        with trio.move_on_after(TOLD_S):
+            await check.done.wait()
+    if check.found is not None:
+        yield json.dumps({"result": differences_of(check.volume, check.found)}) + "\n"
+    else:
+        failure = check.failure or ControlError(f"volume {check.volume}: the {check.kind} was given up")
+        yield json.dumps(_shown(failure)) + "\n"
+
 
 async def _joined(first: bytes, rest: AsyncGenerator[bytes]) -> AsyncIterator[bytes]:
     async with aclosing(rest):
@@ -166,6 +218,13 @@ def _number(text: str | None) -> int:
     if text is None or not _NUMBER.fullmatch(text):
         raise InputError(f"{text!r} is not a number of bytes", hint="give a decimal number")
     return int(text)
+
+
+def _rate(text: str) -> int:
+    rate = _number(text)
+    if rate < 0:
+        raise InputError(f"rate {rate} is negative", hint="give bytes a second, or 0 for no limit")
+    return rate
 
 
 def _flag(text: str | None) -> bool:
@@ -182,10 +241,13 @@ def _answering(handler: Callable[[Request], Awaitable[Response]]) -> Callable[[R
             return await handler(request)
         except DmafsError as error:
             status = 404 if isinstance(error, NotFoundError) else 400 if isinstance(error, InputError) else 500
-            body: dict[str, Any] = {"error": type(error).__name__, "message": error.message, "hint": error.hint}
-            return JSONResponse(body, status_code=status)
+            return JSONResponse(_shown(error), status_code=status)
 
     return wrapper
+
+
+def _shown(error: DmafsError) -> Report:
+    return {"error": type(error).__name__, "message": error.message, "hint": error.hint}
 
 
 async def serve_control(

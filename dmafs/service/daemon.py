@@ -76,7 +76,8 @@ async def _run(store: Store, mount_point: Path, configuration: Configuration) ->
     engines = {}
     for name, volume in store.volumes.items():
         tap = PassThroughTap(volume, open_source(Path(volume.info.source), writable=True))
-        engines[name] = Engine(volume, tap, tick_s=configuration.tick_s, limiter=limiter)
+        rate = configuration.resync.rate
+        engines[name] = Engine(volume, tap, tick_s=configuration.tick_s, limiter=limiter, resync_rate=rate)
     with trio.open_signal_receiver(*_ending_signals()) as signals:
         async with trio.open_nursery() as nursery:
             ending = Ending(nursery.cancel_scope.cancel)

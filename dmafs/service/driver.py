@@ -23,9 +23,10 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True)
 class Await:
-    """A step of work that is asynchronous itself."""
+    """A step of work that is asynchronous itself, and not a reader; a *stoppable* one can be cancelled meanwhile."""
 
     function: Callable[[], Any]
+    stoppable: bool = False
 
     def __call__(self) -> None:
         """Never called."""
@@ -47,8 +48,8 @@ class Driver:
     ) -> Result:
         """Drive work of the core: each call it yields in a thread, this thread free for everything else meanwhile.
 
-        With *drain* readers are waited for before each call; with *reads* each call is a reader itself. Only
-        *stoppable* work can be cancelled, and that between two calls.
+        With *drain* readers are waited for before each call; with *reads* each call in a thread is a reader itself.
+        Only *stoppable* work can be cancelled, and that between two calls.
         """
         with trio.CancelScope(shield=not stoppable):
             result = await self._drive_calls(work, drain=drain, reads=reads)
@@ -59,7 +60,7 @@ class Driver:
             call = next(work)
             while True:
                 try:
-                    with self.reading() if reads else contextlib.nullcontext():
+                    with self.reading() if reads and not isinstance(call, Await) else contextlib.nullcontext():
                         if drain:
                             await self.drain()
                         answer = await self.call(call)
@@ -74,9 +75,9 @@ class Driver:
             work.close()
 
     async def call(self, call: Callable[[], Any]) -> object:
-        """Run a call in a thread; once begun it is waited for."""
+        """Run a call in a thread; once begun it is waited for, unless it is a step that says otherwise."""
         await trio.lowlevel.checkpoint_if_cancelled()
-        with trio.CancelScope(shield=True):
+        with trio.CancelScope(shield=not (isinstance(call, Await) and call.stoppable)):
             if isinstance(call, Await):
                 answer = await call.function()
             else:

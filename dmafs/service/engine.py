@@ -7,8 +7,8 @@ Rules:
 
 1. Flushes are group commits: one at a time, and each covers everybody who asked before it began.
 2. Syncs, snapshots and drops exclude each other (``_maintenance``), not capture and not reads.
-3. Work isn't cancelled, but for syncs, drops, copies and resyncs: these may stop between two steps when the daemon
-   ends. Opening the store again finishes or forgets what they began.
+3. Work isn't cancelled, but for syncs, drops, copies, verifies and resyncs: these may stop between two steps when the
+   daemon ends. Opening the store again finishes or forgets what they began.
 4. Writes, flushes and the drop of a clone exclude each other, with a lock for each clone.
 5. While a window of a log is being journaled (following.py) nothing else is: whoever journals something, or sets a sync
    indicator, holds ``appending``.
@@ -19,7 +19,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Final, Protocol
@@ -33,23 +33,24 @@ from dmafs.core.copy import initial_copy
 from dmafs.core.image import Image
 from dmafs.core.ondisk import Flag
 from dmafs.core.policy import VolumeFacts, facts_of, has_past
-from dmafs.core.resync import begin_after_stop, needs_resync, resync
+from dmafs.core.resync import begin_after_stop
 from dmafs.core.snapshot import Snapshot
 from dmafs.core.storage import File
 from dmafs.core.sync import stops_of, sync
+from dmafs.core.throttle import Throttle
+from dmafs.core.verify import Steps
 from dmafs.core.volume import Volume
 from dmafs.core.work import Work
-from dmafs.errors import CorruptionError, DmafsError
+from dmafs.errors import CorruptionError
+from dmafs.service.checking import Checking
 from dmafs.service.driver import Await, Driver, Result
+from dmafs.service.tasks import RETRY_S, TROUBLE, Progress
 from dmafs.taps.passthrough import PassThroughTap
 from dmafs.units import SECTOR, format_bytes
 
 log = logging.getLogger(__name__)
 
 DIGEST_CHUNK: Final = 1 << 20
-RETRY_S: Final = 10.0
-TROUBLE: Final = (DmafsError, OSError)
-"""What a task survives: it is logged, and the task goes on."""
 
 
 class Tap(Protocol):
@@ -61,36 +62,13 @@ class Tap(Protocol):
         """Close all files."""
 
 
-class CopyProgress:
-    """How far the initial copy is."""
-
-    def __init__(self, total_sectors: int) -> None:
-        """Begin now."""
-        self.total = total_sectors
-        self.first = self.done = 0
-        self._began = self._latest = trio.current_time()
-
-    def begin(self, sectors: int) -> None:
-        """Go on from a saved position."""
-        self.first = self.done = sectors
-
-    def update(self, sectors: int) -> None:
-        """Take in that so many sectors are done."""
-        self.done = sectors
-        self._latest = trio.current_time()
-
-    @property
-    def bytes_per_s(self) -> float:
-        """Return the mean rate since the copy began or resumed."""
-        elapsed = self._latest - self._began
-        return (self.done - self.first) * SECTOR / elapsed if elapsed > 0 else 0.0
-
-
 class Engine(Driver):
     """One volume in a daemon."""
 
-    def __init__(self, volume: Volume, tap: Tap, *, tick_s: float, limiter: trio.CapacityLimiter) -> None:
-        """Drive *volume*; threads are taken from *limiter*."""
+    def __init__(
+        self, volume: Volume, tap: Tap, *, tick_s: float, limiter: trio.CapacityLimiter, resync_rate: int = 0
+    ) -> None:
+        """Drive *volume*; threads are taken from *limiter*. Checks read *resync_rate* bytes a second; 0 is no limit."""
         super().__init__(limiter)
         self.volume = volume
         self.tap = tap
@@ -102,7 +80,8 @@ class Engine(Driver):
         self._maintenance = trio.Lock()
         self._drop_wanted = trio.Event()
         self._clone_locks: defaultdict[int, trio.Lock] = defaultdict(trio.Lock)  # by serial
-        self.progress = CopyProgress(volume.info.size_sectors)
+        self.progress = Progress(volume.info.size_sectors)
+        self.checking = Checking(self, bytes_per_s=resync_rate)
         self.syncing = False
 
     # -- tasks --------------------------------------------------------------------------------------------------
@@ -113,7 +92,7 @@ class Engine(Driver):
         *boot_id* is the running kernel's: if it stopped itself meanwhile, a gap begins.
         """
         redone: int = await self.drive(self.through.redo())
-        await self.drive(begin_after_stop(self.volume, boot_id, self._flush_step))
+        await self.drive(begin_after_stop(self.volume, boot_id, self.flush_step))
         await self.call(partial(self.volume.mark_open, boot_id))
         return redone
 
@@ -123,7 +102,7 @@ class Engine(Driver):
             nursery.start_soon(self._tick)
             nursery.start_soon(self._drop_unheld)
             nursery.start_soon(self._copy)
-            nursery.start_soon(self._resync)
+            nursery.start_soon(self.checking.run)
             nursery.start_soon(self._warm)
             task_status.started()
 
@@ -153,7 +132,7 @@ class Engine(Driver):
         """Make the initial copy, or go on with it."""
         self.progress.begin(self.volume.pointers.now.copied_sectors)
         while not self.volume.pointers.now.copied:
-            work = initial_copy(self.volume, self.tap.primary, self._flush_step, self.progress.update)
+            work = initial_copy(self.volume, self.tap.primary, self.flush_step, self.progress.update)
             try:
                 await self.drive(work, stoppable=True)
             except TROUBLE as error:
@@ -168,20 +147,6 @@ class Engine(Driver):
             )
         self.progress.update(self.progress.total)
 
-    async def _resync(self) -> None:
-        """End a gap: compare the primary with the newest image."""
-        name = self.volume.info.name
-        while needs_resync(self.volume):
-            self.progress.begin(0)
-            work = resync(self.volume, self.tap.primary, self._flush_step, self.progress.update)
-            try:
-                differing = await self.drive(work, reads=True, stoppable=True)
-            except TROUBLE as error:
-                log.error("volume %s: resync failed: %s; trying again", name, error)
-                await trio.sleep(RETRY_S)
-                continue
-            log.warning("volume %s: gap ended, %s of the source differed", name, format_bytes(differing * SECTOR))
-
     async def _warm(self) -> None:
         """Make what opening images needs, so that the first one doesn't wait for it."""
         try:
@@ -190,8 +155,32 @@ class Engine(Driver):
             log.error("volume %s: the index can't be made: %s", self.volume.info.name, error)
         self._mind_excess()
 
-    def _flush_step(self, flag: Flag) -> Work[object]:
+    def flush_step(self, flag: Flag) -> Work[object]:
+        """Flush, as a step of work."""
         return (yield Await(partial(self.flush, flag)))
+
+    def steps(self, throttle: Throttle) -> Steps:
+        """Return what a comparison needs; but for the lock its steps can be cancelled."""
+
+        def settle() -> Work[object]:
+            return (yield Await(self.settle, stoppable=True))
+
+        def pause(seconds: float) -> Work[object]:
+            return (yield Await(partial(trio.sleep, seconds), stoppable=True))
+
+        def append(change: Callable[[], None]) -> Work[object]:
+            yield Await(self.appending.acquire)
+            try:
+                change()
+            finally:
+                self.appending.release()
+            return None
+
+        return Steps(settle, pause, throttle, append)
+
+    async def examine(self, work: Work[Result]) -> Result:
+        """Do work whose calls read images, and that may be ended between two of them."""
+        return await self.drive(work, reads=True, stoppable=True)
 
     # -- capture ------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from typing import Final
 import trio
 
 from dmafs.service.appliance import RETENTION_ALARM, SPACE_ALARM, Appliance
-from dmafs.service.engine import TROUBLE
+from dmafs.service.tasks import TROUBLE
 
 CHECK_S: Final = 60.0
 """How often snapshots are thinned and the free space is looked at."""

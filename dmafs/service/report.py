@@ -15,6 +15,7 @@ from dmafs.core.image import Image
 from dmafs.core.moments import clone_groups, instant, resolve, seqs_at, snapshot_groups
 from dmafs.core.points import consistency, landmarks, oldest_point
 from dmafs.core.resync import needs_resync
+from dmafs.core.verify import Differences
 from dmafs.core.volume import Volume
 from dmafs.core.work import Work
 from dmafs.errors import InputError, NoSuchPointError, NoSuchVolumeError
@@ -71,6 +72,8 @@ def status_of(volume: Volume) -> Report:
         "sync_applied_bytes": volume.statistics.applied_sectors * SECTOR,
         "syncing": False,
         "commits": 0,
+        "check": None,
+        "last_check": None,
     }
 
 
@@ -139,10 +142,16 @@ def check_range(image: Image, offset: int, length: int) -> None:
         )
 
 
+def volume_of(volumes: Mapping[str, Volume], name: str) -> Volume:
+    """Return the volume of that name, or raise NoSuchVolumeError."""
+    if name not in volumes:
+        raise NoSuchVolumeError(f"there is no volume {name}", hint=f"there are: {', '.join(volumes)}")
+    return volumes[name]
+
+
 def seq_of(volumes: Mapping[str, Volume], volume: str, text: str) -> int:
     """Return a volume's seq at the moment that a spelling means."""
-    if volume not in volumes:
-        raise NoSuchVolumeError(f"there is no volume {volume}", hint=f"there are: {', '.join(volumes)}")
+    volume_of(volumes, volume)
     time_ns = resolve(volumes, text)
     seqs = seqs_at(volumes, time_ns)
     if volume not in seqs:
@@ -167,3 +176,15 @@ def diff_of(volumes: Mapping[str, Volume], name: str, a: str, b: str) -> Work[Re
     lengths = stops - starts
     extents = np.column_stack([starts, lengths]) * SECTOR
     return {"volume": name, **ends, "extents": extents.tolist(), "bytes": int(lengths.sum()) * SECTOR}
+
+
+def differences_of(name: str, found: Differences) -> Report:
+    """Return what a verify or resync of a volume has found; its extents are pairs of offset and length."""
+    return {
+        "volume": name,
+        "extents": [[start * SECTOR, (stop - start) * SECTOR] for start, stop in found.extents],
+        "count": found.count,
+        "bytes": found.sectors * SECTOR,
+        "busy_bytes": found.busy_sectors * SECTOR,
+        "compared_bytes": found.compared_sectors * SECTOR,
+    }

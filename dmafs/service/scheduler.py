@@ -24,9 +24,9 @@ import trio
 
 from dmafs.core.calendar import Offset, next_time_of_day
 from dmafs.core.policy import NS, SnapshotSchedule, SyncPolicy, Target, VolumeFacts, next_by_age, plan
-from dmafs.service.engine import TROUBLE
 from dmafs.service.hooks import run_hook
 from dmafs.service.report import Report
+from dmafs.service.tasks import TROUBLE
 from dmafs.units import format_rfc3339, local_offset_s
 
 log = logging.getLogger(__name__)

@@ -6,16 +6,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from uuid import UUID
 
+import numpy as np
 import pytest
 
 from dmafs.core.copy import initial_copy
 from dmafs.core.limits import VolumeLimits
 from dmafs.core.ondisk import Flag
 from dmafs.core.points import landmarks, seq_at
-from dmafs.core.resync import begin_after_stop, needs_resync, resync
+from dmafs.core.resync import begin_after_stop, mend, needs_resync, resync
 from dmafs.core.storage import RealFile, RealStorage, open_source
 from dmafs.core.store import open_volume
 from dmafs.core.sync import sync
+from dmafs.core.verify import Differences, Steps, verify
 from dmafs.core.volume import Volume
 from dmafs.core.work import Work, run
 from dmafs.errors import NoSuchPointError
@@ -83,7 +85,17 @@ def damage(disk: Disk) -> None:
     disk.source.write_bytes(content)
 
 
-def finish(work: Work[int], answer: object) -> None:
+def nothing() -> Work[object]:
+    """Settle: the pass-through tap has nothing to wait for."""
+    return (yield lambda: None)
+
+
+def all_of(disk: Disk) -> Work[Differences]:
+    """Resync."""
+    return resync(disk.volume, disk.primary, disk.flush, Steps(nothing), lambda _done: None)
+
+
+def finish(work: Work[Differences], answer: object) -> None:
     """Drive work that is under way to its end."""
     try:
         while True:
@@ -117,7 +129,9 @@ def test_resync_ends_with_the_primary(disk: Disk) -> None:
     head = disk.volume.journal.head
     run(begin_after_stop(disk.volume, OTHER_BOOT, disk.flush))
     assert needs_resync(disk.volume)
-    assert run(resync(disk.volume, disk.primary, disk.flush, lambda _done: None)) == 16  # two blocks of 4 KiB
+    found = run(all_of(disk))
+    assert found.extents == [(0, 8), (40, 48)]  # two blocks of 4 KiB
+    assert (found.sectors, found.count, found.busy_sectors) == (16, 2, 0)
     assert not needs_resync(disk.volume)
     assert disk.live() == disk.source.read_bytes()
     assert disk.volume.journal.head == head + 2
@@ -131,7 +145,7 @@ def test_moments_inside_a_gap_resolve_to_its_beginning(disk: Disk) -> None:
     begin = disk.volume.journal.head
     before = bytes(disk.volume.image(begin).read(0, SECTORS * 512))
     run(begin_after_stop(disk.volume, OTHER_BOOT, disk.flush))
-    work = resync(disk.volume, disk.primary, disk.flush, lambda _done: None)
+    work = all_of(disk)
     call = next(work)
     disk.write(7, b"while it lasts")
     inside = disk.volume.journal.head
@@ -166,7 +180,7 @@ def test_an_open_gap_survives_everything(disk: Disk) -> None:
     assert not disk.volume.recoverable(disk.volume.journal.head)
     with pytest.raises(NoSuchPointError):
         run(disk.volume.take_snapshot(disk.primary, "inside"))
-    run(resync(disk.volume, disk.primary, disk.flush, lambda _done: None))
+    run(all_of(disk))
     end = disk.volume.journal.head
     run(disk.flush())
     assert run(sync(disk.volume)) == end
@@ -182,3 +196,57 @@ def test_an_interrupted_copy_starts_again(tmp_path: Path) -> None:
     run(begin_after_stop(disk.volume, OTHER_BOOT, disk.flush))
     assert disk.volume.pointers.now.copied_sectors == 0
     disk.close()
+
+
+def test_a_mend_is_a_gap_for_what_was_found(disk: Disk) -> None:
+    """What a verify has found is journaled between a gap's beginning and its end, and nothing else is looked at."""
+    damage(disk)
+    disk.open()
+    disk.volume.mark_open(BOOT)
+    found = run(verify(disk.volume, disk.primary, Steps(nothing), lambda _done: None))
+    assert disk.volume.journal.gaps == [], "a verify changes nothing"
+    before, head = disk.live(), disk.volume.journal.head
+    done: list[int] = []
+    mended = run(mend(disk.volume, disk.primary, disk.flush, Steps(nothing), done.append, found=found))
+    assert (mended.extents, done) == (found.extents, [8, 16])
+    (gap,) = disk.volume.journal.gaps
+    assert (gap.begin, gap.end) == (head, head + 2)
+    assert disk.live() == disk.source.read_bytes()
+    assert bytes(disk.volume.image(head).read(0, SECTORS * 512)) == before
+    disk.volume.check()
+
+
+def test_zeros_are_journaled_without_data(disk: Disk) -> None:
+    """Where the primary has zeros a discard is journaled."""
+    content = bytearray(disk.source.read_bytes())
+    content[0:4096] = bytes(4096)
+    disk.source.write_bytes(content)
+    disk.open()
+    run(begin_after_stop(disk.volume, OTHER_BOOT, disk.flush))
+    run(all_of(disk))
+    segment = disk.volume.journal.segment_of(disk.volume.journal.head)
+    assert segment.is_zero(disk.volume.journal.head - segment.header.first)
+    assert disk.live() == bytes(content)
+
+
+def test_a_write_while_differences_are_decided_is_newer(disk: Disk) -> None:
+    """What is written after the primary was read for a difference isn't journaled over."""
+    damage(disk)
+    disk.open()
+    run(begin_after_stop(disk.volume, OTHER_BOOT, disk.flush))
+    work = all_of(disk)
+    call = next(work)
+    written = 0
+    try:
+        while True:
+            answer = call()
+            if written or isinstance(answer, np.ndarray):  # the first look has found what differs
+                disk.write(40, f"number {written}".encode())
+                written += 1
+            call = work.send(answer)
+    except StopIteration as stop:
+        found = stop.value
+    assert written > 8
+    assert found.extents == [(0, 8)]
+    assert found.busy_sectors == 1
+    assert disk.live() == disk.source.read_bytes()

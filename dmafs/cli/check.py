@@ -1,0 +1,115 @@
+"""``dmafs verify`` and ``resync``: whether the newest image is the source, and how it becomes so."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dmafs.cli.output import say
+from dmafs.errors import DifferenceError
+from dmafs.service.client import Session, Show, session
+from dmafs.service.report import Report
+from dmafs.units import format_bytes, parse_bytes
+
+if TYPE_CHECKING:
+    from argparse import _SubParsersAction
+
+
+def add_commands(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the commands."""
+    verify = commands.add_parser(
+        "verify",
+        help="compare the newest image with the source",
+        description="Compare the newest image with the source, block by block, while writes go on. List the extents "
+        "that differ; the exit status is 26 then.",
+    )
+    resync = commands.add_parser(
+        "resync",
+        help="have the newest image be the source again",
+        description="Compare the newest image with the source, while writes go on. What differs is journaled as the "
+        "source has it, in a gap, and listed.",
+    )
+    for command in (verify, resync):
+        command.add_argument("store", metavar="STORE", type=Path, help="directory of the store")
+        command.add_argument("volume", metavar="VOLUME", nargs="?", help="name of the volume (each in turn)")
+        command.add_argument("--rate", metavar="SIZE", help="bytes to read a second, 0: no limit ([resync] rate)")
+        command.add_argument("--json", action="store_true", help="as JSON")
+    verify.set_defaults(run=run_verify)
+    resync.set_defaults(run=run_resync)
+
+
+def run_verify(options: argparse.Namespace) -> int:
+    """Verify; DifferenceError if something differs."""
+    with session(options.store) as asked:
+        reports = [_compared(asked, "verify", name, options.rate) for name in _names(asked, options.volume)]
+    _print(reports, as_json=options.json, one="differs", many="differ")
+    differing = [report for report in reports if report["count"]]
+    if differing:
+        names = ", ".join(report["volume"] for report in differing)
+        size = format_bytes(sum(report["bytes"] for report in differing))
+        raise DifferenceError(
+            f"source and newest image differ in {size} of volume {names}",
+            hint="find out what writes to the source past the tap, then run: dmafs resync STORE",
+        )
+    return 0
+
+
+def run_resync(options: argparse.Namespace) -> int:
+    """Resync."""
+    with session(options.store) as asked:
+        reports = [_compared(asked, "resync", name, options.rate) for name in _names(asked, options.volume)]
+    _print(reports, as_json=options.json, one="taken over", many="taken over")
+    return 0
+
+
+def _names(asked: Session, volume: str | None) -> list[str]:
+    return [volume] if volume is not None else [report["name"] for report in asked.status()["volumes"]]
+
+
+def _compared(asked: Session, what: str, name: str, rate: str | None) -> Report:
+    bytes_per_s = None if rate is None else parse_bytes(rate)
+    with _bar(f"{what} {name}") as show:
+        return (asked.verify if what == "verify" else asked.resync)(name, bytes_per_s, show)
+
+
+@contextlib.contextmanager
+def _bar(text: str) -> Iterator[Show]:
+    """Yield what shows how far something is: a bar on a terminal, else nothing."""
+    if not sys.stderr.isatty():
+        yield lambda _done, _total: None
+        return
+    from rich import progress as bars  # noqa: PLC0415 - slow to import, and needed for terminals only
+    from rich.console import Console  # noqa: PLC0415 - likewise
+
+    columns = bars.BarColumn(), bars.DownloadColumn(binary_units=True), bars.TransferSpeedColumn()
+    label, left = bars.TextColumn("{task.description}"), bars.TimeRemainingColumn()
+    with bars.Progress(label, *columns, left, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(text, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def _print(reports: list[Report], *, as_json: bool, one: str, many: str) -> None:
+    if as_json:
+        for report in reports:
+            report["extents"] = [{"offset": offset, "length": length} for offset, length in report["extents"]]
+        say(json.dumps({"volumes": reports}, indent=2))
+        return
+    for report in reports:
+        compared, busy = format_bytes(report["compared_bytes"]), report["busy_bytes"]
+        written = f", {format_bytes(busy)} written all the time" if busy else ""
+        if not report["count"]:
+            say(f"volume {report['volume']}: no differences in {compared}{written}")
+            continue
+        count = f"1 extent {one}" if report["count"] == 1 else f"{report['count']} extents {many}"
+        say(f"volume {report['volume']}: {count}{written}")
+        say(f"{'OFFSET':>16}  {'LENGTH':>16}")
+        for offset, length in report["extents"]:
+            say(f"{offset:>16}  {length:>16}")
+        if report["count"] > len(report["extents"]):
+            say(f"{'...':>16}  {'':>16}  {report['count'] - len(report['extents'])} more")
+        say(f"{'total':>16}  {report['bytes']:>16}  bytes")
