@@ -19,7 +19,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Final, Protocol
@@ -74,6 +74,8 @@ class Engine(Driver):
         self.tap = tap
         self.tick_s = tick_s
         self.appending = trio.Lock()
+        self.synced: File | None = tap.primary
+        """What a flush makes durable beside the journal."""
         self._commit = trio.Lock()
         self._requested = self._committed = 0
         self.commits = 0
@@ -83,6 +85,8 @@ class Engine(Driver):
         self.progress = Progress(volume.info.size_sectors)
         self.checking = Checking(self, bytes_per_s=resync_rate)
         self.syncing = False
+        self.copying = trio.Lock()
+        self.copy_scope = trio.CancelScope()
 
     # -- tasks --------------------------------------------------------------------------------------------------
 
@@ -99,12 +103,13 @@ class Engine(Driver):
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Run the volume's tasks until cancelled."""
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._tick)
-            nursery.start_soon(self._drop_unheld)
-            nursery.start_soon(self._copy)
-            nursery.start_soon(self.checking.run)
-            nursery.start_soon(self._warm)
+            for task in self.tasks():
+                nursery.start_soon(task)
             task_status.started()
+
+    def tasks(self) -> list[Callable[[], Awaitable[None]]]:
+        """Return what runs as long as the engine does."""
+        return [self._tick, self._drop_unheld, self._copy, self.checking.run, self._warm]
 
     async def _tick(self) -> None:
         """Set a sync indicator when there were writes and nobody flushed."""
@@ -134,10 +139,15 @@ class Engine(Driver):
         while not self.volume.pointers.now.copied:
             work = initial_copy(self.volume, self.tap.primary, self.flush_step, self.progress.update)
             try:
-                await self.drive(work, stoppable=True)
+                async with self.copying:
+                    with trio.CancelScope() as self.copy_scope:
+                        await self.drive(work, stoppable=True)
             except TROUBLE as error:
                 log.error("volume %s: initial copy failed: %s; trying again", self.volume.info.name, error)
                 await trio.sleep(RETRY_S)
+                continue
+            if self.copy_scope.cancelled_caught:
+                self.progress.begin(0)
                 continue
             log.info(
                 "volume %s: initial copy complete, %s at %s/s",
@@ -201,7 +211,7 @@ class Engine(Driver):
         async with self.appending:
             self.commits += not self.volume.journal.is_clean()
             self.volume.indicate(flag)
-        await self.drive(self.volume.settle(self.tap.primary))
+        await self.drive(self.volume.settle(self.synced))
 
     async def settle(self, *, mark: str = "") -> None:
         """Have all writes that are complete on the primary be in the journal: with a pass-through they are."""
@@ -415,12 +425,16 @@ class Engine(Driver):
         with trio.CancelScope(shield=True):
             await self._flush_clones()
             try:
-                await self.flush()
-                await self.call(self.volume.mark_clean)
+                await self.finish()
             except TROUBLE as error:
                 log.error("volume %s: not closed in order: %s", self.volume.info.name, error)
             self.volume.close()
             self.tap.close()
+
+    async def finish(self) -> None:
+        """Make everything durable, and record that journal and primary agree."""
+        await self.flush()
+        await self.call(self.volume.mark_clean)
 
     async def _flush_clones(self) -> None:
         for clone in self.volume.clones:

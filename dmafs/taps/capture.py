@@ -23,7 +23,7 @@ from dmafs.core.storage import File
 from dmafs.core.volume import Volume
 from dmafs.core.window import Window
 from dmafs.core.work import Work
-from dmafs.errors import DmafsError
+from dmafs.errors import DmafsError, TapError
 from dmafs.taps.arbiter import Arbiter, Verdict
 from dmafs.taps.logformat import LogFlag
 from dmafs.taps.logreader import LoggedWindow, LogReader
@@ -95,6 +95,8 @@ class LoggedTap(ABC):
         self.barriers: dict[str, int] = {}
         """By its mark's text, what had been captured when a barrier began."""
         self._settled_place = 0
+        self.ended = False
+        """Whether capture has ended in order: nothing comes behind what was scanned."""
 
     @abstractmethod
     def begin(self, position: int, retained: int) -> None:
@@ -119,6 +121,35 @@ class LoggedTap(ABC):
     @abstractmethod
     def close(self) -> None:
         """Close all files; what captures goes on."""
+
+    # -- what only some can do ----------------------------------------------------------------------------------
+
+    can_settle = False
+    """Whether it can have barriers: then these three are more than this."""
+
+    def request(self, text: str) -> None:
+        """Have everything that is complete come into the log, and a mark behind it. Waits for the disk."""
+        raise AssertionError(f"this tap can't set a mark {text}")
+
+    def has_written(self) -> bool:
+        """Say whether anything was written since the last call."""
+        return False
+
+    def keep(self) -> None:  # noqa: B027 - for most there is nothing to do
+        """Have a new log, long before the present one is full."""
+
+    def detach(self) -> None:
+        """Remove the device, so that the log has an end; TapBusyError if somebody uses it."""
+        raise TapError("this volume's tap has no device", hint="only volumes made with --tap dm have one")
+
+    # -- what all do alike --------------------------------------------------------------------------------------
+
+    def discard(self) -> None:
+        """Throw away what is in the log until now."""
+        while (scanned := self.pending or self.scan()) is not None:
+            self.taken(scanned)
+        self.forget_all()
+        self.release(self.captured_place)
 
     def read(self, scanned: Scanned) -> Iterator[list[Extent]]:
         """Yield the events of a window in batches of some MiB."""
