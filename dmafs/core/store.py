@@ -146,6 +146,9 @@ def create_volume(
     store, source = store.absolute(), source.absolute()
     size = _check_source(source)
     _check_placement(store, source)
+    if log_path is not None:
+        log_path = log_path.absolute()
+        _check_log(store, source, log_path)
     warnings = []
     for place in mounted_writable(source):
         message = f"source {source} is mounted read-write at {place}"
@@ -265,6 +268,17 @@ def _check_source(source: Path) -> int:
             hint="pad it with: truncate --size=%512 SOURCE",
         )
     return size
+
+
+def _check_log(store: Path, source: Path, log_path: Path) -> None:
+    """Refuse a log that can't be followed."""
+    open_source(log_path, writable=False).close()
+    if not log_path.is_file():
+        raise InputError(f"log {log_path} is no regular file", hint="give the file that QEMU logs to")
+    if _same_file(log_path, source):
+        raise InputError(f"log {log_path} is the source itself", hint="give the file that QEMU logs to")
+    if is_inside(log_path, store):
+        raise PlacementError(f"log {log_path} is inside the store {store}", hint="keep it outside")
 
 
 def _check_store(store: Path, name: str) -> None:
