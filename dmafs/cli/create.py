@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from dmafs.cli.output import say
 from dmafs.core.store import create_volume
+from dmafs.errors import InputError
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
@@ -27,15 +28,28 @@ def add_commands(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
         "--source", metavar="PATH", type=Path, required=True, help="the primary: a block device or a disk image"
     )
     command.add_argument(
-        "--tap", choices=["fuse"], default="fuse", help="how writes are captured (%(default)s: tap/VOLUME.img)"
+        "--tap",
+        choices=["fuse", "log"],
+        default="fuse",
+        help="how writes are captured (%(default)s: tap/VOLUME.img; log: QEMU logs them)",
     )
+    command.add_argument("--log", metavar="FILE", type=Path, help="with --tap log, the file that QEMU logs to")
     command.add_argument("--force", action="store_true", help="even if the source is mounted read-write")
     command.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Create the volume."""
-    warnings = create_volume(options.store, options.volume, source=options.source, tap=options.tap, force=options.force)
+    if (options.log is not None) != (options.tap == "log"):
+        raise InputError("--tap log and --log FILE belong together", hint="give both or none")
+    warnings = create_volume(
+        options.store,
+        options.volume,
+        source=options.source,
+        tap=options.tap,
+        log_path=options.log,
+        force=options.force,
+    )
     for warning in warnings:
         print(f"dmafs: warning: {warning}", file=sys.stderr)
     say(f"volume {options.volume} made in {options.store}; now run: dmafs serve {options.store} MOUNTPOINT")

@@ -66,7 +66,7 @@ Pointer slot, 512 bytes, at offset 0 and at offset 4096 of ``pointers``; the val
        128    376  zeros
        504      8  checksum of bytes 0-503, seed 0
 
-``volume.json`` has the keys format, uuid, name, size_sectors, source, tap, created_ns.
+``volume.json`` has the keys format, uuid, name, size_sectors, source, tap, created_ns, log.
 """
 
 from __future__ import annotations
@@ -331,6 +331,8 @@ class VolumeInfo:
     source: str
     tap: str
     created_ns: int
+    log: str = ""
+    """The log that a tap follows, or that the volume was imported from; empty if there is none."""
 
     def encode(self) -> bytes:
         """Return the JSON text."""
@@ -353,6 +355,7 @@ class VolumeInfo:
                 (info.name, str),
                 (info.source, str),
                 (info.tap, str),
+                (info.log, str),
                 (info.created_ns, int),
                 (info.size_sectors, int),
             )

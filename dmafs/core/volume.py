@@ -110,10 +110,10 @@ class Volume:
 
     @staticmethod
     def create(
-        storage: Storage, *, name: str, size_sectors: int, source: Path, tap: str, created_ns: int
+        storage: Storage, *, name: str, size_sectors: int, source: Path, tap: str, created_ns: int, log_path: str = ""
     ) -> VolumeInfo:
         """Make the files of a new volume in an empty directory; volume.json, written last, makes it one."""
-        info = VolumeInfo(uuid4(), name, size_sectors, str(source), tap, created_ns)
+        info = VolumeInfo(uuid4(), name, size_sectors, str(source), tap, created_ns, log_path)
         for directory in (forward.DIRECTORY, backward.DIRECTORY, writable.DIRECTORY):
             storage.make_directory(directory)
         Mirror.create(storage, size_sectors)

@@ -147,6 +147,7 @@ class LogReader:
         self._base = self._filled = 0
         self._step = TAIL_BYTES
         self._fresh = False  # the buffer was filled while a window was found that ``scan`` has just returned
+        self._upto: int | None = None  # of the last scan
         self._clear()
         if position > file.size():
             raise CorruptionError(
@@ -198,7 +199,7 @@ class LogReader:
         With *upto* exactly the entries whose number is less count, whatever is visible of others; they are complete.
         """
         assert upto is None or self._numbered
-        if not self._begin_scan():
+        if not self._begin_scan(upto):
             return None
         sure = upto is not None
         while upto is None or self.number < upto:
@@ -222,16 +223,16 @@ class LogReader:
         self._retreat(sure=sure)
         return None
 
-    def _begin_scan(self) -> bool:
+    def _begin_scan(self, upto: int | None) -> bool:
         """Make sure that it is known what a log sector is; say whether it is."""
         if not self._sector_bytes:
             found = self.read_super()
             if found is None:
                 return False
             self._set_sector_bytes(found.sector_bytes)
-        if not self._fresh:
+        if not self._fresh or upto != self._upto:
             self._filled = 0  # what was read before may have changed
-        self._fresh = False
+        self._fresh, self._upto = False, upto
         return True
 
     def rest(self) -> LoggedWindow | None:
