@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dmafs.cli.output import say
-from dmafs.core.store import create_volume
+from dmafs.core.store import create_volume, remove_new_volume
 from dmafs.errors import InputError
+from dmafs.service.client import session
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
@@ -29,9 +30,10 @@ def add_commands(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
     )
     command.add_argument(
         "--tap",
-        choices=["fuse", "log"],
+        choices=["fuse", "dm", "log"],
         default="fuse",
-        help="how writes are captured (%(default)s: tap/VOLUME.img; log: QEMU logs them)",
+        help="how writes are captured: fuse (the default), tap/VOLUME.img is used in place of the source; dm, device "
+        "/dev/mapper/dmafs-VOLUME is; log, QEMU logs them",
     )
     command.add_argument("--log", metavar="FILE", type=Path, help="with --tap log, the file that QEMU logs to")
     command.add_argument("--force", action="store_true", help="even if the source is mounted read-write")
@@ -52,5 +54,18 @@ def run(options: argparse.Namespace) -> int:
     )
     for warning in warnings:
         print(f"dmafs: warning: {warning}", file=sys.stderr)
+    if options.tap == "dm":
+        _attach(options.store, options.volume)
     say(f"volume {options.volume} made in {options.store}; now run: dmafs serve {options.store} MOUNTPOINT")
     return 1 if warnings else 0
+
+
+def _attach(store: Path, name: str) -> None:
+    """Make the device of a new volume, or undo its creation."""
+    try:
+        with session(store) as asked:
+            [report] = asked.tap("attach", name)["volumes"]
+    except BaseException:
+        remove_new_volume(store, name)
+        raise
+    say(f"device {report['device']} made; use it in place of the source")

@@ -25,6 +25,7 @@ import stat
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Final, Protocol
+from uuid import UUID
 
 from dmafs.errors import (
     CorruptionError,
@@ -44,6 +45,7 @@ _FALLOC_FL_KEEP_SIZE: Final = 1
 _FALLOC_FL_PUNCH_HOLE: Final = 2
 _BLKGETSIZE64: Final = 0x80081272
 _BLKSSZGET: Final = 0x1268
+_BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 _ZEROS: Final = bytes(1 << 20)
 _NO_NOWAIT: Final = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 
@@ -373,6 +375,21 @@ def open_source(path: Path, *, writable: bool) -> RealFile:
         if error.errno == errno.EBUSY:
             raise SourceBusyError(message, hint="unmount it: it is to be used through the tap only") from error
         raise SourceError(message, hint="check the path and the permissions") from error
+
+
+def boot_id() -> UUID:
+    """Return what tells this run of the kernel from others."""
+    return UUID(_BOOT_ID.read_text().strip())
+
+
+def open_log(path: Path) -> RealFile:
+    """Open a log in the store for reading."""
+    try:
+        return RealFile(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW), str(path))
+    except OSError as error:
+        raise StoreError(
+            f"log {path} can't be opened: {(error.strerror or '').lower()}", hint="look at the store's disk"
+        ) from error
 
 
 def open_direct(path: Path) -> DirectFile:

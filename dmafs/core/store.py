@@ -247,8 +247,21 @@ def _in_place(store: Path, name: str) -> Iterator[Path]:
         _remove_tree(temporary)
 
 
+def remove_new_volume(store: Path, name: str) -> None:
+    """Undo ``create_volume``: remove a volume that nothing was captured for yet, and the store if it is empty then."""
+    lock = lock_directory(store)
+    try:
+        temporary = store / f".{name}.new"
+        (store / name).rename(temporary)
+        RealStorage(store).sync_directory("")
+        _remove_tree(temporary)
+        _remove_directory(store)
+    finally:
+        os.close(lock)
+
+
 def _remove_tree(path: Path) -> None:
-    """Remove what an interrupted creation left; only ever called on a temporary name."""
+    """Remove what an interrupted or undone creation left; only ever called on a temporary name."""
     for entry in sorted(path.rglob("*"), reverse=True) if path.is_dir() else []:
         entry.rmdir() if entry.is_dir() else entry.unlink()
     if path.is_dir():

@@ -38,7 +38,9 @@ from dmafs.core.volume import Volume
 from dmafs.errors import NoSuchPointError, NoSuchVolumeError
 from dmafs.service.alarms import Alarms
 from dmafs.service.checking import Check
+from dmafs.service.devices import mapped_volumes
 from dmafs.service.engine import Engine
+from dmafs.service.following import FollowingEngine
 from dmafs.service.report import (
     READ_CHUNK,
     Report,
@@ -77,6 +79,9 @@ class Appliance:
         self._fruitless_until = self.short_at = -math.inf
         self.schedule: Callable[[], Report | None] = lambda: None
         """Says what is planned; set by who plans."""
+        for engine in engines.values():
+            if isinstance(engine, FollowingEngine):
+                engine.make_room = self.make_room
         first = next(iter(self._volumes.values()))
         self.started_ns = first.clock()
         self.alarms = Alarms(first.clock)
@@ -395,6 +400,15 @@ class Appliance:
     def image_at(self, volume: str, at: str) -> Image:
         """Return a volume's image at the moment that a spelling means."""
         return image_at(self._volumes, volume, at)
+
+    async def tap(self, action: str, volume: str | None) -> Report:
+        """Attach or detach mapped devices, or only report them."""
+        reports = []
+        for name in mapped_volumes(self._volumes, volume):
+            engine = self._engine(name)
+            assert isinstance(engine, FollowingEngine)
+            reports.append({"volume": name, **await engine.tap_report(action)})
+        return {"volumes": reports}
 
     # -- retention ------------------------------------------------------------------------------------------------
 

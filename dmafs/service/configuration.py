@@ -181,6 +181,8 @@ class Configuration:
     """What one clone of one volume may take of the store's space."""
     tick_s: float = setting(SECONDS, 1, minimum=0.01)
     """Longest time between a write and a sync indicator after it."""
+    log_size: int = setting(SIZE, "16GiB", minimum=1 << 20)
+    """Size of the logs of dm taps: as much can be written while no daemon runs, before a gap begins."""
     threads: int = setting(NUMBER, 8, minimum=2)
     """Threads that reads, flushes and copies wait in."""
     allow_other: bool = setting(FLAG, default=False)

@@ -74,7 +74,7 @@ class Engine(Driver):
         self.tap = tap
         self.tick_s = tick_s
         self.appending = trio.Lock()
-        self.synced: File | None = tap.primary
+        self.synced = tap.primary if isinstance(tap, PassThroughTap) else None
         """What a flush makes durable beside the journal."""
         self._commit = trio.Lock()
         self._requested = self._committed = 0
@@ -95,8 +95,10 @@ class Engine(Driver):
 
         *boot_id* is the running kernel's: if it stopped itself meanwhile, a gap begins.
         """
-        redone: int = await self.drive(self.through.redo())
-        await self.drive(begin_after_stop(self.volume, boot_id, self.flush_step))
+        redone = 0
+        if isinstance(self.tap, PassThroughTap):
+            redone = await self.drive(self.tap.redo())
+            await self.drive(begin_after_stop(self.volume, boot_id, self.flush_step))
         await self.call(partial(self.volume.mark_open, boot_id))
         return redone
 

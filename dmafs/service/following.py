@@ -29,6 +29,7 @@ import trio
 from dmafs.core.extent import Ints, united
 from dmafs.core.ondisk import Flag
 from dmafs.core.resync import begin_after_stop, journal_found, needs_resync, start_again
+from dmafs.core.storage import boot_id as this_boot
 from dmafs.core.throttle import Throttle
 from dmafs.core.verify import Found, compare
 from dmafs.core.volume import Volume
@@ -36,8 +37,10 @@ from dmafs.core.work import Work
 from dmafs.errors import DmafsError, LogLostError, StoreFullError, TapError
 from dmafs.service.driver import Await
 from dmafs.service.engine import Engine
+from dmafs.service.report import Report
 from dmafs.service.tasks import RETRY_S, TROUBLE
 from dmafs.taps.capture import Captured, LoggedTap, barrier_text, capture
+from dmafs.taps.dm import DmTap, attach
 from dmafs.units import SECTOR, format_bytes
 
 log = logging.getLogger(__name__)
@@ -76,7 +79,6 @@ class FollowingEngine(Engine):
     ) -> None:
         """See ``Engine``; *tap* is this engine's to close."""
         super().__init__(volume, tap, tick_s=tick_s, limiter=limiter, resync_rate=resync_rate)
-        self.synced = None  # a barrier has flushed the primary
         self.log = tap
         self._name = volume.info.name
         self._wake = trio.Event()
@@ -101,6 +103,9 @@ class FollowingEngine(Engine):
     async def recover(self, boot_id: UUID) -> int:
         """Find the place in the log where the journal ends; a gap begins if it can't be had. Returns 0."""
         journal = self.volume.journal
+        if isinstance(self.log, DmTap) and self.log.mapped is None:
+            await self.drive(attach(self.volume, self.log, boot_id))
+            return 0
         await self.drive(begin_after_stop(self.volume, boot_id, self._commit_step))
         try:
             await self.call(partial(self.log.begin, journal.position, journal.retained))
@@ -342,12 +347,33 @@ class FollowingEngine(Engine):
 
     # -- the end ------------------------------------------------------------------------------------------------
 
+    async def attach(self, boot_id: UUID) -> None:
+        """Make the device again; nothing if it is there. *boot_id* is the running kernel's."""
+        assert isinstance(self.log, DmTap)
+        async with self._settling, self._commit, self.appending:
+            if self.log.mapped is None:
+                await self.drive(attach(self.volume, self.log, boot_id))
+                self._ended = trio.Event()
+                self._wake.set()
+
     async def detach(self) -> None:
         """Remove the device, and take in all that it has logged; TapBusyError if somebody uses it."""
-        await self.call(self.log.detach)
+        async with self._settling, self.appending:
+            await self.call(self.log.detach)
         self._wake.set()
         await self._ended.wait()
         await self.flush()
+        await self.call(self.volume.mark_clean)
+
+    async def tap_report(self, action: str) -> Report:
+        """Do what is wanted with the device, and return what there is to say about it."""
+        assert isinstance(self.log, DmTap)
+        if action == "attach":
+            await self.attach(this_boot())
+        elif action == "detach" and self.log.mapped is not None:
+            await self.detach()
+        report: Report = await self.ask(self.log.report)
+        return report
 
     async def finish(self) -> None:
         """Take in what was written until now. The device stays, and what it logs then waits for the next start.

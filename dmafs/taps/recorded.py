@@ -112,6 +112,17 @@ class Overtaking:
             index += 1
 
 
+class NoTap:
+    """The tap of a volume that was imported: it has no primary, so its mirror stands for that."""
+
+    def __init__(self, volume: Volume) -> None:
+        """Capture nothing."""
+        self.primary = volume.mirror.file
+
+    def close(self) -> None:
+        """Leave the mirror open: it is the volume's."""
+
+
 def import_volume(
     store: Path,
     name: str,

@@ -30,6 +30,7 @@ from dmafs.core.volume import Volume
 from dmafs.core.work import run
 from dmafs.errors import PinnedError
 from dmafs.service.client import LocalSession
+from dmafs.service.configuration import Configuration
 from dmafs.units import SECTOR
 from tests.model.cuts import Disk
 from tests.model.oracle import Oracle
@@ -92,7 +93,7 @@ class History:
             segment.close()
 
     def session(self, rules: KeepRules) -> LocalSession:
-        return LocalSession({"disk": self.volume}, rules)
+        return LocalSession({"disk": self.volume}, rules, path=Path(), configuration=Configuration())
 
     def shown(self) -> list[Snapshot]:
         return list(self.volume.snapshots)

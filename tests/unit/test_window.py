@@ -157,6 +157,18 @@ def test_idle_windows_are_noted_from_time_to_time(bench: Bench) -> None:
     assert bench.reopen().position == 5000
 
 
+def test_the_log_is_let_go_of_as_far_as_the_records_say(bench: Bench) -> None:
+    """What is known in memory only, of windows without events, doesn't count: after a kill it is unknown."""
+    bench.window(extents(1), 10, retained=10)
+    bench.window([], 30, retained=30)
+    bench.journal.take_dirty()()
+    assert (bench.journal.retained, bench.journal.durable_retained) == (30, 10)
+    assert bench.reopen().retained == 10
+    bench.journal.note_position(30, 30)
+    bench.journal.take_dirty()()
+    assert bench.journal.durable_retained == bench.reopen().retained == 30
+
+
 def test_volume_shows_windows_as_points(tmp_path: Path) -> None:
     """Only the ends of windows can be had, and the live image takes them over, also where it had been looked at."""
     primary = tmp_path / "primary"
