@@ -17,8 +17,8 @@ What is sent and what comes back is one buffer, little-endian here as everywhere
 
 What holds:
 
-1. *No other thread waits.* ``fcntl.ioctl`` lets go of the interpreter only for buffers that it doesn't copy, those of
-   more than 1024 bytes, and a suspension waits for I/O that this very process may have to do. All buffers are longer.
+1. *No other thread waits.* A suspension waits for I/O, which this very process may have to do. ``fcntl.ioctl`` keeps
+   the interpreter to itself while it runs with a buffer of more than 1024 bytes, so the C library's is called instead.
 2. *An answer is complete.* One that didn't fit (the flag BUFFER_FULL) is asked for again with a larger buffer.
 3. *A name is a file name.* Names and uuids are made of letters, digits and ``._-+:=@#``, so none needs the escapes that
    device-mapper's tools write and udev's rules have to undo.
@@ -31,8 +31,8 @@ A device is created empty, gets a table by ``load``, and uses it from ``resume``
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
-import fcntl
 import os
 import re
 import stat
@@ -48,6 +48,8 @@ from dmafs.errors import ExistsError, TapBusyError, TapError
 NODES: Final = Path("/dev/mapper")
 _CONTROL: Final = NODES / "control"
 _UDEV: Final = Path("/run/udev/control")
+
+_libc: Final = ctypes.CDLL(None, use_errno=True)
 
 _HEADER: Final = struct.Struct("<3I4I2I4xQ128s129s7x")
 _TARGET: Final = struct.Struct("<QQiI16s")
@@ -282,12 +284,21 @@ class DeviceMapper:
             )
             buffer = bytearray(size)
             buffer[: _HEADER.size + len(data)] = head + data
-            fcntl.ioctl(self._fd, 3 << 30 | _HEADER.size << 16 | 0xFD << 8 | command, buffer, True)  # noqa: FBT003
+            _ioctl(self._fd, 3 << 30 | _HEADER.size << 16 | 0xFD << 8 | command, buffer)
             if not _Answer(buffer).full:
                 return buffer
             size *= 4
             if size > _BUFFER_BYTES_MAX:
                 raise TapError(f"device-mapper's answer for {name or 'all devices'} is over {_BUFFER_BYTES_MAX} bytes")
+
+
+def _ioctl(fd: int, request: int, buffer: bytearray) -> None:
+    content = bytes(buffer)
+    place = (ctypes.c_char * len(buffer)).from_buffer(buffer)
+    while _libc.ioctl(fd, ctypes.c_ulong(request), place):
+        if (number := ctypes.get_errno()) != errno.EINTR:
+            raise OSError(number, os.strerror(number))
+        ctypes.memmove(place, content, len(content))  # a signal to this thread ended a wait; nothing was done yet
 
 
 class _Answer:
