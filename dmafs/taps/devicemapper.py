@@ -63,20 +63,12 @@ _BUFFER_BYTES: Final = 16 << 10
 _BUFFER_BYTES_MAX: Final = 16 << 20
 _DATA_LIMIT: Final = 1 << 20  # of a request
 
-_LIST, _CREATE, _REMOVE, _SUSPEND, _STATUS, _LOAD, _TABLE_STATUS, _MESSAGE, _TARGET_VERSION = (
-    2,
-    3,
-    4,
-    6,
-    7,
-    9,
-    12,
-    14,
-    17,
-)
+_LIST, _CREATE, _REMOVE = 2, 3, 4
+_SUSPEND, _STATUS, _LOAD, _CLEAR = 6, 7, 9, 10
+_TABLE_STATUS, _MESSAGE, _TARGET_VERSION = 12, 14, 17
 
 _READ_ONLY, _SUSPENDED, _STATUS_TABLE, _ACTIVE, _INACTIVE = 1 << 0, 1 << 1, 1 << 4, 1 << 5, 1 << 6
-_BUFFER_FULL, _SKIP_LOCKFS, _NO_FLUSH = 1 << 8, 1 << 10, 1 << 11
+_BUFFER_FULL, _SKIP_LOCKFS, _NO_FLUSH, _QUERY_LOADED = 1 << 8, 1 << 10, 1 << 11, 1 << 12
 
 _BUSY_S: Final = 2.0  # udev and blkid look into a device for a moment after each change
 _NODE_S: Final = 5.0
@@ -188,9 +180,9 @@ class DeviceMapper:
                 return None
             raise _failed("look up", name or uuid, error) from error
 
-    def table(self, name: str) -> list[Target]:
-        """Return the table in use."""
-        return self._targets(name, _STATUS_TABLE)
+    def table(self, name: str, *, loaded: bool = False) -> list[Target]:
+        """Return the table in use, or the *loaded* one that waits; empty if there is none."""
+        return self._targets(name, _STATUS_TABLE | (_QUERY_LOADED if loaded else 0))
 
     def status(self, name: str) -> list[Target]:
         """Return each target's status, without having anything written out for it."""
@@ -233,6 +225,10 @@ class DeviceMapper:
         data = b"".join(_packed(target) for target in table)
         flags = _READ_ONLY if read_only else 0
         self._call("load a table into", _LOAD, name, flags=flags, targets=len(table), data=data)
+
+    def clear(self, name: str) -> None:
+        """Forget the table that was loaded and isn't in use yet."""
+        self._call("clear the loaded table of", _CLEAR, name)
 
     def suspend(self, name: str, *, lockfs: bool = True, flush: bool = True) -> None:
         """Hold up I/O once what is under way is done. *lockfs*: freeze a file system on it before."""
