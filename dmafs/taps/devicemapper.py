@@ -17,8 +17,8 @@ What is sent and what comes back is one buffer, little-endian here as everywhere
 
 What holds:
 
-1. *No other thread waits.* ``fcntl.ioctl`` lets go of the interpreter only for buffers that it doesn't copy, those of
-   more than 1024 bytes, and a suspension waits for I/O that this very process may have to do. All buffers are longer.
+1. *No other thread waits.* A suspension waits for I/O, which this very process may have to do. ``fcntl.ioctl`` keeps
+   the interpreter to itself while it runs with a buffer of more than 1024 bytes, so the C library's is called instead.
 2. *An answer is complete.* One that didn't fit (the flag BUFFER_FULL) is asked for again with a larger buffer.
 3. *A name is a file name.* Names and uuids are made of letters, digits and ``._-+:=@#``, so none needs the escapes that
    device-mapper's tools write and udev's rules have to undo.
@@ -31,8 +31,8 @@ A device is created empty, gets a table by ``load``, and uses it from ``resume``
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
-import fcntl
 import os
 import re
 import stat
@@ -49,6 +49,8 @@ NODES: Final = Path("/dev/mapper")
 _CONTROL: Final = NODES / "control"
 _UDEV: Final = Path("/run/udev/control")
 
+_libc: Final = ctypes.CDLL(None, use_errno=True)
+
 _HEADER: Final = struct.Struct("<3I4I2I4xQ128s129s7x")
 _TARGET: Final = struct.Struct("<QQiI16s")
 _ENTRY: Final = struct.Struct("<QI")
@@ -61,20 +63,12 @@ _BUFFER_BYTES: Final = 16 << 10
 _BUFFER_BYTES_MAX: Final = 16 << 20
 _DATA_LIMIT: Final = 1 << 20  # of a request
 
-_LIST, _CREATE, _REMOVE, _SUSPEND, _STATUS, _LOAD, _TABLE_STATUS, _MESSAGE, _TARGET_VERSION = (
-    2,
-    3,
-    4,
-    6,
-    7,
-    9,
-    12,
-    14,
-    17,
-)
+_LIST, _CREATE, _REMOVE = 2, 3, 4
+_SUSPEND, _STATUS, _LOAD, _CLEAR = 6, 7, 9, 10
+_TABLE_STATUS, _MESSAGE, _TARGET_VERSION = 12, 14, 17
 
 _READ_ONLY, _SUSPENDED, _STATUS_TABLE, _ACTIVE, _INACTIVE = 1 << 0, 1 << 1, 1 << 4, 1 << 5, 1 << 6
-_BUFFER_FULL, _SKIP_LOCKFS, _NO_FLUSH = 1 << 8, 1 << 10, 1 << 11
+_BUFFER_FULL, _SKIP_LOCKFS, _NO_FLUSH, _QUERY_LOADED = 1 << 8, 1 << 10, 1 << 11, 1 << 12
 
 _BUSY_S: Final = 2.0  # udev and blkid look into a device for a moment after each change
 _NODE_S: Final = 5.0
@@ -186,9 +180,9 @@ class DeviceMapper:
                 return None
             raise _failed("look up", name or uuid, error) from error
 
-    def table(self, name: str) -> list[Target]:
-        """Return the table in use."""
-        return self._targets(name, _STATUS_TABLE)
+    def table(self, name: str, *, loaded: bool = False) -> list[Target]:
+        """Return the table in use, or the *loaded* one that waits; empty if there is none."""
+        return self._targets(name, _STATUS_TABLE | (_QUERY_LOADED if loaded else 0))
 
     def status(self, name: str) -> list[Target]:
         """Return each target's status, without having anything written out for it."""
@@ -231,6 +225,10 @@ class DeviceMapper:
         data = b"".join(_packed(target) for target in table)
         flags = _READ_ONLY if read_only else 0
         self._call("load a table into", _LOAD, name, flags=flags, targets=len(table), data=data)
+
+    def clear(self, name: str) -> None:
+        """Forget the table that was loaded and isn't in use yet."""
+        self._call("clear the loaded table of", _CLEAR, name)
 
     def suspend(self, name: str, *, lockfs: bool = True, flush: bool = True) -> None:
         """Hold up I/O once what is under way is done. *lockfs*: freeze a file system on it before."""
@@ -282,12 +280,21 @@ class DeviceMapper:
             )
             buffer = bytearray(size)
             buffer[: _HEADER.size + len(data)] = head + data
-            fcntl.ioctl(self._fd, 3 << 30 | _HEADER.size << 16 | 0xFD << 8 | command, buffer, True)  # noqa: FBT003
+            _ioctl(self._fd, 3 << 30 | _HEADER.size << 16 | 0xFD << 8 | command, buffer)
             if not _Answer(buffer).full:
                 return buffer
             size *= 4
             if size > _BUFFER_BYTES_MAX:
                 raise TapError(f"device-mapper's answer for {name or 'all devices'} is over {_BUFFER_BYTES_MAX} bytes")
+
+
+def _ioctl(fd: int, request: int, buffer: bytearray) -> None:
+    content = bytes(buffer)
+    place = (ctypes.c_char * len(buffer)).from_buffer(buffer)
+    while _libc.ioctl(fd, ctypes.c_ulong(request), place):
+        if (number := ctypes.get_errno()) != errno.EINTR:
+            raise OSError(number, os.strerror(number))
+        ctypes.memmove(place, content, len(content))  # a signal to this thread ended a wait; nothing was done yet
 
 
 class _Answer:

@@ -14,7 +14,7 @@ import pytest
 from dmafs.errors import ExistsError, TapBusyError, TapError
 from dmafs.taps import loopdev
 from dmafs.taps.devicemapper import NODES, DeviceMapper, Target, numbered, spelled
-from tests.mount.harness import opened, run
+from tests.mount.harness import opened, run, wait_until
 
 SECTORS = 2048
 
@@ -24,7 +24,7 @@ def dm() -> Iterator[DeviceMapper]:
     """Device-mapper, from which all that a test has made is taken away."""
     with DeviceMapper() as made:
         yield made
-        for name, _ in made.devices():
+        for name, _ in sorted(made.devices(), reverse=True):
             made.remove(name)
 
 
@@ -132,8 +132,8 @@ def test_a_bad_table_is_refused_with_the_kernels_reason(dm: DeviceMapper, loop: 
             dm.load("dmafs-one", [bad])
 
 
-def test_a_suspended_device_holds_up_writes_and_no_other_thread(dm: DeviceMapper, loop: loopdev.Loop) -> None:
-    """I/O waits until resume; then it is done. A suspension that waits for I/O leaves other threads running."""
+def test_a_suspended_device_holds_up_writes(dm: DeviceMapper, loop: loopdev.Loop) -> None:
+    """I/O waits until resume; then it is done."""
     made = dm.create("dmafs-one", "DMAFS-u1")
     dm.load("dmafs-one", [linear(loop)])
     dm.resume("dmafs-one")
@@ -148,12 +148,42 @@ def test_a_suspended_device_holds_up_writes_and_no_other_thread(dm: DeviceMapper
             os.pwrite(fd, b"x" * 4096, 0)
         done.set()
 
-    writer = threading.Thread(target=write)
+    writer = threading.Thread(target=write, daemon=True)
     writer.start()
     assert not done.wait(0.3)
     dm.resume("dmafs-one", lockfs=False)
     assert done.wait(10)
     writer.join()
+
+
+def test_a_suspension_that_waits_holds_up_no_other_thread(dm: DeviceMapper, loop: loopdev.Loop) -> None:
+    """While a suspension waits for a write, another thread of this process can do what lets the write be done."""
+    lower = dm.create("lower", "DMAFS-u1")
+    dm.load("lower", [linear(loop)])
+    dm.resume("lower")
+    upper = dm.create("upper", "DMAFS-u2")
+    dm.load("upper", [Target(0, SECTORS, "linear", f"{spelled(lower.number)} 0")])
+    dm.resume("upper")
+    dm.suspend("lower", lockfs=False)
+
+    def write() -> None:
+        with opened(upper.node, os.O_WRONLY | os.O_DSYNC) as fd:
+            os.pwrite(fd, b"x" * 4096, 0)
+
+    writer = threading.Thread(target=write, daemon=True)
+    writer.start()
+    wait_until(lambda: (upper.sysfs / "inflight").read_text().split() != ["0", "0"], "the write to be under way")
+    waiting = threading.Thread(target=dm.suspend, args=("upper",), kwargs={"lockfs": False}, daemon=True)
+    waiting.start()
+    waiting.join(0.2)
+    assert waiting.is_alive()
+    dm.resume("lower", lockfs=False)
+    waiting.join(10)
+    assert not waiting.is_alive()
+    dm.resume("upper", lockfs=False)
+    writer.join(10)
+    assert not writer.is_alive()
+    dm.remove("upper")
 
 
 def test_a_loaded_table_takes_over_at_resume(dm: DeviceMapper, loop: loopdev.Loop) -> None:
