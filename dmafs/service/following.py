@@ -15,9 +15,11 @@ and the log is thrown away until there is space again. An initial copy that is u
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import os
+from collections import deque
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any, Final
@@ -41,6 +43,7 @@ from dmafs.service.report import Report
 from dmafs.service.tasks import RETRY_S, TROUBLE
 from dmafs.taps.capture import Captured, LoggedTap, barrier_text, capture
 from dmafs.taps.dm import DmTap, attach
+from dmafs.taps.kernellog import SUPPRESSED_S, KernelLog
 from dmafs.units import SECTOR, format_bytes
 
 log = logging.getLogger(__name__)
@@ -91,6 +94,8 @@ class FollowingEngine(Engine):
         self._doubts: tuple[Ints, Ints] = _NOTHING
         self._doubted = trio.Event()
         self._ended = trio.Event()
+        self._heads: deque[int] = deque([volume.journal.head], maxlen=3)
+        """The journal's head at the last ticks."""
         self.windows = 0
         """How many windows were captured."""
         self.make_room: Callable[[int], Awaitable[None]] | None = None
@@ -116,11 +121,12 @@ class FollowingEngine(Engine):
 
     def tasks(self) -> list[Callable[[], Awaitable[None]]]:
         """See ``Engine``."""
-        return [*super().tasks(), self._follow, self._recheck]
+        return [*super().tasks(), self._follow, self._recheck, self._watch]
 
     async def _tick(self) -> None:
         while True:
             await trio.sleep(self.tick_s)
+            self._heads.append(self.volume.journal.head)
             if self.volume.failure or self._loss is not None:
                 continue
             try:
@@ -333,6 +339,26 @@ class FollowingEngine(Engine):
             if found.sectors:
                 size = format_bytes(found.sectors * SECTOR)
                 log.warning("volume %s: %s were corrected after the source", self._name, size)
+
+    async def _watch(self) -> None:
+        """When the kernel tells of a failed write, have everything compared that was captured around that time."""
+        devices: frozenset[str] = await self.ask(self.log.devices)
+        if not devices:
+            return
+        try:
+            messages = KernelLog()
+        except TapError as error:
+            log.warning("volume %s: %s; %s", self._name, error.message, error.hint)
+            return
+        with contextlib.closing(messages):
+            while True:
+                await trio.lowlevel.wait_readable(messages.fileno())
+                if not messages.failed(devices):
+                    continue
+                log.error("volume %s: a write to its source has failed; it is compared with the image", self._name)
+                first = self._heads[0]
+                await trio.sleep(SUPPRESSED_S + 2 * self.tick_s)
+                self._doubt(*self.volume.journal.extents(first, self.volume.journal.head))
 
     def _correct(self, part: Found) -> Work[object]:
         """Journal a difference, unless a sync has meanwhile passed what would say that it is one still."""

@@ -135,6 +135,10 @@ class LoggedTap(ABC):
         """Say whether anything was written since the last call."""
         return False
 
+    def devices(self) -> frozenset[str]:
+        """Return the kernel's names of the devices whose failed writes matter."""
+        return frozenset()
+
     def keep(self) -> None:  # noqa: B027 - for most there is nothing to do
         """Have a new log, long before the present one is full."""
 

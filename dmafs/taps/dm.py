@@ -25,6 +25,7 @@ from dmafs.core.volume import Volume
 from dmafs.core.work import Work
 from dmafs.errors import CorruptionError, LogLostError, TapError
 from dmafs.taps.capture import Log, LoggedTap, Scanned, capture
+from dmafs.taps.kernellog import devices_under
 from dmafs.taps.logreader import LoggedWindow, LogReader
 from dmafs.taps.mapped import Lsn, MappedTap, device_name, first_of, log_paths
 from dmafs.units import SECTOR
@@ -47,7 +48,8 @@ class DmTap(LoggedTap):
         self._volume = volume
         self.directory = directory
         self._log_bytes = log_bytes
-        super().__init__(open_direct(Path(volume.info.source)), volume.info.size_sectors)
+        self._source = Path(volume.info.source)
+        super().__init__(open_direct(self._source), volume.info.size_sectors)
         self.mapped = MappedTap.find(directory, **self._identity)
         self._log: Log | None = None
         self._opened: list[Log] = []
@@ -58,7 +60,7 @@ class DmTap(LoggedTap):
         return {
             "volume_name": info.name,
             "volume_uuid": info.uuid,
-            "source": Path(info.source),
+            "source": self._source,
             "log_bytes": self._log_bytes,
         }
 
@@ -169,6 +171,11 @@ class DmTap(LoggedTap):
     def has_written(self) -> bool:
         """See ``LoggedTap``."""
         return self.mapped is not None and self.mapped.has_written()
+
+    def devices(self) -> frozenset[str]:
+        """See ``LoggedTap``."""
+        numbers = [self._source.stat().st_rdev, *([self.mapped.node.stat().st_rdev] if self.mapped else [])]
+        return frozenset[str]().union(*map(devices_under, numbers))
 
     # -- the logs -----------------------------------------------------------------------------------------------
 
