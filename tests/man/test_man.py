@@ -104,7 +104,8 @@ def commands() -> dict[str, argparse.ArgumentParser]:
 
 
 def usage(command: argparse.ArgumentParser) -> str:
-    words = re.sub(r"[{}]", "", command.format_usage().removeprefix("usage: "))
+    text = command.format_usage().removeprefix("usage: ")
+    words = re.sub(r"\{(.*?)\}", lambda choices: choices[1].replace(",", " | "), text)
     return " ".join(words.split())
 
 
