@@ -20,6 +20,7 @@ DMAFS_PACKAGES=(
     groff-base mandoc # to check the man pages
 )
 DMAFS_TEST_PACKAGES=(
+    qemu-system-common # its storage daemon writes the logs that are followed
     postgresql # a database that is started from a clone; the cluster that the package makes is left alone
 )
 DMAFS_VM_PACKAGES=(

@@ -148,7 +148,11 @@ class Appliance:
 
     def _able(self) -> dict[str, Engine]:
         """Return the volumes that can take a snapshot: those that are protected."""
-        return {name: engine for name, engine in self._engines.items() if state_of(engine.volume) == "protected"}
+        return {
+            name: engine
+            for name, engine in self._engines.items()
+            if state_of(engine.volume) in {"protected", "imported"}
+        }
 
     async def _take_group(self, engines: Mapping[str, Engine], name: str, *, frozen: bool = False) -> str:
         taken: list[tuple[Engine, Snapshot]] = []

@@ -78,11 +78,13 @@ def status_of(volume: Volume) -> Report:
 
 
 def state_of(volume: Volume) -> str:
-    """Return what ``status`` calls a volume: read-only, copying, resyncing or protected."""
+    """Return what ``status`` calls a volume: read-only, copying, resyncing, protected or imported."""
     if volume.failure:
         return "read-only"
     if not volume.pointers.now.copied:
         return "copying"
+    if volume.info.tap == "none":
+        return "imported"
     return "resyncing" if needs_resync(volume) else "protected"
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import trio
 
+from dmafs.core.policy import VolumeFacts
 from dmafs.core.storage import open_source
+from dmafs.core.sync import Stops
 from dmafs.core.volume import Volume
 from dmafs.service.configuration import Configuration
 from dmafs.service.engine import Engine
@@ -16,6 +20,15 @@ from dmafs.taps.dm import DmTap
 from dmafs.taps.follower import LogTap
 from dmafs.taps.passthrough import PassThroughTap
 from dmafs.taps.recorded import NoTap
+
+
+class PastEngine(Engine):
+    """The engine of a volume that was imported: all of its history is there."""
+
+    def facts(self) -> VolumeFacts:
+        """See ``Engine``. No sync is ever due by itself: it would take moments away, however old they are already."""
+        nowhere = Stops(*(np.empty(0, np.int64) for _ in Stops._fields))
+        return replace(super().facts(), oldest_ns=0, stops=lambda: nowhere)
 
 
 def open_engine(volume: Volume, directory: Path, configuration: Configuration, limiter: trio.CapacityLimiter) -> Engine:
@@ -36,4 +49,4 @@ def open_engine(volume: Volume, directory: Path, configuration: Configuration, l
         case "fuse":
             return Engine(volume, PassThroughTap(volume, open_source(source, writable=True)), **settings)
         case _:
-            return Engine(volume, NoTap(volume), **settings)
+            return PastEngine(volume, NoTap(volume), **settings)

@@ -74,7 +74,8 @@ class LogTap(LoggedTap):
         self._clock = clock
         self._log: Log | None = None
         self._counts: deque[tuple[float, int]] = deque()  # when the super block was first seen with which number
-        self._settled = 0
+        self._settled = 0  # so many entries count
+        self._known = 0  # so many the super block has counted at last
         self._stale: int | None = None
         self._head = self._tail = _NOTHING
 
@@ -100,7 +101,7 @@ class LogTap(LoggedTap):
             raise self._lost(f"no flush ends at byte {wanted}, where reading should go on")
         if wanted and last is not None:
             self._require_evidence(log, last)
-        self._settled = log.reader.number
+        self._settled = self._known = log.reader.number
         self._remember(log)
         self.captured_place = position
 
@@ -126,7 +127,8 @@ class LogTap(LoggedTap):
             raise LogLostError(f"log {self._path} can't be opened: {error.message}", hint=_HINT) from error
         self._log = Log(file, first, LogReader(file, size_sectors=self.size_sectors))
         self._counts.clear()
-        self._settled, self._stale = 0, None
+        self._settled = self._known = 0
+        self._stale = None
         self._head = self._tail = _NOTHING
         return self._log
 
@@ -167,6 +169,7 @@ class LogTap(LoggedTap):
         now, found = self._clock(), self._super(log)
         if found is not None and found > (self._counts[-1][1] if self._counts else self._settled):
             self._counts.append((now, found))
+            self._known = found
         while self._counts and self._counts[0][0] + self._settle_s <= now:
             self._settled = self._counts.popleft()[1]
 
@@ -191,9 +194,8 @@ class LogTap(LoggedTap):
         if not os.path.samestat(there, _stat(log.file)):
             raise self._lost("it is another file now")
         found = self._super(log)
-        known = max([self._settled, *(count for _, count in self._counts)])
-        if known and (found or 0) < known:
-            raise self._lost(f"it has {found or 0} entries, and had {known}")
+        if self._known and (found or 0) < self._known:
+            raise self._lost(f"it has {found or 0} entries, and had {self._known}")
         for begin, end, digest in (self._head, self._tail):
             if end > log.file.size() or _digest(log.file, begin, end) != digest:
                 raise self._lost(f"its bytes {begin} to {end} have changed")

@@ -91,7 +91,7 @@ def synopses(text: str) -> list[str]:
             lines.append("dmafs")
             continue
         words = re.sub(r"\b(?:Ar|Cm) ", "", re.sub(r"\bFl ", "-", line.removeprefix(".")))
-        lines[-1] += f" [{words.removeprefix('Op ')}]" if words.startswith("Op ") else f" {words}"
+        lines[-1] += " " + re.sub(r"^Pq (.*)", r"(\1)", re.sub(r"^Op (.*)", r"[\1]", words))
     return lines
 
 
@@ -104,7 +104,8 @@ def commands() -> dict[str, argparse.ArgumentParser]:
 
 
 def usage(command: argparse.ArgumentParser) -> str:
-    words = re.sub(r"[{}]", "", command.format_usage().removeprefix("usage: "))
+    text = command.format_usage().removeprefix("usage: ")
+    words = re.sub(r"\{(.*?)\}", lambda choices: choices[1].replace(",", " | "), text)
     return " ".join(words.split())
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from dmafs.cli.main import main
 from dmafs.core.store import create_volume
 
 ROOT = Path(__file__).parents[2]
@@ -58,3 +59,10 @@ def test_clones_without_a_daemon(store: Path) -> None:
         status, said = run("clone", store, *arguments, output="/dev/null")
         assert status == 3
         assert "clone" in said
+
+
+@pytest.mark.parametrize("options", [["--tap", "log"], ["--log", "a.log"], ["--tap", "fuse", "--log", "a.log"]])
+def test_a_log_and_its_tap_belong_together(tmp_path: Path, options: list[str]) -> None:
+    """One without the other is a mistake; nothing is made."""
+    assert main(["create", str(tmp_path / "store"), "--source", str(tmp_path / "none"), *options]) == 3
+    assert not (tmp_path / "store").exists()

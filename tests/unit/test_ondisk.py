@@ -49,8 +49,9 @@ infos = st.builds(
     name=st.text(max_size=20),
     size_sectors=st.integers(1, 2**54 - 1),
     source=st.text(max_size=40),
-    tap=st.sampled_from(["fuse", "dm", "log"]),
+    tap=st.sampled_from(["fuse", "dm", "log", "none"]),
     created_ns=st.integers(0, 2**63 - 1),
+    log=st.text(max_size=40),
 )
 # (is an event, flag, length): what a run of valid records is made of
 kinds = st.one_of(
@@ -374,6 +375,7 @@ GOOD: dict[str, Any] = {
     "source": "/a",
     "tap": "fuse",
     "created_ns": 1,
+    "log": "",
 }
 
 
@@ -392,6 +394,7 @@ GOOD: dict[str, Any] = {
         {"name": 1},
         {"source": None},
         {"tap": []},
+        {"log": None},
         {"created_ns": "1"},
         {"more": 1},
     ],

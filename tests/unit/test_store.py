@@ -394,3 +394,21 @@ def test_all_volumes_see_one_clock_that_never_goes_back(bench: Bench) -> None:
             run(volume.flush())
         store.close()
     assert times == sorted(set(times))
+
+
+def test_a_log_that_cannot_be_followed_is_refused(bench: Bench) -> None:
+    """It has to be a regular file, there already, not the source, and not in the store; else nothing is made."""
+    log = bench.source.with_name("a.log")
+    for path, words in (
+        (log, "can't be opened"),
+        (bench.source.parent, "neither a block device nor a regular file"),
+        (bench.source, "is the source itself"),
+    ):
+        with pytest.raises(InputError, match=words):
+            create_volume(bench.store, "disk", source=bench.source, tap="log", log_path=path)
+    assert not bench.store.exists()
+    log.touch()
+    create_volume(bench.store, "disk", source=bench.source, tap="log", log_path=log)
+    store = Store(bench.store)
+    assert store.volumes["disk"].info.log == str(log)
+    store.close()
