@@ -1,4 +1,4 @@
-"""Claims about dmafs.service.starting: the tap of a volume says what engine it has."""
+"""Claims about dmafs.service.tapping: the tap of a volume says what engine it has."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dmafs.service.configuration import Configuration
 from dmafs.service.engine import Engine
 from dmafs.service.following import FollowingEngine
 from dmafs.service.report import state_of
-from dmafs.service.starting import PastEngine, engine_of
+from dmafs.service.tapping import PastEngine, open_engine
 from dmafs.taps.recorded import import_volume
 from dmafs.taps.timeline import TimesInMarks
 from dmafs.units import SECTOR
@@ -60,7 +60,7 @@ async def test_each_tap_has_its_engine(tmp_path: Path, tap: str, kind: type[Engi
     log.touch()
     create_volume(tmp_path / "store", "disk", source=source, tap=tap, log_path=log if tap == "log" else None)
     opened.append(open_volume(tmp_path / "store" / "disk"))
-    engine = engine_of(opened[0], Configuration(), trio.CapacityLimiter(1))
+    engine = open_engine(opened[0], tmp_path / "store" / "disk", Configuration(), trio.CapacityLimiter(1))
     assert type(engine) is kind
     engine.tap.close()
 
@@ -68,13 +68,12 @@ async def test_each_tap_has_its_engine(tmp_path: Path, tap: str, kind: type[Engi
 async def test_an_imported_volume_has_no_gap_after_a_stop(tmp_path: Path) -> None:
     """Killed in use, under another kernel: nothing can be missing, since nothing is captured."""
     volume = imported(tmp_path)
-    engine = engine_of(volume, Configuration(), trio.CapacityLimiter(1))
+    engine = open_engine(volume, tmp_path / "store" / "disk", Configuration(), trio.CapacityLimiter(1))
     assert isinstance(engine, PastEngine)
     assert await engine.recover(BOOT) == 0
     volume.close()
-    engine.tap.close()
     volume = open_volume(tmp_path / "store" / "disk")
-    engine = engine_of(volume, Configuration(), trio.CapacityLimiter(1))
+    engine = open_engine(volume, tmp_path / "store" / "disk", Configuration(), trio.CapacityLimiter(1))
     assert await engine.recover(UUID(int=8)) == 0
     assert volume.journal.gaps == []
     assert state_of(volume) == "imported"
@@ -85,7 +84,7 @@ async def test_an_imported_volume_has_no_gap_after_a_stop(tmp_path: Path) -> Non
 async def test_no_sync_takes_moments_from_an_imported_volume(tmp_path: Path) -> None:
     """However old they are, and however full the disk is; one that is asked for does."""
     volume = imported(tmp_path)
-    engine = engine_of(volume, Configuration(), trio.CapacityLimiter(1))
+    engine = open_engine(volume, tmp_path / "store" / "disk", Configuration(), trio.CapacityLimiter(1))
     policy = Configuration().sync.policy()
     assert plan(engine.facts(), policy, NOW * 2, time_came=True) is None
     assert image_bytes(volume, 1)[SECTOR : 2 * SECTOR] == fill(1)
