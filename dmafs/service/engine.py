@@ -198,13 +198,13 @@ class Engine(Driver):
 
     async def flush(self, flag: Flag = Flag.FLUSH) -> None:
         """Make all writes until now durable in journal and primary; somebody else's commit may cover this one."""
+        await self.settle()
         self._requested += 1
         mine = self._requested
         async with self._commit:
             if self._committed >= mine and flag in (Flag.FLUSH, Flag.TICK):
                 return
             upto = self._requested
-            await self.settle()
             await self.commit(flag)
             self._committed = upto
 

@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 
 from dmafs.core.extent import MAX_EXTENT_SECTORS, MAX_ZERO_SECTORS
-from dmafs.core.segment import BATCH_BYTES
 from dmafs.errors import CorruptionError
 from dmafs.taps.logformat import END_MARK, Entry, LogFlag, Super
-from dmafs.taps.logreader import CHUNK_BYTES, LoggedWindow, LogReader
+from dmafs.taps.logreader import BATCH_BYTES, CHUNK_BYTES, LoggedWindow, LogReader
 from dmafs.units import SECTOR
 from tests.logs import DISK_SECTORS, FLUSH, Logged, MemoryFile, discard, log_of, mark, replay, write
 from tests.unit.tools import fill
