@@ -193,8 +193,9 @@ def test_what_differs_beside_what_is_written_all_the_time_is_told(tap: LateTap) 
         try:
             call = work.send(answer)
         except StopIteration as stop:
-            assert stop.value.extents == [(0, 8)]
+            found = stop.value
             break
+    assert found.extents == [(0, 8)]
     assert taken == [(0, 5), (6, 8)]
 
 
