@@ -16,6 +16,7 @@ DMAFS_PACKAGES=(
     groff-base mandoc # to check the man pages
 )
 DMAFS_TEST_PACKAGES=(
+    systemd # checks the units for boot; nothing of it has to run
     postgresql # a database that is started from a clone; the cluster that the package makes is left alone
 )
 
