@@ -181,7 +181,6 @@ class _Part:
         self.suspects: Mask = np.ones(stop - start, np.bool_)
         self.differs: Mask = np.zeros(stop - start, np.bool_)
         self.unsure: Mask = np.zeros(stop - start, np.bool_)  # what the round before found to differ,
-        self.quiet: Mask = np.zeros(stop - start, np.bool_)  # where no event came in it,
         self.seen = bytearray()  # and what the primary had then
 
     def read(self) -> bytearray:
@@ -207,16 +206,16 @@ class _Part:
     def judge(self, data: bytearray, unequal: Mask, covered: Mask) -> Mask:
         """Take in a round: what the primary had, where that isn't the image, what may be newer. Return what is sure.
 
-        That is whole grains, but for sectors that were covered or had something else in one of the two last rounds.
+        That is whole grains, but for sectors that are covered or had something else in the round before.
         """
         decided = self.suspects & ~covered
         differs = decided & unequal
-        stable = self.quiet & ~covered
+        stable = ~covered
         if self.seen:
             stable &= ~_unequal(data, self.seen)
         sure = differs & self.unsure & stable
         self.suspects &= ~(decided & ~unequal) & ~sure
-        self.unsure, self.quiet, self.seen = differs, ~covered, data
+        self.unsure, self.seen = differs, data
         self.differs |= sure
         return _in_grains(sure, self.start) & stable
 
