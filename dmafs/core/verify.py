@@ -166,7 +166,7 @@ def compare(
         differences.busy_sectors += int(part.suspects.sum())
         differences.compared_sectors += stop - start
         progress(differences.compared_sectors)
-        if (seconds := steps.throttle.take((stop - start) * SECTOR)) > 0:
+        if (seconds := steps.throttle.take(part.read_bytes)) > 0:
             yield from steps.pause(seconds)
     return differences
 
@@ -182,11 +182,13 @@ class _Part:
         self.differs: Mask = np.zeros(stop - start, np.bool_)
         self.unsure: Mask = np.zeros(stop - start, np.bool_)  # what the round before found to differ,
         self.seen = bytearray()  # and what the primary had then
+        self.read_bytes = 0
 
     def read(self) -> bytearray:
         """Return what the primary has."""
         data = bytearray((self.stop - self.start) * SECTOR)
         self.primary.read_into(data, self.start * SECTOR)
+        self.read_bytes += len(data)
         return data
 
     def locate(self) -> Work[list[Piece]]:

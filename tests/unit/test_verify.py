@@ -330,9 +330,10 @@ def test_the_rate_is_kept_by_pauses(tmp_path: Path) -> None:
         now += seconds
         return (yield lambda: None)
 
+    tap.damage(3 * PART_SECTORS, fill(1))  # read three times
     steps = Steps(tap.settle, pause, Throttle(1 << 20, lambda: now))
     run(verify(tap.volume, tap.primary, steps, lambda _done: None))
-    assert pauses == [0.75, 1, 1, 1]
+    assert pauses == [0.75, 1, 1, 3]
     tap.close()
 
 
