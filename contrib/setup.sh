@@ -3,12 +3,16 @@
 #
 #   dmafs_root "$0" "$@"   go on as root (loop devices and mounts need it), through sudo if need be
 #   dmafs_setup [EXTRA]    system packages, kernel devices, virtual environment, dmafs itself; EXTRA is `test` or nothing
+#   dmafs_vm               what a User-Mode Linux guest needs: system packages, and the kernel, whose program is then
+#                          $DMAFS_UML_KERNEL and whose modules are in $DMAFS_UML_MODULES
 #
 # dmafs_setup puts the virtual environment's programs first in PATH. It does only what is missing, so a second run takes
-# no time. Its folder is $DMAFS_VENV, by default .venv in the repository.
+# no time. Its folder is $DMAFS_VENV, by default .venv in the repository. A guest's kernel that isn't installed is kept
+# in $DMAFS_UML, by default .cache/uml in the repository.
 
 DMAFS_REPO="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 DMAFS_VENV="$(realpath -m "${DMAFS_VENV:-$DMAFS_REPO/.venv}")"
+DMAFS_UML="$(realpath -m "${DMAFS_UML:-$DMAFS_REPO/.cache/uml}")"
 DMAFS_PACKAGES=(
     fuse3 libfuse3-dev pkg-config gcc libc6-dev python3-dev python3-venv # to build pyfuse3, which has no binary packages
     e2fsprogs btrfs-progs mount util-linux attr # file systems on loop devices
@@ -18,6 +22,11 @@ DMAFS_PACKAGES=(
 DMAFS_TEST_PACKAGES=(
     systemd # checks the units for boot; nothing of it has to run
     postgresql # a database that is started from a clone; the cluster that the package makes is left alone
+)
+DMAFS_VM_PACKAGES=(
+    kmod iproute2 # modules and the loopback interface of the guest, which uses the host's programs
+    dmsetup # the other opinion on what device-mapper's state is
+    fuse3 e2fsprogs xfsprogs fio # what runs on the devices
 )
 
 _dmafs_say() { printf 'setup: %s\n' "$*" >&2; }
@@ -164,4 +173,45 @@ dmafs_setup() {
     _dmafs_device /dev/fuse fuse
     _dmafs_device /dev/loop-control loop
     _dmafs_virtual_environment "${1:-}"
+}
+
+# Sets the two variables if a guest's kernel and its modules are below a folder.
+_dmafs_uml_below() {
+    local kernel="$1/bin/linux.uml" modules
+    modules="$(find "$1/lib/uml/modules" -mindepth 1 -maxdepth 1 -type d 2>/dev/null | sort -V | tail -n 1)"
+    [ -x "$kernel" ] && [ -e "$modules/modules.dep" ] || return 1
+    export DMAFS_UML_KERNEL="$kernel" DMAFS_UML_MODULES="$modules"
+}
+
+# The package is only unpacked, so this needs no root, and the machine stays as it is.
+_dmafs_uml_unpack() {
+    local folder=$1
+    rm -rf "$folder"
+    mkdir -p "$folder/package" "$folder/root"
+    if ! (cd "$folder/package" && apt-get -q download user-mode-linux); then
+        _dmafs_as_root apt-get -q -y update || true
+        (cd "$folder/package" && apt-get -q download user-mode-linux) || return 1
+    fi
+    dpkg -x "$folder"/package/*.deb "$folder/root"
+}
+
+dmafs_vm() {
+    local unpacked
+    export PATH="$PATH:/usr/local/sbin:/usr/sbin:/sbin"
+    _dmafs_system_packages "${DMAFS_VM_PACKAGES[@]}"
+    if _dmafs_uml_below /usr || _dmafs_uml_below "$DMAFS_UML/usr"; then return 0; fi
+    [ "$(uname -m)" = x86_64 ] || _dmafs_die "no User-Mode Linux for a $(uname -m)" "it is there for x86_64 only"
+    _dmafs_say "getting the guest's kernel, package user-mode-linux, into $DMAFS_UML"
+    mkdir -p "$(dirname "$DMAFS_UML")"
+    unpacked="$(mktemp -d "$DMAFS_UML.XXXXXX")"
+    if ! _dmafs_quietly 3 _dmafs_uml_unpack "$unpacked/new" || ! _dmafs_uml_below "$unpacked/new/root/usr"; then
+        rm -rf "$unpacked"
+        _dmafs_die "can't get the guest's kernel into $DMAFS_UML" \
+            "install the package user-mode-linux, or unpack it and let DMAFS_UML name the folder that has its usr"
+    fi
+    # Whoever else did the same meanwhile has the same.
+    rm -rf "$DMAFS_UML"
+    mv -T "$unpacked/new/root" "$DMAFS_UML"
+    rm -rf "$unpacked"
+    _dmafs_uml_below "$DMAFS_UML/usr"
 }

@@ -25,7 +25,10 @@
     ├── DifferenceError         exit 26  EIO        a verify has found that source and newest image differ
     ├── CheckBusyError          exit 27  EBUSY      a verify or resync of the volume is under way already
     ├── MountError              exit 30  EIO        the mount point can't be used
-    └── ControlError            exit 31  EIO        the daemon doesn't answer, or not in our words
+    ├── ControlError            exit 31  EIO        the daemon doesn't answer, or not in our words
+    └── TapError                exit 32  EIO        device-mapper, a loop device or a tap's log can't be used
+        ├── TapBusyError        exit 33  EBUSY      the mapped device is in use
+        └── LogLostError        exit 34  EIO        writes are missing in the tap's log: a gap
 
 Exit codes 0 (success), 1 (success with warnings) and 128+n (ended by signal n) belong to the command line. Anything
 outside this tree is a bug of ours and shows its traceback. Messages are lower case, name the object and the value, and
@@ -198,3 +201,22 @@ class ControlError(DmafsError):
     """The daemon doesn't answer on its control socket, or not as expected."""
 
     exit_code = 31
+
+
+class TapError(DmafsError):
+    """Device-mapper, a loop device or a tap's log can't be used."""
+
+    exit_code = 32
+
+
+class TapBusyError(TapError):
+    """The mapped device is in use."""
+
+    exit_code = 33
+    errno = errno.EBUSY
+
+
+class LogLostError(TapError):
+    """Writes are missing in the tap's log: what follows belongs to a gap."""
+
+    exit_code = 34

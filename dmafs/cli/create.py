@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dmafs.cli.output import say
-from dmafs.core.store import create_volume
+from dmafs.core.store import create_volume, remove_new_volume
+from dmafs.errors import InputError
+from dmafs.service.client import session
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
@@ -27,16 +29,43 @@ def add_commands(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
         "--source", metavar="PATH", type=Path, required=True, help="the primary: a block device or a disk image"
     )
     command.add_argument(
-        "--tap", choices=["fuse"], default="fuse", help="how writes are captured (%(default)s: tap/VOLUME.img)"
+        "--tap",
+        choices=["fuse", "dm", "log"],
+        default="fuse",
+        help="how writes are captured: fuse (the default), tap/VOLUME.img is used in place of the source; dm, device "
+        "/dev/mapper/dmafs-VOLUME is; log, QEMU logs them",
     )
+    command.add_argument("--log", metavar="FILE", type=Path, help="with --tap log, the file that QEMU logs to")
     command.add_argument("--force", action="store_true", help="even if the source is mounted read-write")
     command.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Create the volume."""
-    warnings = create_volume(options.store, options.volume, source=options.source, tap=options.tap, force=options.force)
+    if (options.log is not None) != (options.tap == "log"):
+        raise InputError("--tap log and --log FILE belong together", hint="give both or none")
+    warnings = create_volume(
+        options.store,
+        options.volume,
+        source=options.source,
+        tap=options.tap,
+        log_path=options.log,
+        force=options.force,
+    )
     for warning in warnings:
         print(f"dmafs: warning: {warning}", file=sys.stderr)
+    if options.tap == "dm":
+        _attach(options.store, options.volume)
     say(f"volume {options.volume} made in {options.store}; now run: dmafs serve {options.store} MOUNTPOINT")
     return 1 if warnings else 0
+
+
+def _attach(store: Path, name: str) -> None:
+    """Make the device of a new volume, or undo its creation."""
+    try:
+        with session(store) as asked:
+            [report] = asked.tap("attach", name)["volumes"]
+    except BaseException:
+        remove_new_volume(store, name)
+        raise
+    say(f"device {report['device']} made; use it in place of the source")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Final
 
-from dmafs.cli import change, check, clone, create, keep, output, query, serve
+from dmafs.cli import change, check, clone, create, importing, keep, output, query, serve, tap
 from dmafs.errors import DmafsError
 
 _SIGPIPE_EXIT: Final = 128 + 13
@@ -25,7 +25,7 @@ snapshot), "<duration> ago", or one of these with "~<duration>" behind it: so mu
 
 Exit status: 0 success, 1 success with warnings, 2 other errors and wrong usage, 3-8 wrong input, 10-16 trouble with the
 store, 20-24 not found, 25 pinned, 26 source and image differ, 27 a check is under way, 30 mount, 31 control interface,
-128+n ended by signal n. See dmafs(1).
+32-34 tap, 128+n ended by signal n. See dmafs(1).
 """
 
 
@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
     root.add_argument("--version", action="version", version=f"dmafs {version('dmafs')}")
     root.add_argument("-v", "--verbose", action="store_true", help="log what happens, not only what goes wrong")
     commands = root.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for group in (create, serve, query, change, keep, clone, check):
+    for group in (create, importing, serve, query, change, keep, clone, check, tap):
         group.add_commands(commands)
     return root
 

@@ -14,9 +14,10 @@ from uuid import UUID
 from sortedcontainers import SortedDict
 
 from dmafs.core.layers import Growing, Layer, LayerTree, Selectable, entries, net_layer, stacked
+from dmafs.core.limits import IndexLimits
 from dmafs.core.ondisk import Kind
 from dmafs.core.segment import Segment
-from dmafs.core.snapshot import IndexLimits, Snapshot
+from dmafs.core.snapshot import Snapshot
 from dmafs.core.storage import Storage
 from dmafs.core.vrmo import backward_reference, split_reference
 from dmafs.core.work import Work, run

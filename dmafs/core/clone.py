@@ -25,9 +25,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from dmafs.core.image import Image, Piece
-from dmafs.core.ondisk import Header, Kind, VolumeInfo
+from dmafs.core.ondisk import Header, Kind, VolumeInfo, new_salt
 from dmafs.core.overlay import BLOCK, BLOCK_SECTORS, DAT, EXT, Overlay
-from dmafs.core.segment import new_salt
 from dmafs.core.storage import Buffer, Storage
 from dmafs.core.work import Work
 from dmafs.errors import (

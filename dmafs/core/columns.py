@@ -41,6 +41,8 @@ class Columns:
         self.indicator_seqs = array("q")
         self.indicator_times = array("q")
         self.indicator_flags = bytearray()
+        self.indicator_positions = array("q")  # of a log that the events come from, behind the indicator's window
+        self.indicator_retained = array("q")  # from where on that log is still of use then
         self.mark_places: dict[int, tuple[int, int, int]] = {}  # indicator index -> physical, length, checksum
         self.records = 0
         self.data_sectors = 0
@@ -80,6 +82,9 @@ class Columns:
         self.indicator_seqs.frombytes(indicators["seq"].astype(np.int64).tobytes())
         self.indicator_times.frombytes(indicators["time_ns"].astype(np.int64).tobytes())
         self.indicator_flags += indicators["flags"].astype(np.uint8).tobytes()
+        self.indicator_positions.frombytes(indicators["start"].astype(np.int64).tobytes())
+        retained = np.where(indicators["flags"] == int(Flag.MARK), 0, indicators["data_checksum"])
+        self.indicator_retained.frombytes(retained.astype(np.int64).tobytes())
         with_data = np.isin(records["flags"], (int(Flag.DATA), int(Flag.MARK)))
         ends = np.where(with_data, records["physical"] + records["length"], 0)
         self.data_sectors = max(self.data_sectors, int(ends.max()))
@@ -99,13 +104,17 @@ class Columns:
         if flag == Flag.DATA:
             self.data_sectors += length
 
-    def add_indicator(self, time_ns: int, flag: Flag, length: int, digest: int) -> None:
+    def add_indicator(
+        self, time_ns: int, flag: Flag, length: int, digest: int, *, position: int, retained: int
+    ) -> None:
         """Add a sync indicator whose name, if it has one, takes *length* sectors of data."""
         if flag == Flag.MARK:
             self.mark_places[len(self.indicator_seqs)] = self.data_sectors, length, digest
         self.indicator_seqs.append(self.next_seq - 1)
         self.indicator_times.append(time_ns)
         self.indicator_flags.append(flag)
+        self.indicator_positions.append(position)
+        self.indicator_retained.append(0 if flag == Flag.MARK else retained)
         self.records += 1
         self.data_sectors += length
 
@@ -120,8 +129,13 @@ class Columns:
             del column[keep:]
         del self.flags[keep:]
         del self.verified[keep:]
-        del self.indicator_seqs[marks:]
-        del self.indicator_times[marks:]
+        for column in (
+            self.indicator_seqs,
+            self.indicator_times,
+            self.indicator_positions,
+            self.indicator_retained,
+        ):
+            del column[marks:]
         del self.indicator_flags[marks:]
         self.mark_places = {index: place for index, place in self.mark_places.items() if index < marks}
         self.records = keep + marks
@@ -156,4 +170,5 @@ class Columns:
         assert all(len(column) == count for column in columns)
         assert self.records == count + len(self.indicator_seqs)
         assert len(self.indicator_seqs) == len(self.indicator_times) == len(self.indicator_flags)
+        assert len(self.indicator_seqs) == len(self.indicator_positions) == len(self.indicator_retained)
         assert np.all(np.diff(np.array(self.physicals, np.int64)) >= 0), "physical addresses never decrease"

@@ -58,6 +58,11 @@ def initial_copy(
             with volume.gate(fatal=True):
                 yield partial(_save_position, volume, at)
             saved = at
+    yield from complete_copy(volume, flush)
+
+
+def complete_copy(volume: Volume, flush: Callable[[Flag], Work[object]]) -> Work[None]:
+    """Have the mirror, together with the events until now, count as the whole primary: the first recoverable point."""
     with volume.gate(fatal=True):
         yield volume.mirror.datasync
     yield from flush(Flag.COPIED)
@@ -66,7 +71,7 @@ def initial_copy(
     with volume.gate(fatal=True):
         yield lambda: volume.pointers.update(
             copied=True,
-            copied_sectors=size,
+            copied_sectors=volume.info.size_sectors,
             durable=volume.journal.durable,
             origin_seq=origin.seq,
             origin_time_ns=origin.time_ns,

@@ -6,14 +6,18 @@ persisted in the pointer slots only.
 Invariants:
 
 1. Events have dense seqs ``tail+1 .. head``; each segment's first seq is the one before's next seq.
-2. Times of events strictly increase, so a canonical time names exactly one event; an indicator's time isn't less than
-   that of the event before it.
+2. Times of events strictly increase, but within a *window*: events that were captured together and have one time. So a
+   canonical time names exactly one event, the last one with it, and a point never splits a window. An indicator's time
+   isn't less than that of the event before it.
 3. Each record says up to which seq journal and primary were durable when it was written. So an invalid record that a
    later one calls durable is damage and an error; anything else invalid is the torn end of an unclean stop.
 4. A *gap* is an interval in which capture was not complete: from the indicator GAP on nothing is a point until
    RESYNCED says that the journal agrees with the primary again. GAP is the first record of its segment, so it stays
    as long as an event behind it does.
-5. What ``recover`` cut off is truncated durably before anything is appended, and no file is changed before it is known
+5. A journal fed from a log (*windowed*) has a sync indicator behind each window, which says up to where the log has
+   been read. So journal and place in the log are one transaction: events behind the last indicator are read from the
+   log again. The segment with the last indicator stays.
+6. What ``recover`` cut off is truncated durably before anything is appended, and no file is changed before it is known
    that nothing durable is missing: damage is reported each time.
 
 One thread appends and reads the columns; ``datasync`` of taken segments may run in another one.
@@ -25,7 +29,6 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Final
 from uuid import UUID
 
 import numpy as np
@@ -33,23 +36,14 @@ import numpy as np
 from dmafs.core.columns import Indicator
 from dmafs.core.extent import MAX_EXTENT_SECTORS, MAX_ZERO_SECTORS, Ints
 from dmafs.core.layers import Growing, Layer, LayerTree, Selectable, entries, net_layer, stacked
-from dmafs.core.ondisk import HEADER_SIZE, Flag, Header, Kind
-from dmafs.core.segment import Segment, new_salt
+from dmafs.core.limits import SegmentLimits
+from dmafs.core.ondisk import Flag, Header, Kind, new_salt
+from dmafs.core.recovery import DIRECTORY, Recovery, last_indicated, stem
+from dmafs.core.segment import Segment
 from dmafs.core.storage import Storage, close_all
+from dmafs.core.window import Beginning, Window
 from dmafs.core.work import Work
-from dmafs.errors import CorruptionError
 from dmafs.units import SECTOR
-
-DIRECTORY = "forward"
-_STEM_DIGITS: Final = 20  # of 2**64 - 1, so that names sort as seqs do
-
-
-@dataclass(frozen=True, slots=True)
-class SegmentLimits:
-    """When a new segment begins."""
-
-    data_sectors: int = (64 << 20) // SECTOR
-    records: int = 65536
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +60,19 @@ class ForwardJournal:
     """The journal of one volume. Made by ``recover``."""
 
     def __init__(
-        self, storage: Storage, uuid: UUID, limits: SegmentLimits, clock: Callable[[], int], *, index_bytes: int
+        self,
+        storage: Storage,
+        uuid: UUID,
+        limits: SegmentLimits,
+        clock: Callable[[], int],
+        *,
+        index_bytes: int,
+        windowed: bool = False,
     ) -> None:
-        """Begin without segments, at seq 0; *clock* returns UTC nanoseconds, *index_bytes* limits merged layers."""
+        """Begin without segments, at seq 0; *clock* returns UTC nanoseconds, *index_bytes* limits merged layers.
+
+        *windowed* if events come from a log.
+        """
         self._storage = storage
         self._uuid = uuid
         self._limits = limits
@@ -78,11 +82,19 @@ class ForwardJournal:
         self.head_time_ns = 0
         self.durable = 0
         self.gaps: list[Gap] = []
+        self.windowed = windowed
+        self.position = 0
+        """Up to where the log that events come from has been read."""
+        self.retained = 0
+        """From where on that log is of use: for what may still overlap what follows."""
+        self.durable_retained = 0
+        """The same, as the records that are durable say it: what lies before is needed by nobody any more."""
+        self._window: Window | None = None
+        self._noted = self._noted_retained = 0  # what the records say of position and retained
         self._dirty: list[Segment] = []
         self._new_names = False
         self._slot = 0  # of the first segment; all but the last segment are slots of the tree
         self._tree = LayerTree(self._leaf, later_wins=True, limit_bytes=index_bytes)
-        self._leftovers: list[str] = []  # stems of files that don't count, unlinked once the rest is known to be whole
 
     # -- recovery -----------------------------------------------------------------------------------------------
 
@@ -91,23 +103,11 @@ class ForwardJournal:
 
         *durable* is the head of the pointers. Raises CorruptionError when something durable is missing.
         """
-        self.head, self.head_time_ns = tail, tail_time_ns
-        stems = self._stems()
-        firsts = [int(stem) for stem in stems]
-        live = max(bisect_right(firsts, tail + 1) - 1, 0)
-        self._leftovers += stems[:live]  # wholly behind the tail: a release that was cut off
-        claimed = durable
-        for stem in stems[live:]:
-            claimed = max(claimed, self._recover_segment(stem, claimed))
-        if self.head < claimed:
-            raise CorruptionError(
-                f"forward journal ends at seq {self.head}, but everything up to seq {claimed} had been made durable",
-                hint="a segment is missing or damaged; the newest history is lost, resync from the primary",
-            )
-        self.durable = claimed
-        for stem in self._leftovers:
-            self._remove_stem(stem)
-        self._drop_torn(claimed)
+        found = Recovery(self._storage, self._uuid, tail, tail_time_ns)
+        self.durable = found.read(durable)
+        if self.windowed:
+            found.drop_unclosed()
+        self.segments, self.head, self.head_time_ns = found.segments, found.head, found.head_time_ns
         for segment in self.segments:
             segment.trim()
             for index in segment.indicators_of(Flag.GAP, Flag.RESYNCED):
@@ -115,81 +115,11 @@ class ForwardJournal:
         for slot in range(len(self.segments) - 1):
             self._tree.add(slot)
         self._storage.sync_directory(DIRECTORY)
-
-    def _stems(self) -> list[str]:
-        """Return the names of all segments without suffix, ascending; data without descriptors is a leftover."""
-        stems: dict[str, set[str]] = {".ext": set(), ".dat": set()}
-        for name in self._storage.names(DIRECTORY):
-            stem, suffix = name[:-4], name[-4:]
-            if suffix not in stems or len(stem) != _STEM_DIGITS or not (stem.isascii() and stem.isdigit()):
-                raise CorruptionError(f"{DIRECTORY}/{name} is no file of ours", hint="move it out of the store")
-            stems[suffix].add(stem)
-        self._leftovers = sorted(stems[".dat"] - stems[".ext"])
-        return sorted(stems[".ext"])
-
-    def _recover_segment(self, stem: str, durable: int) -> int:
-        """Read one segment; return the highest seq that its records call durable.
-
-        A segment that doesn't follow the one before is behind a torn end: it is only asked what it calls durable.
-        """
-        try:
-            segment = Segment.open(self._storage, f"{DIRECTORY}/{stem}", Kind.FORWARD, self._uuid)
-        except CorruptionError:
-            if self.head < durable or not self._is_blank(stem):
-                raise
-            self._leftovers.append(stem)  # created after the last durable moment, not even its header was written
-            return 0
-        claimed = max(segment.claimed_durable, segment.claims_beyond_end())
-        if segment.header.first != int(stem):
-            segment.close()
-            raise CorruptionError(
-                f"{segment.ext.name} begins at seq {segment.header.first}", hint="the file was renamed"
-            )
-        first_is_right = (
-            segment.header.first <= self.head + 1 if not self.segments else (segment.header.first == self.head + 1)
-        )
-        if not first_is_right:
-            segment.close()
-            if segment.header.first - 1 <= max(claimed, durable):
-                raise CorruptionError(
-                    f"forward journal has no events {self.head + 1} to {segment.header.first - 1}",
-                    hint=f"a segment before {segment.ext.name} is missing or damaged",
-                )
-            self._leftovers.append(stem)
-            return claimed
-        self.segments.append(segment)
-        self.head = segment.next_seq - 1
-        times = [segment.times[-1:], segment.indicator_times[-1:]]
-        self.head_time_ns = max(self.head_time_ns, *(time[0] for time in times if time), 0)
-        return claimed
-
-    def _is_blank(self, stem: str) -> bool:
-        """Say whether the header of a segment was never durable: nothing else in it was then, either."""
-        file = self._storage.open(f"{DIRECTORY}/{stem}.ext")
-        try:
-            data = bytearray(min(file.size(), HEADER_SIZE))
-            file.read_into(data, 0)
-        finally:
-            file.close()
-        return len(data) < HEADER_SIZE or not any(data)
-
-    def _drop_torn(self, durable: int) -> None:
-        """Cut at the first event that isn't durable and whose data isn't what its checksum says."""
-        for number, segment in enumerate(self.segments):
-            if segment.next_seq - 1 < durable and number < len(self.segments) - 1:
-                continue
-            if segment.cut_torn(durable):
-                for later in self.segments[number + 1 :]:
-                    later.remove()
-                    later.close()
-                del self.segments[number + 1 :]
-                self.head = segment.next_seq - 1
-                return
-
-    def _remove_stem(self, stem: str) -> None:
-        for suffix in (".ext", ".dat"):
-            if self._storage.exists(f"{DIRECTORY}/{stem}{suffix}"):
-                self._storage.unlink(f"{DIRECTORY}/{stem}{suffix}")
+        for segment in self.segments:
+            if len(segment.indicator_seqs):
+                self.position = self._noted = segment.indicator_positions[-1]
+                self.retained = next((value for value in reversed(segment.indicator_retained) if value), self.retained)
+        self._noted_retained = self.durable_retained = self.retained
 
     # -- appending ----------------------------------------------------------------------------------------------
 
@@ -210,10 +140,64 @@ class ForwardJournal:
         """Append a sync indicator; one without a name is left out where no event follows the one before."""
         if flag in (Flag.FLUSH, Flag.TICK) and self.is_indicated(self.head):
             return
+        self._indicate(flag, name)
+
+    def _indicate(self, flag: Flag, name: str = "") -> None:
         segment = self._writable_segment(0, fresh=flag == Flag.GAP)
         self.head_time_ns = max(self._clock(), self.head_time_ns)
-        segment.append_indicator(flag, time_ns=self.head_time_ns, durable=self.durable, name=name)
+        segment.append_indicator(
+            flag,
+            time_ns=self.head_time_ns,
+            durable=self.durable,
+            name=name,
+            position=self.position,
+            retained=self.retained,
+        )
+        self._noted = self.position
+        if flag != Flag.MARK:  # a mark doesn't say it
+            self._noted_retained = self.retained
         self._note_gap(Indicator(self.head, self.head_time_ns, flag))
+
+    # -- windows ------------------------------------------------------------------------------------------------
+
+    def begin_window(self) -> Window:
+        """Return a window at the head, for events that come from a log; until it ends nothing else is appended."""
+        assert self.windowed
+        assert self._window is None
+        last = self.segments[-1] if self.segments else None
+        time_ns = max(self._clock(), self.head_time_ns + 1)
+        begin = Beginning(self.head + 1, time_ns, self.durable, self._noted)
+        self._window = Window(self._begin_segment, self._limits, last, begin)
+        return self._window
+
+    def _begin_segment(self, first: int) -> Segment:
+        header = Header(Kind.FORWARD, self._uuid, new_salt(), first)
+        return Segment.create(self._storage, stem(first), header)
+
+    def publish(self, window: Window) -> None:
+        """Have the events of a window that is closed count, all at once, and its indicator. Touches memory only."""
+        assert window is self._window
+        self._window = None
+        for segment, records in window.parts:
+            if not self.segments or segment is not self.segments[-1]:
+                self._add_segment(segment)
+            segment.publish(records)
+            self._mark_dirty(segment)
+        self.position, self.retained = window.position, window.retained
+        if window.noted:
+            self._noted, self._noted_retained = window.position, window.retained
+            self.head, self.head_time_ns = self.head + window.count, window.time_ns
+
+    def abandon(self, window: Window) -> None:
+        """Take away what a window has written; nothing of it counts."""
+        assert window is self._window
+        self._window = None
+        window.discard()
+
+    def note_position(self, position: int, retained: int) -> None:
+        """Go on elsewhere in the log, or in another one; durable after the next flush."""
+        self.position, self.retained = position, retained
+        self._indicate(Flag.TICK)
 
     def _note_gap(self, indicator: Indicator) -> None:
         """Keep the list of gaps: one begins (unless one is open already) or ends."""
@@ -233,29 +217,34 @@ class ForwardJournal:
 
     def _writable_segment(self, sectors: int, *, fresh: bool = False) -> Segment:
         """Return the last segment, marked dirty; begin a new one if it is full or a *fresh* one is wanted."""
+        assert self._window is None, "nothing is appended while a window is written"
         last = self.segments[-1] if self.segments else None
-        limits = self._limits
         full = (
             last is not None
             and len(last) > 0
-            and (fresh or last.data_sectors + sectors > limits.data_sectors or last.records >= limits.records)
+            and (fresh or self._limits.is_full(last.records, last.data_sectors + sectors))
         )
         if last is None or full:
-            header = Header(Kind.FORWARD, self._uuid, new_salt(), self.head + 1)
-            last = Segment.create(self._storage, f"{DIRECTORY}/{self.head + 1:0{_STEM_DIGITS}d}", header)
-            if self.segments:
-                self._tree.add(self._slot + len(self.segments) - 1)
-            self.segments.append(last)
-            self._new_names = True
-        if not self._dirty or self._dirty[-1] is not last:
-            self._dirty.append(last)
+            last = self._begin_segment(self.head + 1)
+            self._add_segment(last)
+        self._mark_dirty(last)
         return last
+
+    def _add_segment(self, segment: Segment) -> None:
+        if self.segments:
+            self._tree.add(self._slot + len(self.segments) - 1)
+        self.segments.append(segment)
+        self._new_names = True
+
+    def _mark_dirty(self, segment: Segment) -> None:
+        if not self._dirty or self._dirty[-1] is not segment:
+            self._dirty.append(segment)
 
     # -- making durable -----------------------------------------------------------------------------------------
 
     def take_dirty(self) -> Callable[[], None]:
         """Return a call, for any thread, that makes durable all that was appended until now."""
-        segments, new_names = self._dirty, self._new_names
+        segments, new_names, retained = self._dirty, self._new_names, self._noted_retained
         self._dirty, self._new_names = [], False
 
         def datasync() -> None:
@@ -263,12 +252,19 @@ class ForwardJournal:
                 segment.datasync()
             if new_names:
                 self._storage.sync_directory(DIRECTORY)
+            self.durable_retained = retained
 
         return datasync
 
     def is_clean(self) -> bool:
         """Say whether all is durable and a sync indicator stands at the head: a flush would have nothing to do."""
         return not self._dirty and self.durable == self.head and self.is_indicated(self.head)
+
+    def splits_window(self, seq: int) -> bool:
+        """Say whether *seq* isn't the last event of its window: no point then."""
+        if seq >= self.head or not self.segments or seq < self.segments[0].header.first:
+            return False
+        return self.time_of(seq) == self.time_of(seq + 1)
 
     # -- looking up ---------------------------------------------------------------------------------------------
 
@@ -407,13 +403,20 @@ class ForwardJournal:
     def release(self, tail: int) -> list[Segment]:
         """Take out the segments whose events all are at or before *tail*; the caller removes and closes them.
 
-        A last segment with a gap's beginning or a mark at the tail stays: they are still of use.
+        A last segment with a gap's beginning or a mark at the tail stays: they are still of use. So does, of a windowed
+        journal, the one with the last indicator.
         """
         count = 0
-        while count + 1 < len(self.segments) and self.segments[count].next_seq - 1 <= tail:
+        end = max(last_indicated(self.segments), 0) if self.windowed else len(self.segments) - 1
+        while count < end and self.segments[count].next_seq - 1 <= tail:
             count += 1
         self.gaps = [gap for gap in self.gaps if gap.end is None or gap.end > tail]
-        if count + 1 == len(self.segments) and self.head == tail and self._is_done(self.segments[count]):
+        if (
+            count + 1 == len(self.segments)
+            and self.head == tail
+            and not self.windowed
+            and self._is_done(self.segments[count])
+        ):
             count += 1
         released = self.segments[:count]
         self.segments = self.segments[count:]
@@ -437,10 +440,11 @@ class ForwardJournal:
         for segment in self.segments:
             segment.check()
             assert segment.header.first == expected, "segments follow each other"
-            assert len(set(segment.times)) == len(segment), "times of events are distinct"
-            if len(segment):
-                assert segment.times[0] > last_time, "times increase from segment to segment"
-                last_time = segment.times[-1]
+            same = set(np.flatnonzero(np.diff(np.array([last_time, *segment.times], np.int64)) == 0).tolist())
+            assert self.windowed or not same, "times of events are distinct"
+            ends = [seq + 1 - segment.header.first for seq in segment.indicator_seqs]
+            assert same.isdisjoint(ends), "a window ends at an indicator"
+            last_time = max([last_time, *segment.times[-1:]])
             expected = segment.next_seq
         assert expected == self.head + 1, "the last segment ends at the head"
         self._tree.check()

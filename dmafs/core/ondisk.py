@@ -28,12 +28,14 @@ Descriptor record, 64 bytes each from offset 512 on (fig. 7, queue 701; fig. 13,
     offset  bytes  field
          0      8  seq: dense from ``first`` for events; of the last event before it for sync indicators
          8      8  time_ns at capture
-        16      8  start, sector in the logical address space
+        16      8  start, sector in the logical address space; of a sync indicator: the place in the log of the tap
+                     behind what was captured until then, 0 if there is no log
         24      4  length in sectors
         28      4  flags: 1 data, 2 zeros (discard, hole), 4 flush, 8 tick, 16 mark,
                      32 gap begins, 64 copy complete, 128 gap ends
         32      8  physical, sector in the .dat file
-        40      8  checksum of the data (0 without data)
+        40      8  checksum of the data; of a sync indicator without a name: from where on the log of the tap is
+                     still needed; else 0
         48      8  durable: journal and primary were durable up to this seq when the record was written;
                      in a backward journal, in the tick that seals it: the number of entries before;
                      in a clone: the number of records that were durable when it was written
@@ -64,13 +66,14 @@ Pointer slot, 512 bytes, at offset 0 and at offset 4096 of ``pointers``; the val
        128    376  zeros
        504      8  checksum of bytes 0-503, seed 0
 
-``volume.json`` has the keys format, uuid, name, size_sectors, source, tap, created_ns.
+``volume.json`` has the keys format, uuid, name, size_sectors, source, tap, created_ns, log.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import struct
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
@@ -84,7 +87,7 @@ import xxhash
 from dmafs.core.extent import MAX_EXTENT_SECTORS
 from dmafs.errors import CorruptionError, VersionError
 
-FORMAT_VERSION: Final = 2
+FORMAT_VERSION: Final = 3
 HEADER_SIZE: Final = 512
 RECORD_SIZE: Final = 64
 SLOT_SIZE: Final = 512
@@ -149,6 +152,11 @@ _KINDS: Final = frozenset(int(flag) for flag in Flag)
 def checksum(data: bytes | bytearray | memoryview) -> int:
     """Return the checksum of an extent's data."""
     return xxhash.xxh3_64_intdigest(data)
+
+
+def new_salt() -> int:
+    """Return a fresh random salt."""
+    return int.from_bytes(os.urandom(8), "little")
 
 
 @dataclass(frozen=True, slots=True)
@@ -323,6 +331,8 @@ class VolumeInfo:
     source: str
     tap: str
     created_ns: int
+    log: str = ""
+    """The log that a tap follows, or that the volume was imported from; empty if there is none."""
 
     def encode(self) -> bytes:
         """Return the JSON text."""
@@ -345,6 +355,7 @@ class VolumeInfo:
                 (info.name, str),
                 (info.source, str),
                 (info.tap, str),
+                (info.log, str),
                 (info.created_ns, int),
                 (info.size_sectors, int),
             )

@@ -41,10 +41,10 @@ def begin_after_stop(volume: Volume, boot_id: UUID, flush: Flush) -> Work[None]:
     if now.copied:
         yield from flush(Flag.GAP)
     else:
-        yield from _start_again(volume)
+        yield from start_again(volume)
 
 
-def _start_again(volume: Volume) -> Work[None]:
+def start_again(volume: Volume) -> Work[None]:
     """Have the initial copy begin anew, without the events until now: the copy will hold what they left."""
     seq, time_ns = volume.journal.head, volume.journal.head_time_ns
     with volume.gate(fatal=True):
@@ -96,8 +96,8 @@ def _end_gap(
     assert needs_resync(volume)
     extents = everything(volume) if found is None or found.cut else found.columns
 
-    def take(part: Found) -> None:
-        _journal(volume, part)
+    def take(part: Found) -> Work[object]:
+        return steps.append(lambda: journal_found(volume, part))
 
     differing = yield from compare(volume, primary, extents, steps, progress=progress, take=take)
     yield from steps.settle()
@@ -105,7 +105,7 @@ def _end_gap(
     return differing
 
 
-def _journal(volume: Volume, found: Found) -> None:
+def journal_found(volume: Volume, found: Found) -> None:
     """Journal a part as the primary had it, but for what newer events cover. All appends of a resync are here.
 
     Nothing else happens on the volume meanwhile. No sync passes the gap's beginning, so the events are all there.

@@ -16,7 +16,6 @@ One thread appends. Any thread may read extents that were in the columns before 
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator, Sequence
 from typing import Final
 from uuid import UUID
@@ -51,6 +50,10 @@ RUN_GAP_SECTORS: Final = 16
 """Data that isn't wanted is read along up to this length: 8 KiB cost less than another system call."""
 BATCH_BYTES: Final = 8 << 20
 """What a sync or a drop copies in one step: bounds its memory, and how long it can't be stopped."""
+
+
+Extent = tuple[int, int, Buffer | None]
+"""Start, length in sectors, and data, or None for zeros."""
 
 
 class Segment(Columns):
@@ -227,8 +230,10 @@ class Segment(Columns):
         self.ext.write([record], self.ext_size)
         self.add_event(time_ns, start, length, flag, digest)
 
-    def append_indicator(self, flag: Flag, *, time_ns: int, durable: int, name: str = "") -> None:
-        """Append a sync indicator; a name is kept as one sector of data."""
+    def append_indicator(
+        self, flag: Flag, *, time_ns: int, durable: int, name: str = "", position: int = 0, retained: int = 0
+    ) -> None:
+        """Append a sync indicator; a name is kept as one sector of data. A mark doesn't say what is *retained*."""
         digest, length = 0, 0
         if name:
             text = name.encode().ljust(SECTOR, b"\0")
@@ -239,17 +244,17 @@ class Segment(Columns):
             self.header.salt,
             seq=self.next_seq - 1,
             time_ns=time_ns,
-            start=0,
+            start=position,
             length=length,
             flags=flag,
             physical=self.data_sectors,
-            data_checksum=digest,
+            data_checksum=digest if name else retained,
             durable=durable,
         )
         self.ext.write([record], self.ext_size)
-        self.add_indicator(time_ns, flag, length, digest)
+        self.add_indicator(time_ns, flag, length, digest, position=position, retained=retained)
 
-    def write_batch(self, extents: Sequence[tuple[int, int, Buffer | None]], time_ns: int) -> Records:
+    def write_batch(self, extents: Sequence[Extent], time_ns: int) -> Records:
         """Write (start, length, data or None) extents durably, data before descriptors, without publishing them.
 
         May run in a thread. ``publish`` adds the batch to the columns. Of one that wasn't published, since it failed,
@@ -258,22 +263,66 @@ class Segment(Columns):
         if not self._trimmed:
             self.trim()
         self._trimmed = False
-        held = [data for _, _, data in extents if data is not None]
-        records = np.zeros(len(extents), RECORD_DTYPE)
-        with_data = np.array([data is not None for _, _, data in extents], bool)
-        records["seq"] = np.arange(self.next_seq, self.next_seq + len(extents))
+        records = self._described(extents, self.next_seq, self.data_sectors)
         records["time_ns"] = time_ns
-        records["start"] = [start for start, _, _ in extents]
-        records["length"] = [length for _, length, _ in extents]
-        records["flags"] = np.where(with_data, int(Flag.DATA), int(Flag.ZERO))
-        ends = self.data_sectors + np.cumsum(np.where(with_data, records["length"], 0), dtype=np.uint64)
-        records["physical"] = ends - np.where(with_data, records["length"], 0).astype(np.uint64)
-        records["data_checksum"][with_data] = [checksum(data) for data in held]
         out = seal_records(records, self.header.salt)
-        self.dat.write(held, self.data_sectors * SECTOR)
+        self.dat.write([data for _, _, data in extents if data is not None], self.data_sectors * SECTOR)
         self.dat.datasync()
         self.ext.write([out], self.ext_size)
         self.ext.datasync()
+        return records
+
+    def write_behind(self, pending: Records, extents: Sequence[Extent], time_ns: int, *, durable: int) -> Records:
+        """Write extents behind what counts and behind *pending*, which was written so; return all that is pending.
+
+        Neither durable nor published. May run in a thread, while nothing is appended.
+        """
+        sectors, count = self._end_of(pending), len(pending)
+        records = self._described(extents, self.next_seq + count, sectors)
+        records["time_ns"] = time_ns
+        records["durable"] = durable
+        out = seal_records(records, self.header.salt)
+        self._trimmed = False
+        self.dat.write([data for _, _, data in extents if data is not None], sectors * SECTOR)
+        self.ext.write([out], self.ext_size + count * RECORD_SIZE)
+        return np.concatenate([pending, records])
+
+    def write_indicator_behind(
+        self, pending: Records, flag: Flag, time_ns: int, *, durable: int, position: int, retained: int, name: str
+    ) -> Records:
+        """Write a sync indicator likewise; see ``append_indicator``. No extent may follow it."""
+        sectors, events = self._end_of(pending), int(np.isin(pending["flags"], EVENT_FLAGS).sum())
+        record = np.zeros(1, RECORD_DTYPE)
+        record["seq"], record["time_ns"], record["flags"] = self.next_seq + events - 1, time_ns, int(flag)
+        record["start"], record["physical"], record["durable"] = position, sectors, durable
+        record["data_checksum"] = retained
+        if name:
+            text = name.encode().ljust(SECTOR, b"\0")
+            assert len(text) == SECTOR
+            record["length"], record["data_checksum"] = 1, checksum(text)
+            self.dat.write([text], sectors * SECTOR)
+        out = seal_records(record, self.header.salt)
+        self.ext.write([out], self.ext_size + len(pending) * RECORD_SIZE)
+        return np.concatenate([pending, record])
+
+    def _end_of(self, pending: Records) -> int:
+        """Return where the data behind that of *pending* goes."""
+        if not len(pending):
+            return self.data_sectors
+        with_data = np.isin(pending["flags"], (int(Flag.DATA), int(Flag.MARK)))
+        return int((pending["physical"] + np.where(with_data, pending["length"], 0)).max())
+
+    def _described(self, extents: Sequence[Extent], seq: int, physical: int) -> Records:
+        """Return records of extents, the first with that seq and physical sector."""
+        records = np.zeros(len(extents), RECORD_DTYPE)
+        with_data = np.array([data is not None for _, _, data in extents], bool)
+        records["seq"] = np.arange(seq, seq + len(extents))
+        records["start"] = [start for start, _, _ in extents]
+        records["length"] = [length for _, length, _ in extents]
+        records["flags"] = np.where(with_data, int(Flag.DATA), int(Flag.ZERO))
+        sectors = np.where(with_data, records["length"], 0).astype(np.uint64)
+        records["physical"] = np.uint64(physical) + np.cumsum(sectors) - sectors
+        records["data_checksum"][with_data] = [checksum(data) for _, _, data in extents if data is not None]
         return records
 
     def publish(self, batch: Records) -> None:
@@ -446,11 +495,6 @@ def read_header(ext: File, kind: Kind, uuid: UUID) -> Header:
             hint="move the foreign file out of the store",
         )
     return header
-
-
-def new_salt() -> int:
-    """Return a fresh random salt."""
-    return int.from_bytes(os.urandom(8), "little")
 
 
 def _missing(name: str) -> CorruptionError:

@@ -15,18 +15,6 @@ DIRECTORY: Final = "backward"
 Key = tuple[int, int]
 
 
-@dataclass(frozen=True, slots=True)
-class IndexLimits:
-    """The bounds of what is kept in memory of journals that are closed."""
-
-    bytes: int = 128 << 20
-    """Merged layers, of the forward and of the backward journal each."""
-    journals: int = 1024
-    """Snapshots whose descriptors are in memory, and their two files open."""
-    records: int = 1 << 21
-    """Descriptors of all these together, at some 50 bytes."""
-
-
 @dataclass(slots=True)
 class Snapshot:
     """One snapshot; *segment* is its part of the backward journal, None until it is needed."""

@@ -35,9 +35,10 @@ import numpy as np
 
 from dmafs.core.backward import SnapshotMaps
 from dmafs.core.extent import Ints, lacking
-from dmafs.core.ondisk import HEADER_SIZE, RECORD_SIZE, Header, Kind, Records
-from dmafs.core.segment import Segment, new_salt, parts, read_header
-from dmafs.core.snapshot import DIRECTORY, IndexLimits, Snapshot, require_unpinned
+from dmafs.core.limits import IndexLimits
+from dmafs.core.ondisk import HEADER_SIZE, RECORD_SIZE, Header, Kind, Records, new_salt
+from dmafs.core.segment import Segment, parts, read_header
+from dmafs.core.snapshot import DIRECTORY, Snapshot, require_unpinned
 from dmafs.core.storage import Buffer, Storage
 from dmafs.core.work import Work
 from dmafs.errors import CorruptionError, ExistsError, NoSuchSnapshotError

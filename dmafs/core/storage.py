@@ -19,11 +19,13 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import mmap
 import os
 import stat
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Final, Protocol
+from uuid import UUID
 
 from dmafs.errors import (
     CorruptionError,
@@ -42,6 +44,8 @@ _IOV_MAX: Final = 1024  # limits.h; writev refuses more
 _FALLOC_FL_KEEP_SIZE: Final = 1
 _FALLOC_FL_PUNCH_HOLE: Final = 2
 _BLKGETSIZE64: Final = 0x80081272
+_BLKSSZGET: Final = 0x1268
+_BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 _ZEROS: Final = bytes(1 << 20)
 _NO_NOWAIT: Final = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 
@@ -325,6 +329,28 @@ class RealStorage:
         return info.f_bavail / info.f_blocks if info.f_blocks else 1.0
 
 
+class DirectFile(RealFile):
+    """A block device that is read past the page cache: what a mapped device over it has written isn't in there."""
+
+    def __init__(self, fd: int, name: str) -> None:
+        """Take ownership of *fd*, opened with O_DIRECT."""
+        super().__init__(fd, name)
+        self._grain = int.from_bytes(fcntl.ioctl(fd, _BLKSSZGET, bytes(4)), "little")
+
+    def read_into(self, buffer: bytearray | memoryview, offset: int) -> None:
+        """See ``File``. Reads whole logical blocks into aligned memory."""
+        view = memoryview(buffer)
+        begin = offset // self._grain * self._grain
+        end = -(-(offset + len(view)) // self._grain) * self._grain
+        aligned = memoryview(mmap.mmap(-1, max(end - begin, 1)))  # it goes with its last view
+        super().read_into(aligned[: end - begin], begin)
+        view[:] = aligned[offset - begin : offset - begin + len(view)]
+
+    def read_into_nowait(self, _buffer: bytearray | memoryview, _offset: int) -> None:
+        """See ``File``: it always has to wait."""
+        raise BlockingIOError
+
+
 def open_source(path: Path, *, writable: bool) -> RealFile:
     """Open a primary: a block device or a regular file.
 
@@ -349,6 +375,34 @@ def open_source(path: Path, *, writable: bool) -> RealFile:
         if error.errno == errno.EBUSY:
             raise SourceBusyError(message, hint="unmount it: it is to be used through the tap only") from error
         raise SourceError(message, hint="check the path and the permissions") from error
+
+
+def boot_id() -> UUID:
+    """Return what tells this run of the kernel from others."""
+    return UUID(_BOOT_ID.read_text().strip())
+
+
+def open_log(path: Path) -> RealFile:
+    """Open a log in the store for reading."""
+    try:
+        return RealFile(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW), str(path))
+    except OSError as error:
+        raise StoreError(
+            f"log {path} can't be opened: {(error.strerror or '').lower()}", hint="look at the store's disk"
+        ) from error
+
+
+def open_direct(path: Path) -> DirectFile:
+    """Open a block device for reading past the page cache, also while it is mapped or mounted."""
+    try:
+        if not stat.S_ISBLK(path.stat().st_mode):
+            raise SourceError(f"source {path} is no block device", hint="make one with losetup, or use another tap")
+        return DirectFile(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT), str(path))
+    except OSError as error:
+        raise SourceError(
+            f"source {path} can't be opened: {os.strerror(error.errno or 0).lower()}",
+            hint="check the path and the permissions",
+        ) from error
 
 
 def _lock_source(fd: int, path: Path) -> None:

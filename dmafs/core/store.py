@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
+from dmafs.core.limits import VolumeLimits
 from dmafs.core.mounts import devices_below, mounts
 from dmafs.core.ondisk import VOLUME_JSON_LIMIT, VolumeInfo
 from dmafs.core.storage import RealStorage, lock_directory, open_source
 from dmafs.core.sync import finish
-from dmafs.core.volume import INFO_NAME, Volume, VolumeLimits
+from dmafs.core.volume import INFO_NAME, Volume
 from dmafs.core.work import run
 from dmafs.errors import (
     CorruptionError,
@@ -131,15 +132,23 @@ def volume_names(path: Path) -> list[str]:
 
 
 def create_volume(
-    store: Path, name: str, *, source: Path, tap: str, force: bool = False, clock: Callable[[], int] = time.time_ns
+    store: Path,
+    name: str,
+    *,
+    source: Path,
+    tap: str,
+    log_path: Path | None = None,
+    force: bool = False,
+    clock: Callable[[], int] = time.time_ns,
 ) -> list[str]:
     """Make a volume in *store*, and the store if it isn't there; return warnings. On any error nothing is changed."""
-    check_name(name, "volume")
-    if name in {SOCKET_NAME, CONFIGURATION_NAME}:
-        raise InputError(f"volume name {name} is taken by a file of the store", hint="choose another name")
+    require_volume_name(name)
     store, source = store.absolute(), source.absolute()
     size = _check_source(source)
     _check_placement(store, source)
+    if log_path is not None:
+        log_path = log_path.absolute()
+        _check_log(store, source, log_path)
     warnings = []
     for place in mounted_writable(source):
         message = f"source {source} is mounted read-write at {place}"
@@ -148,15 +157,43 @@ def create_volume(
                 message, hint="unmount it: writes that don't go through the tap are missed (--force if you know better)"
             )
         warnings.append(message + ": writes that don't go through the tap are missed")
+    with new_volume(store, name) as directory:
+        _check_unprotected(store, source)
+        Volume.create(
+            RealStorage(directory),
+            name=name,
+            size_sectors=size // SECTOR,
+            source=source,
+            tap=tap,
+            created_ns=clock(),
+            log_path=str(log_path) if log_path else "",
+        )
+    return warnings
+
+
+@contextlib.contextmanager
+def new_volume(store: Path, name: str) -> Iterator[Path]:
+    """Yield an empty directory for the files of a new volume; then it takes its place in *store*, which is made too.
+
+    After any error nothing is changed. Nobody else works on the store meanwhile.
+    """
+    require_volume_name(name)
+    store = store.absolute()
     _check_store(store, name)
     with _directories(store):
         lock = lock_directory(store)
         try:
-            _check_unprotected(store, source)
-            _create_files(store, name, size=size, source=source, tap=tap, created_ns=clock())
+            with _in_place(store, name) as temporary:
+                yield temporary
         finally:
             os.close(lock)
-    return warnings
+
+
+def require_volume_name(name: str) -> None:
+    """Raise InputError if no volume can have the name."""
+    check_name(name, "volume")
+    if name in {SOCKET_NAME, CONFIGURATION_NAME}:
+        raise InputError(f"volume name {name} is taken by a file of the store", hint="choose another name")
 
 
 @contextlib.contextmanager
@@ -190,20 +227,14 @@ def _exists(path: Path) -> bool:
     return True
 
 
-def _create_files(store: Path, name: str, *, size: int, source: Path, tap: str, created_ns: int) -> None:
-    """Make the files under a temporary name first: a volume is there wholly or not at all."""
+@contextlib.contextmanager
+def _in_place(store: Path, name: str) -> Iterator[Path]:
+    """Yield a directory with a temporary name first: a volume is there wholly or not at all."""
     temporary = store / f".{name}.new"
     try:
         _remove_tree(temporary)
         temporary.mkdir(mode=0o700)
-        Volume.create(
-            RealStorage(temporary),
-            name=name,
-            size_sectors=size // SECTOR,
-            source=source,
-            tap=tap,
-            created_ns=created_ns,
-        )
+        yield temporary
         store.chmod(0o700)
         temporary.rename(store / name)
         RealStorage(store).sync_directory("")
@@ -216,8 +247,21 @@ def _create_files(store: Path, name: str, *, size: int, source: Path, tap: str, 
         _remove_tree(temporary)
 
 
+def remove_new_volume(store: Path, name: str) -> None:
+    """Undo ``create_volume``: remove a volume that nothing was captured for yet, and the store if it is empty then."""
+    lock = lock_directory(store)
+    try:
+        temporary = store / f".{name}.new"
+        (store / name).rename(temporary)
+        RealStorage(store).sync_directory("")
+        _remove_tree(temporary)
+        _remove_directory(store)
+    finally:
+        os.close(lock)
+
+
 def _remove_tree(path: Path) -> None:
-    """Remove what an interrupted creation left; only ever called on a temporary name."""
+    """Remove what an interrupted or undone creation left; only ever called on a temporary name."""
     for entry in sorted(path.rglob("*"), reverse=True) if path.is_dir() else []:
         entry.rmdir() if entry.is_dir() else entry.unlink()
     if path.is_dir():
@@ -237,6 +281,17 @@ def _check_source(source: Path) -> int:
             hint="pad it with: truncate --size=%512 SOURCE",
         )
     return size
+
+
+def _check_log(store: Path, source: Path, log_path: Path) -> None:
+    """Refuse a log that can't be followed."""
+    open_source(log_path, writable=False).close()
+    if not log_path.is_file():
+        raise InputError(f"log {log_path} is no regular file", hint="give the file that QEMU logs to")
+    if _same_file(log_path, source):
+        raise InputError(f"log {log_path} is the source itself", hint="give the file that QEMU logs to")
+    if is_inside(log_path, store):
+        raise PlacementError(f"log {log_path} is inside the store {store}", hint="keep it outside")
 
 
 def _check_store(store: Path, name: str) -> None:

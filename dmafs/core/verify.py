@@ -54,6 +54,13 @@ Mask = npt.NDArray[np.bool_]
 """A truth for each sector of a part."""
 
 
+def at_once(change: Callable[[], None]) -> Work[object]:
+    """Do something without waiting for anybody."""
+    change()
+    yield from ()
+    return None
+
+
 @dataclass(frozen=True, slots=True)
 class Steps:
     """What a comparison needs of whoever drives it, as work."""
@@ -63,6 +70,8 @@ class Steps:
     pause: Callable[[float], Work[object]] = pause
     """Do nothing for so many seconds."""
     throttle: Throttle = field(default_factory=Throttle)
+    append: Callable[[Callable[[], None]], Work[object]] = at_once
+    """Do what appends to the journal, when nobody else is about to."""
 
 
 class Found(NamedTuple):
@@ -144,7 +153,7 @@ def compare(
     steps: Steps,
     *,
     progress: Callable[[int], None] = lambda _done: None,
-    take: Callable[[Found], None] = lambda _found: None,
+    take: Callable[[Found], Work[object]] = lambda _found: at_once(lambda: None),
     ignore_discarded: bool = False,
 ) -> Work[Differences]:
     """Return where primary and newest image really differ within a disjoint list of extents.
@@ -222,7 +231,7 @@ class _Part:
         return _in_grains(sure, self.start) & stable
 
 
-def _decide(part: _Part, steps: Steps, take: Callable[[Found], None]) -> Work[None]:
+def _decide(part: _Part, steps: Steps, take: Callable[[Found], Work[object]]) -> Work[None]:
     """Find out about each sector of a part; what is suspect at the end is busy."""
     volume = part.volume
     pieces = yield from part.locate()
@@ -240,7 +249,7 @@ def _decide(part: _Part, steps: Steps, take: Callable[[Found], None]) -> Work[No
             continue
         sure = part.judge(data, unequal, covered)
         if sure.any():
-            take(Found(part.start, data, sure, head))
+            yield from take(Found(part.start, data, sure, head))
 
 
 def _covered(volume: Volume, head: int, start: int, length: int) -> Mask | None:

@@ -20,51 +20,39 @@ Invariants:
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from uuid import UUID, uuid4
 
 from dmafs.core import clone as writable
-from dmafs.core import journal as forward
+from dmafs.core import recovery as forward
 from dmafs.core import snapshot as backward
 from dmafs.core.clone import Allowance, Clones
 from dmafs.core.columns import Indicator
+from dmafs.core.gate import Gate
 from dmafs.core.image import Image
-from dmafs.core.journal import ForwardJournal, SegmentLimits
+from dmafs.core.journal import ForwardJournal
 from dmafs.core.layers import Selectable
+from dmafs.core.limits import VolumeLimits
 from dmafs.core.mirror import Mirror
 from dmafs.core.ondisk import RECORD_SIZE, VOLUME_JSON_LIMIT, Flag, Pointers, VolumeInfo
 from dmafs.core.pointers import PointerFile
 from dmafs.core.segment import Segment
-from dmafs.core.snapshot import IndexLimits, Snapshot
+from dmafs.core.snapshot import Snapshot
 from dmafs.core.snapshots import Snapshots
 from dmafs.core.storage import File, Storage, write_whole
 from dmafs.core.vrmo import BACKWARD, ZERO, Stack
+from dmafs.core.window import Window
 from dmafs.core.work import Work
-from dmafs.errors import CorruptionError, NoSuchPointError, ReadOnlyError, StoreError, StoreFullError
+from dmafs.errors import CorruptionError, NoSuchPointError, StoreFullError
 
 log = logging.getLogger(__name__)
 
 INFO_NAME = "volume.json"
-
-
-@dataclass(frozen=True, slots=True)
-class VolumeLimits:
-    """The bounds of a volume's memory and files (promise 7)."""
-
-    segments: SegmentLimits = field(default_factory=SegmentLimits)
-    index: IndexLimits = field(default_factory=IndexLimits)
-    images: int = 8
-    """Maps kept for images that nobody holds."""
-    reserve_bytes: int = 64 << 20
-    """Space of the store's filesystem that capture leaves for syncs."""
-    clone_bytes: int = 10 << 30
-    """What one clone of the volume may take."""
 
 
 class Volume:
@@ -77,8 +65,8 @@ class Volume:
         self.limits = limits or VolumeLimits()
         self.clock = clock
         self.storage = storage
-        self.failure = ""
         self.info = VolumeInfo.decode(storage.read_bytes(INFO_NAME, VOLUME_JSON_LIMIT), INFO_NAME)
+        self.gate = Gate(self.info.name)
         with contextlib.ExitStack() as undo:
             self.pointers = PointerFile(storage, self.info.uuid)
             undo.callback(self.pointers.close)
@@ -87,7 +75,12 @@ class Volume:
             self.snapshots = Snapshots(storage, self.info.uuid, self.limits.index)
             undo.callback(self.snapshots.close)
             self.journal = ForwardJournal(
-                storage, self.info.uuid, self.limits.segments, clock, index_bytes=self.limits.index.bytes
+                storage,
+                self.info.uuid,
+                self.limits.segments,
+                clock,
+                index_bytes=self.limits.index.bytes,
+                windowed=self.info.tap != "fuse",
             )
             undo.callback(self.journal.close)
             now = self.pointers.now
@@ -117,10 +110,10 @@ class Volume:
 
     @staticmethod
     def create(
-        storage: Storage, *, name: str, size_sectors: int, source: Path, tap: str, created_ns: int
+        storage: Storage, *, name: str, size_sectors: int, source: Path, tap: str, created_ns: int, log_path: str = ""
     ) -> VolumeInfo:
         """Make the files of a new volume in an empty directory; volume.json, written last, makes it one."""
-        info = VolumeInfo(uuid4(), name, size_sectors, str(source), tap, created_ns)
+        info = VolumeInfo(uuid4(), name, size_sectors, str(source), tap, created_ns, log_path)
         for directory in (forward.DIRECTORY, backward.DIRECTORY, writable.DIRECTORY):
             storage.make_directory(directory)
         Mirror.create(storage, size_sectors)
@@ -144,14 +137,26 @@ class Volume:
     def _capture(self, start: int, length: int, data: memoryview | bytes | None) -> int:
         assert start >= 0
         assert 0 < length <= self.info.size_sectors - start, "a write within the volume"
-        self._require_space(0 if data is None else len(data))
+        self.require_space(0 if data is None else len(data))
         with self.gate():
             seq = self.journal.append(start, length, data)
         self.live.vrmo.overwrite(start, start + length, seq if data is not None else seq | ZERO)
         self.live.seq, self.live.time_ns = seq, self.journal.head_time_ns
         return seq
 
-    def _require_space(self, needed: int) -> None:
+    def begin_window(self) -> Window:
+        """Return a window for what was captured together; while it is open nothing else is journaled."""
+        with self.gate():
+            return self.journal.begin_window()
+
+    def publish(self, window: Window) -> None:
+        """Have the events of a closed window count; see ``ForwardJournal.publish``."""
+        self.journal.publish(window)
+        for starts, stops in window.extents():
+            self.live.vrmo.forget(starts, stops)
+        self.live.seq, self.live.time_ns = self.journal.head, self.journal.head_time_ns
+
+    def require_space(self, needed: int) -> None:
         """Refuse a write that would take the space reserved for syncs; asks the filesystem once per some MiB."""
         self._allowance -= needed + RECORD_SIZE
         if self._allowance >= 0:
@@ -169,11 +174,15 @@ class Volume:
 
         One flush at a time: a second one would find nothing left to sync and return before the first.
         """
-        clean = self.journal.is_clean() and flag in {Flag.FLUSH, Flag.TICK}
         indicator = self.indicate(flag, name)
-        if clean:
-            return indicator
-        datasync = self.journal.take_dirty()
+        yield from self.settle(primary)
+        return indicator
+
+    def settle(self, primary: File | None = None) -> Work[None]:
+        """Make durable what ``indicate`` stands behind; see ``flush``."""
+        if self.journal.is_clean():
+            return
+        upto, datasync = self.journal.head, self.journal.take_dirty()
 
         def durable() -> None:
             datasync()
@@ -182,8 +191,7 @@ class Volume:
 
         with self.gate(fatal=True):
             yield durable
-        self.journal.durable = max(self.journal.durable, indicator.seq)
-        return indicator
+        self.journal.durable = max(self.journal.durable, upto)
 
     def indicate(self, flag: Flag = Flag.FLUSH, name: str = "") -> Indicator:
         """Set a sync indicator at the newest event, or return the one that stands there; durable after ``flush``."""
@@ -193,28 +201,10 @@ class Volume:
         assert indicator is not None
         return indicator
 
-    @contextlib.contextmanager
-    def gate(self, *, fatal: bool = False) -> Iterator[None]:
-        """Let a change through, or refuse it since an earlier one failed; translate the errors of this one.
-
-        With *fatal* even "no space" ends all writing: after a failed fsync nobody knows what is on the disk.
-        """
-        if self.failure:
-            raise ReadOnlyError(
-                f"volume {self.info.name} is read-only: {self.failure}",
-                hint="look at the store's disk, then start the daemon again",
-            )
-        try:
-            yield
-        except OSError as error:
-            text = f"{error.strerror or error} ({error.filename or self.info.name})".lower()
-            if error.errno in {errno.ENOSPC, errno.EDQUOT} and not fatal:
-                raise StoreFullError(
-                    f"store of volume {self.info.name} is full", hint="make space, sync, or drop old snapshots"
-                ) from error
-            if error.errno not in {errno.EMFILE, errno.ENFILE} or fatal:
-                self.failure = text
-            raise StoreError(f"volume {self.info.name}: {text}", hint="look at the disk it is on") from error
+    @property
+    def failure(self) -> str:
+        """Return why the volume is read-only, empty if it isn't."""
+        return self.gate.failure
 
     # -- images -------------------------------------------------------------------------------------------------
 
@@ -224,7 +214,8 @@ class Volume:
         if not now.copied or seq < now.origin_seq:
             return False
         if seq >= self.floor:
-            return seq <= self.journal.head and self.journal.gap_around(seq) is None
+            points = seq <= self.journal.head and not self.journal.splits_window(seq)
+            return points and self.journal.gap_around(seq) is None
         if self.snapshots.visible_at(seq) is not None:
             return True
         return self.is_held(seq) and self.snapshots.at(seq) is not None

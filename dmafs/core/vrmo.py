@@ -29,7 +29,7 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
-from dmafs.core.extent import Ints, net_change
+from dmafs.core.extent import Ints, net_change, united
 from dmafs.core.layers import Selectable, stacked
 from dmafs.core.vbm import MIRROR, PAGE_SECTORS_MAX, ZERO, BlockMap, Pieces, Vbmm, block_map, pays
 
@@ -143,6 +143,16 @@ class Vrmo:
                 page.overwrite(max(start, page.first), min(stop, page.first + page.size), reference)
                 if isinstance(page, Vbmm) and pays(page.size, page.on_mirror):
                     self._pages[number] = page.converted()
+
+    def forget(self, starts: Ints, stops: Ints) -> None:
+        """Forget the pages that extents touch: cheaper than overwriting them when the extents are many."""
+        if not self._pages or not len(starts):
+            return
+        begins, ends = united(starts // self.page_sectors, -(-stops // self.page_sectors))
+        numbers = np.fromiter(self._pages, np.int64, len(self._pages))
+        index = np.searchsorted(begins, numbers, "right") - 1
+        for number in numbers[(index >= 0) & (numbers < ends[index])].tolist():
+            del self._pages[number]
 
     def reset(self) -> None:
         """Forget all pages."""

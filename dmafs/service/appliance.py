@@ -7,6 +7,8 @@ import json
 import math
 import os
 from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import asynccontextmanager
+from functools import partial
 from typing import Final
 
 import trio
@@ -28,7 +30,6 @@ from dmafs.core.moments import (
     snapshot_groups,
     unpin_group,
 )
-from dmafs.core.ondisk import Flag
 from dmafs.core.points import consistency, oldest_point
 from dmafs.core.retention import KeepRules
 from dmafs.core.snapshot import Snapshot, require_unpinned
@@ -37,7 +38,9 @@ from dmafs.core.volume import Volume
 from dmafs.errors import NoSuchPointError, NoSuchVolumeError
 from dmafs.service.alarms import Alarms
 from dmafs.service.checking import Check
+from dmafs.service.devices import mapped_volumes
 from dmafs.service.engine import Engine
+from dmafs.service.following import FollowingEngine
 from dmafs.service.report import (
     READ_CHUNK,
     Report,
@@ -76,6 +79,9 @@ class Appliance:
         self._fruitless_until = self.short_at = -math.inf
         self.schedule: Callable[[], Report | None] = lambda: None
         """Says what is planned; set by who plans."""
+        for engine in engines.values():
+            if isinstance(engine, FollowingEngine):
+                engine.make_room = self.make_room
         first = next(iter(self._volumes.values()))
         self.started_ns = first.clock()
         self.alarms = Alarms(first.clock)
@@ -147,8 +153,9 @@ class Appliance:
     async def _take_group(self, engines: Mapping[str, Engine], name: str, *, frozen: bool = False) -> str:
         taken: list[tuple[Engine, Snapshot]] = []
         with contextlib.ExitStack() as marks:
-            seqs = {volume: marks.enter_context(engine.marked()) for volume, engine in engines.items()}
-            instant_ns = instant_of(self._volumes, seqs)
+            async with self._still(engines):
+                seqs = {volume: marks.enter_context(engine.marked()) for volume, engine in engines.items()}
+                instant_ns = instant_of(self._volumes, seqs)
             try:
                 for volume, seq in seqs.items():
                     engine = engines[volume]
@@ -168,10 +175,25 @@ class Appliance:
         check_name(name, "mark")
         for engine in self._engines.values():
             require_mark(engine.volume, name)
-        for engine in self._engines.values():
-            engine.volume.indicate(Flag.MARK, name)
+        async with self._still(self._engines, mark=name):
+            for engine in self._engines.values():
+                engine.mark(name)
         for engine in self._engines.values():
             await engine.flush()
+
+    @asynccontextmanager
+    async def _still(self, engines: Mapping[str, Engine], *, mark: str = "") -> AsyncGenerator[None]:
+        """Have nothing be journaled, of several volumes at once, and everything be that was complete before.
+
+        With *mark* those that can do so mark that moment in their logs.
+        """
+        async with trio.open_nursery() as nursery:
+            for engine in engines.values():
+                nursery.start_soon(partial(engine.settle, mark=mark))
+        async with contextlib.AsyncExitStack() as stack:
+            for engine in engines.values():
+                await stack.enter_async_context(engine.appending)
+            yield
 
     async def drop_snapshot(self, identifier: str) -> None:
         """See ``Backend``. Of no volume if it is pinned in any."""
@@ -197,11 +219,12 @@ class Appliance:
             made: list[tuple[Engine, Clone]] = []
             with contextlib.ExitStack() as held:
                 bases = []
-                for volume, seq in self._seqs_to_clone(at).items():
-                    engine = self._engine(volume)
-                    engine.hold(base := engine.volume.image(seq))
-                    held.callback(engine.release, base)
-                    bases.append((engine, base))
+                async with self._still(self._engines if at is None else {}):
+                    for volume, seq in self._seqs_to_clone(at).items():
+                        engine = self._engine(volume)
+                        engine.hold(base := engine.volume.image(seq))
+                        held.callback(engine.release, base)
+                        bases.append((engine, base))
                 try:
                     for engine, base in bases:
                         made.append((engine, await engine.create_clone(base, name)))
@@ -299,7 +322,7 @@ class Appliance:
 
     def write_tap(self, volume: str, offset: int, data: bytes) -> None:
         """See ``Backend``."""
-        self._engine(volume).tap.write(offset, data)
+        self._engine(volume).through.write(offset, data)
 
     async def flush_tap(self, volume: str) -> None:
         """See ``Backend``."""
@@ -377,6 +400,15 @@ class Appliance:
     def image_at(self, volume: str, at: str) -> Image:
         """Return a volume's image at the moment that a spelling means."""
         return image_at(self._volumes, volume, at)
+
+    async def tap(self, action: str, volume: str | None) -> Report:
+        """Attach or detach mapped devices, or only report them."""
+        reports = []
+        for name in mapped_volumes(self._volumes, volume):
+            engine = self._engine(name)
+            assert isinstance(engine, FollowingEngine)
+            reports.append({"volume": name, **await engine.tap_report(action)})
+        return {"volumes": reports}
 
     # -- retention ------------------------------------------------------------------------------------------------
 

@@ -27,8 +27,9 @@ from dmafs.core.throttle import Throttle
 from dmafs.core.verify import Steps, verify
 from dmafs.core.volume import Volume
 from dmafs.core.work import Work, run
-from dmafs.errors import ControlError, DmafsError, StoreBusyError, StoreError
-from dmafs.service.configuration import load_configuration
+from dmafs.errors import ControlError, DmafsError, StoreBusyError, StoreError, TapError
+from dmafs.service.configuration import Configuration, load_configuration
+from dmafs.service.devices import local_tap, mapped_volumes
 from dmafs.service.report import (
     READ_CHUNK,
     Report,
@@ -94,6 +95,9 @@ class Session(Protocol):
     def diff(self, volume: str, a: str, b: str) -> Report:
         """Return which extents of a volume were written between two moments."""
 
+    def tap(self, action: str, volume: str | None) -> Report:
+        """Attach or detach mapped devices, or only report them."""
+
     def verify(self, volume: str, bytes_per_s: int | None, show: Show) -> Report:
         """Return where a volume's source and newest image differ; *show* is told how far it is."""
 
@@ -112,8 +116,8 @@ def session(path: Path) -> Iterator[Session]:
             yield RemoteSession(client, path)
         return
     try:
-        rate = configuration.resync.rate
-        yield LocalSession(store.volumes, configuration.retention.rules(path), resync_rate=rate)
+        rules = configuration.retention.rules(path)
+        yield LocalSession(store.volumes, rules, path=path, configuration=configuration)
     finally:
         store.close()
 
@@ -121,11 +125,13 @@ def session(path: Path) -> Iterator[Session]:
 class LocalSession:
     """A session that works on the store itself."""
 
-    def __init__(self, volumes: Volumes, rules: KeepRules, *, resync_rate: int = 0) -> None:
-        """Work on the open *volumes*; keep snapshots by *rules*, compare *resync_rate* bytes a second (0: any)."""
+    def __init__(self, volumes: Volumes, rules: KeepRules, *, path: Path, configuration: Configuration) -> None:
+        """Work on the open *volumes* of the store in *path*; keep snapshots by *rules*."""
         self._volumes = volumes
         self._rules = rules
-        self._rate = resync_rate
+        self._path = path
+        self._configuration = configuration
+        self._rate = configuration.resync.rate
 
     def status(self) -> Report:
         """See ``Session``."""
@@ -159,6 +165,11 @@ class LocalSession:
 
     def _require_closed_in_order(self) -> None:
         for volume in self._volumes.values():
+            if volume.info.tap in {"dm", "log"} and not volume.pointers.now.clean:
+                raise TapError(
+                    f"what was written to volume {volume.info.name} may be in its log only",
+                    hint="start the daemon, which follows the log: dmafs serve STORE MOUNTPOINT",
+                )
             if volume.journal.durable < volume.journal.head:
                 raise StoreError(
                     f"volume {volume.info.name} wasn't closed in order: its source lacks the last writes",
@@ -231,6 +242,14 @@ class LocalSession:
     def resync(self, volume: str, bytes_per_s: int | None, show: Show) -> Report:
         """See ``Session``. Likewise."""
         return self._compare(volume, bytes_per_s, show, resyncs=True)
+
+    def tap(self, action: str, volume: str | None) -> Report:
+        """See ``Session``."""
+        size = self._configuration.log_size
+        names = mapped_volumes(self._volumes, volume)
+        return {
+            "volumes": [local_tap(self._volumes[name], self._path / name, action, log_bytes=size) for name in names]
+        }
 
     def _compare(self, name: str, bytes_per_s: int | None, show: Show, *, resyncs: bool) -> Report:
         volume = volume_of(self._volumes, name)
@@ -317,6 +336,12 @@ class RemoteSession:
     def clones(self) -> Report:
         """See ``Session``."""
         answer: Report = self._ask("GET", "/clones").json()
+        return answer
+
+    def tap(self, action: str, volume: str | None) -> Report:
+        """See ``Session``."""
+        query = {"action": action} | ({} if volume is None else {"volume": volume})
+        answer: Report = self._ask("POST", "/tap", timeout=None, **query).json()
         return answer
 
     def create_clone(self, name: str, at: str | None) -> Report:

@@ -15,12 +15,10 @@ from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeVar
 
-from dmafs.core.journal import SegmentLimits
+from dmafs.core.limits import IndexLimits, SegmentLimits, VolumeLimits
 from dmafs.core.policy import SnapshotSchedule, SyncPolicy
 from dmafs.core.retention import KeepRules
-from dmafs.core.snapshot import IndexLimits
 from dmafs.core.store import CONFIGURATION_NAME
-from dmafs.core.volume import VolumeLimits
 from dmafs.errors import InputError
 from dmafs.units import SECTOR, parse_bytes, parse_duration_s, parse_share, parse_time_of_day
 
@@ -183,6 +181,8 @@ class Configuration:
     """What one clone of one volume may take of the store's space."""
     tick_s: float = setting(SECONDS, 1, minimum=0.01)
     """Longest time between a write and a sync indicator after it."""
+    log_size: int = setting(SIZE, "16GiB", minimum=1 << 20)
+    """Size of the logs of dm taps: as much can be written while no daemon runs, before a gap begins."""
     threads: int = setting(NUMBER, 8, minimum=2)
     """Threads that reads, flushes and copies wait in."""
     allow_other: bool = setting(FLAG, default=False)

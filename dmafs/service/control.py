@@ -18,6 +18,7 @@ GET      /read             volume, at, offset, length                          b
 GET      /diff             volume, a, b                                        JSON
 POST     /verify           volume, rate (optional)                             lines of JSON
 POST     /resync           volume, rate (optional)                             lines of JSON
+POST     /tap              action (attach, detach, status), volume (optional)  JSON
 =======  ================  ==================================================  =============================
 
 A verify or resync tells how far it is several times a second, a line each time; the last line is {result} or {error,
@@ -53,6 +54,7 @@ from starlette.types import Receive, Scope, Send
 from dmafs.errors import ControlError, DmafsError, InputError, NotFoundError
 from dmafs.service.appliance import Appliance
 from dmafs.service.checking import RESYNC, VERIFY, Check
+from dmafs.service.devices import ACTIONS
 from dmafs.service.report import Report, check_range, differences_of
 from dmafs.units import check_name
 
@@ -83,6 +85,7 @@ def application(appliance: Appliance) -> Starlette:
         ("GET", "/diff", handlers.diff),
         ("POST", "/verify", handlers.verify),
         ("POST", "/resync", handlers.resync),
+        ("POST", "/tap", handlers.tap),
     ]
     return Starlette(routes=[Route(path, _answering(handler), methods=[method]) for method, path, handler in routes])
 
@@ -133,6 +136,13 @@ class Handlers:
     async def thin(self, request: Request) -> Response:
         """Thin the snapshots, or say what that would do."""
         return JSONResponse(await self._appliance.thin(dry_run=_flag(request.query_params.get("dry_run"))))
+
+    async def tap(self, request: Request) -> Response:
+        """Attach, detach or show mapped devices."""
+        action = request.query_params.get("action", "")
+        if action not in ACTIONS:
+            raise InputError(f"action {action!r} is none of {', '.join(ACTIONS)}")
+        return JSONResponse(await self._appliance.tap(action, request.query_params.get("volume")))
 
     async def list_clones(self, _request: Request) -> Response:
         """Answer with all clones."""

@@ -15,13 +15,12 @@ import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Final
-from uuid import UUID
 
 import pyfuse3
 import trio
 
 from dmafs.core.resync import needs_resync
-from dmafs.core.storage import open_source
+from dmafs.core.storage import boot_id
 from dmafs.core.store import SOCKET_NAME, Store, is_inside, path_lies_on
 from dmafs.errors import MountError, PlacementError
 from dmafs.service.appliance import Appliance
@@ -32,12 +31,11 @@ from dmafs.service.keeper import Keeper
 from dmafs.service.mounting import mount_source, prepare_mount_point, tune
 from dmafs.service.progress import show_progress
 from dmafs.service.scheduler import Scheduler
-from dmafs.taps.passthrough import PassThroughTap
+from dmafs.service.tapping import open_engine
 from dmafs.tree.operations import Tree
 
 log = logging.getLogger(__name__)
 
-BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 FUSE_TASKS: Final = 32
 """Requests of the tree handled at once; more wait in the kernel."""
 GRACE_S: Final = 5.0
@@ -75,9 +73,7 @@ async def _run(store: Store, mount_point: Path, configuration: Configuration) ->
     limiter = trio.CapacityLimiter(configuration.threads)
     engines = {}
     for name, volume in store.volumes.items():
-        tap = PassThroughTap(volume, open_source(Path(volume.info.source), writable=True))
-        rate = configuration.resync.rate
-        engines[name] = Engine(volume, tap, tick_s=configuration.tick_s, limiter=limiter, resync_rate=rate)
+        engines[name] = open_engine(volume, store.path / name, configuration, limiter)
     with trio.open_signal_receiver(*_ending_signals()) as signals:
         async with trio.open_nursery() as nursery:
             ending = Ending(nursery.cancel_scope.cancel)
@@ -116,7 +112,7 @@ class Ending:
 
 
 async def _recover(name: str, engine: Engine) -> None:
-    redone = await engine.recover(UUID(BOOT_ID.read_text().strip()))
+    redone = await engine.recover(boot_id())
     if redone:
         log.warning("volume %s: not closed in order; %d events written to its source again", name, redone)
     if needs_resync(engine.volume):

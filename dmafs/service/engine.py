@@ -1,29 +1,28 @@
 """The engine of one volume: the synchronous core under trio.
 
 What runs where: capture, resolving and all in-memory changes on trio's thread, without an ``await`` in between; bulk
-copies, fsyncs and reads that have to wait in threads. Work of the core is driven by ``_drive``.
+copies, fsyncs and reads that have to wait in threads. Work of the core is driven by ``driver.py``.
 
 Rules:
 
 1. Flushes are group commits: one at a time, and each covers everybody who asked before it began.
 2. Syncs, snapshots and drops exclude each other (``_maintenance``), not capture and not reads.
-3. Before each step of a sync or a drop, readers that resolved before are waited for: nothing is overwritten or closed
-   under a reader.
-4. Work isn't cancelled, but for syncs, drops, copies, verifies and resyncs: these may stop between two steps when the
+3. Work isn't cancelled, but for syncs, drops, copies, verifies and resyncs: these may stop between two steps when the
    daemon ends. Opening the store again finishes or forgets what they began.
-5. Writes, flushes and the drop of a clone exclude each other, with a lock for each clone.
+4. Writes, flushes and the drop of a clone exclude each other, with a lock for each clone.
+5. While a window of a log is being journaled (following.py) nothing else is: whoever journals something, or sets a sync
+   indicator, holds ``appending``.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final, TypeVar
+from typing import Final, Protocol
 from uuid import UUID
 
 import trio
@@ -36,6 +35,7 @@ from dmafs.core.ondisk import Flag
 from dmafs.core.policy import VolumeFacts, facts_of, has_past
 from dmafs.core.resync import begin_after_stop
 from dmafs.core.snapshot import Snapshot
+from dmafs.core.storage import File
 from dmafs.core.sync import stops_of, sync
 from dmafs.core.throttle import Throttle
 from dmafs.core.verify import Steps
@@ -43,57 +43,50 @@ from dmafs.core.volume import Volume
 from dmafs.core.work import Work
 from dmafs.errors import CorruptionError
 from dmafs.service.checking import Checking
+from dmafs.service.driver import Await, Driver, Result
 from dmafs.service.tasks import RETRY_S, TROUBLE, Progress
 from dmafs.taps.passthrough import PassThroughTap
 from dmafs.units import SECTOR, format_bytes
 
 log = logging.getLogger(__name__)
 
-Result = TypeVar("Result")
-
 DIGEST_CHUNK: Final = 1 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class _Await:
-    """A step of work that is asynchronous itself, and not a reader; a *stoppable* one can be cancelled meanwhile."""
+class Tap(Protocol):
+    """What every tap has."""
 
-    function: Callable[[], Any]
-    stoppable: bool = False
+    primary: File
 
-    def __call__(self) -> None:
-        raise AssertionError("only an engine can drive this step")
+    def close(self) -> None:
+        """Close all files."""
 
 
-class Engine:
+class Engine(Driver):
     """One volume in a daemon."""
 
     def __init__(
-        self,
-        volume: Volume,
-        tap: PassThroughTap,
-        *,
-        tick_s: float,
-        limiter: trio.CapacityLimiter,
-        resync_rate: int = 0,
+        self, volume: Volume, tap: Tap, *, tick_s: float, limiter: trio.CapacityLimiter, resync_rate: int = 0
     ) -> None:
         """Drive *volume*; threads are taken from *limiter*. Checks read *resync_rate* bytes a second; 0 is no limit."""
+        super().__init__(limiter)
         self.volume = volume
         self.tap = tap
-        self._tick_s = tick_s
-        self.limiter = limiter
+        self.tick_s = tick_s
+        self.appending = trio.Lock()
+        self.synced = tap.primary if isinstance(tap, PassThroughTap) else None
+        """What a flush makes durable beside the journal."""
         self._commit = trio.Lock()
         self._requested = self._committed = 0
         self.commits = 0
         self._maintenance = trio.Lock()
-        self._epoch = 0
-        self._readers: Counter[int] = Counter()
-        self._reader_left = trio.lowlevel.ParkingLot()
         self._drop_wanted = trio.Event()
         self._clone_locks: defaultdict[int, trio.Lock] = defaultdict(trio.Lock)  # by serial
         self.progress = Progress(volume.info.size_sectors)
         self.checking = Checking(self, bytes_per_s=resync_rate)
         self.syncing = False
+        self.copying = trio.Lock()
+        self.copy_scope = trio.CancelScope()
 
     # -- tasks --------------------------------------------------------------------------------------------------
 
@@ -102,25 +95,28 @@ class Engine:
 
         *boot_id* is the running kernel's: if it stopped itself meanwhile, a gap begins.
         """
-        redone: int = await self._drive(self.tap.redo())
-        await self._drive(begin_after_stop(self.volume, boot_id, self.flush_step))
-        await self._call(partial(self.volume.mark_open, boot_id))
+        redone = 0
+        if isinstance(self.tap, PassThroughTap):
+            redone = await self.drive(self.tap.redo())
+            await self.drive(begin_after_stop(self.volume, boot_id, self.flush_step))
+        await self.call(partial(self.volume.mark_open, boot_id))
         return redone
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Run the volume's tasks until cancelled."""
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._tick)
-            nursery.start_soon(self._drop_unheld)
-            nursery.start_soon(self._copy)
-            nursery.start_soon(self.checking.run)
-            nursery.start_soon(self._warm)
+            for task in self.tasks():
+                nursery.start_soon(task)
             task_status.started()
+
+    def tasks(self) -> list[Callable[[], Awaitable[None]]]:
+        """Return what runs as long as the engine does."""
+        return [self._tick, self._drop_unheld, self._copy, self.checking.run, self._warm]
 
     async def _tick(self) -> None:
         """Set a sync indicator when there were writes and nobody flushed."""
         while True:
-            await trio.sleep(self._tick_s)
+            await trio.sleep(self.tick_s)
             if self.volume.journal.durable < self.volume.journal.head and not self.volume.failure:
                 try:
                     await self.flush(Flag.TICK)
@@ -134,7 +130,7 @@ class Engine:
             self._drop_wanted = trio.Event()
             async with self._maintenance:
                 try:
-                    await self._drive(self.volume.drop_unheld(), drain=True, stoppable=True)
+                    await self.drive(self.volume.drop_unheld(), drain=True, stoppable=True)
                     await self._sweep()
                 except TROUBLE as error:
                     log.error("volume %s: drop failed: %s", self.volume.info.name, error)
@@ -145,10 +141,15 @@ class Engine:
         while not self.volume.pointers.now.copied:
             work = initial_copy(self.volume, self.tap.primary, self.flush_step, self.progress.update)
             try:
-                await self._drive(work, stoppable=True)
+                async with self.copying:
+                    with trio.CancelScope() as self.copy_scope:
+                        await self.drive(work, stoppable=True)
             except TROUBLE as error:
                 log.error("volume %s: initial copy failed: %s; trying again", self.volume.info.name, error)
                 await trio.sleep(RETRY_S)
+                continue
+            if self.copy_scope.cancelled_caught:
+                self.progress.begin(0)
                 continue
             log.info(
                 "volume %s: initial copy complete, %s at %s/s",
@@ -161,74 +162,37 @@ class Engine:
     async def _warm(self) -> None:
         """Make what opening images needs, so that the first one doesn't wait for it."""
         try:
-            await self._drive(self.volume.warm(), stoppable=True)
+            await self.drive(self.volume.warm(), stoppable=True)
         except TROUBLE as error:  # who opens an image that needs it gets the error
             log.error("volume %s: the index can't be made: %s", self.volume.info.name, error)
         self._mind_excess()
 
     def flush_step(self, flag: Flag) -> Work[object]:
         """Flush, as a step of work."""
-        return (yield _Await(partial(self.flush, flag)))
+        return (yield Await(partial(self.flush, flag)))
 
     def steps(self, throttle: Throttle) -> Steps:
-        """Return what a comparison needs; both steps can be cancelled."""
+        """Return what a comparison needs; but for the lock its steps can be cancelled."""
 
         def settle() -> Work[object]:
-            return (yield _Await(self.settle, stoppable=True))
+            return (yield Await(self.settle, stoppable=True))
 
         def pause(seconds: float) -> Work[object]:
-            return (yield _Await(partial(trio.sleep, seconds), stoppable=True))
+            return (yield Await(partial(trio.sleep, seconds), stoppable=True))
 
-        return Steps(settle, pause, throttle)
+        def append(change: Callable[[], None]) -> Work[object]:
+            yield Await(self.appending.acquire)
+            try:
+                change()
+            finally:
+                self.appending.release()
+            return None
 
-    async def settle(self) -> None:
-        """Return when all writes that are complete on the primary now are events: with this tap they always are."""
-        await trio.lowlevel.checkpoint()
+        return Steps(settle, pause, throttle, append)
 
     async def examine(self, work: Work[Result]) -> Result:
         """Do work whose calls read images, and that may be ended between two of them."""
-        return await self._drive(work, reads=True, stoppable=True)
-
-    async def _drive(
-        self, work: Work[Result], *, drain: bool = False, reads: bool = False, stoppable: bool = False
-    ) -> Result:
-        """Drive work of the core: each call it yields in a thread, this thread free for everything else meanwhile.
-
-        With *drain* readers are waited for before each call; with *reads* each call in a thread is a reader itself.
-        Only *stoppable* work can be cancelled, and that between two calls.
-        """
-        with trio.CancelScope(shield=not stoppable):
-            result = await self._drive_calls(work, drain=drain, reads=reads)
-        return result  # noqa: RET504 - not inside: for all mypy knows a scope swallows exceptions
-
-    async def _drive_calls(self, work: Work[Result], *, drain: bool, reads: bool) -> Result:
-        try:
-            call = next(work)
-            while True:
-                try:
-                    with self._reading() if reads and not isinstance(call, _Await) else contextlib.nullcontext():
-                        if drain:
-                            await self._drain()
-                        answer = await self._call(call)
-                except Exception as error:  # noqa: BLE001 - passed on: the work decides
-                    call = work.throw(error)
-                else:
-                    call = work.send(answer)
-        except StopIteration as stop:
-            result: Result = stop.value
-            return result
-        finally:
-            work.close()
-
-    async def _call(self, call: Callable[[], Any]) -> object:
-        """Run a call in a thread; once begun it is waited for, unless it is a step that says otherwise."""
-        await trio.lowlevel.checkpoint_if_cancelled()
-        with trio.CancelScope(shield=not (isinstance(call, _Await) and call.stoppable)):
-            if isinstance(call, _Await):
-                answer = await call.function()
-            else:
-                answer = await trio.to_thread.run_sync(call, limiter=self.limiter)
-        return answer
+        return await self.drive(work, reads=True, stoppable=True)
 
     # -- capture ------------------------------------------------------------------------------------------------
 
@@ -240,9 +204,29 @@ class Engine:
             if self._committed >= mine and flag in (Flag.FLUSH, Flag.TICK):
                 return
             upto = self._requested
-            self.commits += not self.volume.journal.is_clean()
-            await self._drive(self.volume.flush(self.tap.primary, flag=flag))
+            await self.settle()
+            await self.commit(flag)
             self._committed = upto
+
+    async def commit(self, flag: Flag) -> None:
+        """Make durable what is in the journal; only one at a time."""
+        async with self.appending:
+            self.commits += not self.volume.journal.is_clean()
+            self.volume.indicate(flag)
+        await self.drive(self.volume.settle(self.synced))
+
+    async def settle(self, *, mark: str = "") -> None:
+        """Have all writes that are complete on the primary be in the journal: with a pass-through they are."""
+
+    def mark(self, name: str) -> None:
+        """Set a named mark now; the caller holds ``appending``, and ``settle`` was told the name."""
+        self.volume.indicate(Flag.MARK, name)
+
+    @property
+    def through(self) -> PassThroughTap:
+        """Return the tap that the primary is used through."""
+        assert isinstance(self.tap, PassThroughTap), "a volume with another tap has no file under tap/"
+        return self.tap
 
     # -- reading ------------------------------------------------------------------------------------------------
 
@@ -257,12 +241,12 @@ class Engine:
         try:
             return image.read_pieces(pieces, offset, length, nowait=True)
         except BlockingIOError:
-            with self._reading():
+            with self.reading():
                 return await trio.to_thread.run_sync(image.read_pieces, pieces, offset, length, limiter=self.limiter)
 
     async def answer(self, work: Work[Result]) -> Result:
         """Do work that changes nothing; who waits for it may give up."""
-        found = await self._drive(work, stoppable=True)
+        found = await self.drive(work, stoppable=True)
         self._mind_excess()
         return found
 
@@ -274,9 +258,9 @@ class Engine:
     async def read_tap(self, offset: int, length: int) -> bytearray:
         """Return bytes of the primary, fewer at its end."""
         try:
-            return self.tap.read(offset, length, nowait=True)
+            return self.through.read(offset, length, nowait=True)
         except BlockingIOError:
-            return await trio.to_thread.run_sync(self.tap.read, offset, length, limiter=self.limiter)
+            return await trio.to_thread.run_sync(self.through.read, offset, length, limiter=self.limiter)
 
     async def digest(self, image: Image) -> str:
         """Return the xxh3-128 digest of a whole image."""
@@ -285,26 +269,6 @@ class Engine:
             digest.update(await self.read(image, offset, DIGEST_CHUNK))
             await trio.lowlevel.checkpoint()
         return digest.hexdigest()
-
-    @contextmanager
-    def _reading(self) -> Iterator[None]:
-        """Be a reader of the present epoch."""
-        epoch = self._epoch
-        self._readers[epoch] += 1
-        try:
-            yield
-        finally:
-            self._readers[epoch] -= 1
-            if not self._readers[epoch]:
-                del self._readers[epoch]
-            self._reader_left.unpark_all()
-
-    async def _drain(self) -> None:
-        """Wait for all readers that began before this call."""
-        epoch = self._epoch
-        self._epoch += 1
-        while any(number <= epoch for number in self._readers):
-            await self._reader_left.park()
 
     def hold(self, image: Image) -> None:
         """Keep an image readable and unchanged (promise 4)."""
@@ -323,29 +287,29 @@ class Engine:
         """Make *base*, which the caller holds, durable, and a clone of it."""
         if base.seq > self.volume.journal.durable:
             await self.flush()
-        return await self._drive(self.volume.clones.create(base, name))
+        return await self.drive(self.volume.clones.create(base, name))
 
     async def drop_clone(self, clone: Clone) -> None:
         """Drop a clone that nobody has open; what was kept only for it is dropped in the background."""
         self.volume.clones.require_idle(clone)
         async with self._clone_locks[clone.serial]:
-            await self._drive(self.volume.clones.drop(clone))
+            await self.drive(self.volume.clones.drop(clone))
         self._clone_locks.pop(clone.serial, None)
         self._drop_wanted.set()
 
     async def read_clone(self, clone: Clone, offset: int, length: int) -> memoryview:
         """Return bytes of a clone, fewer at its end."""
-        return await self._drive(clone.read(offset, length), reads=True)
+        return await self.drive(clone.read(offset, length), reads=True)
 
     async def write_clone(self, clone: Clone, offset: int, data: bytes) -> None:
         """Write within a clone."""
         async with self._clone_locks[clone.serial]:
-            await self._drive(clone.write(offset, data), reads=True)
+            await self.drive(clone.write(offset, data), reads=True)
 
     async def flush_clone(self, clone: Clone) -> None:
         """Make all writes to a clone durable."""
         async with self._clone_locks[clone.serial]:
-            await self._drive(clone.flush())
+            await self.drive(clone.flush())
 
     # -- maintenance --------------------------------------------------------------------------------------------
 
@@ -375,7 +339,7 @@ class Engine:
     async def _sync(self, work: Work[int]) -> int:
         self.syncing = True
         try:
-            seq: int = await self._drive(work, drain=True, stoppable=True)
+            seq: int = await self.drive(work, drain=True, stoppable=True)
         finally:
             self.syncing = False
         await self._sweep()
@@ -392,12 +356,15 @@ class Engine:
     async def take_snapshot(self, name: str) -> Snapshot:
         """Flush, and make that moment a snapshot. Doesn't wait for a sync that is under way."""
         self.volume.require_snapshot(name)
-        with self.marked() as seq:
+        await self.settle()
+        with contextlib.ExitStack() as kept:
+            async with self.appending:
+                seq = kept.enter_context(self.marked())
             return await self.snapshot_at(seq, name)
 
     @contextmanager
     def marked(self) -> Iterator[int]:
-        """Set a sync indicator now, and have syncs not pass it; yields its seq."""
+        """Set a sync indicator now, and have syncs not pass it; yields it. The caller holds ``appending``."""
         seq = self.volume.indicate().seq
         with self.volume.reserved(seq):
             yield seq
@@ -407,7 +374,7 @@ class Engine:
     ) -> Snapshot:
         """Make a marked moment durable and a snapshot."""
         await self.flush()
-        return await self._drive(self.volume.snapshot_at(seq, name, instant_ns=instant_ns, frozen=frozen))
+        return await self.drive(self.volume.snapshot_at(seq, name, instant_ns=instant_ns, frozen=frozen))
 
     async def drop_snapshot(self, snapshot: Snapshot) -> None:
         """Drop a snapshot, or hide it until its image is closed or a sync that is under way has ended.
@@ -416,9 +383,9 @@ class Engine:
         """
         try:
             if self._maintenance.locked():
-                return await self._drive(self.volume.hide_snapshot(snapshot))
+                return await self.drive(self.volume.hide_snapshot(snapshot))
             async with self._maintenance:
-                await self._drive(self.volume.drop_snapshot(snapshot), drain=True, stoppable=True)
+                await self.drive(self.volume.drop_snapshot(snapshot), drain=True, stoppable=True)
                 await self._sweep()
         finally:
             if snapshot.hidden:
@@ -436,7 +403,7 @@ class Engine:
                 if snapshot.hidden or snapshot.pinned or snapshot.busy:
                     continue
                 try:
-                    await self._drive(self.volume.drop_snapshot(snapshot), drain=True, stoppable=True)
+                    await self.drive(self.volume.drop_snapshot(snapshot), drain=True, stoppable=True)
                 except CorruptionError as error:
                     damage = damage or error
                 await self._sweep()
@@ -445,12 +412,12 @@ class Engine:
 
     async def do(self, work: Work[Result]) -> Result:
         """Drive work that touches nothing that is read."""
-        return await self._drive(work)
+        return await self.drive(work)
 
     async def _sweep(self) -> None:
         """Close the journals that nobody can be reading or syncing any more."""
         garbage = self.volume.take_garbage()
-        await self._drain()
+        await self.drain()
         async with self._commit:
             for segment in garbage:
                 segment.close()
@@ -460,12 +427,16 @@ class Engine:
         with trio.CancelScope(shield=True):
             await self._flush_clones()
             try:
-                await self.flush()
-                await self._call(self.volume.mark_clean)
+                await self.finish()
             except TROUBLE as error:
                 log.error("volume %s: not closed in order: %s", self.volume.info.name, error)
             self.volume.close()
-            self.tap.primary.close()
+            self.tap.close()
+
+    async def finish(self) -> None:
+        """Make everything durable, and record that journal and primary agree."""
+        await self.flush()
+        await self.call(self.volume.mark_clean)
 
     async def _flush_clones(self) -> None:
         for clone in self.volume.clones:

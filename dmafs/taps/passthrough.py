@@ -65,6 +65,10 @@ class PassThroughTap:
             self.primary.read_into(buffer, offset)
         return buffer
 
+    def close(self) -> None:
+        """Close the primary."""
+        self.primary.close()
+
     def redo(self) -> Work[int]:
         """Write the events since the last durable flush to the primary again, durably; return how many there were.
 

@@ -18,10 +18,11 @@ import numpy as np
 
 from dmafs.core.copy import initial_copy
 from dmafs.core.extent import Ints
+from dmafs.core.limits import VolumeLimits
 from dmafs.core.storage import RealFile, RealStorage, open_source
 from dmafs.core.store import open_volume
 from dmafs.core.sync import sync
-from dmafs.core.volume import Volume, VolumeLimits
+from dmafs.core.volume import Volume
 from dmafs.core.work import run
 from dmafs.units import SECTOR
 

@@ -29,12 +29,12 @@ from dmafs.core import overlay
 from dmafs.core import segment as segments
 from dmafs.core.clone import DIRECTORY, Clone
 from dmafs.core.copy import initial_copy
-from dmafs.core.journal import SegmentLimits
+from dmafs.core.limits import SegmentLimits, VolumeLimits
 from dmafs.core.overlay import BLOCK, DAT, EXT
 from dmafs.core.storage import RealStorage, open_source
 from dmafs.core.store import open_volume
 from dmafs.core.sync import sync
-from dmafs.core.volume import Volume, VolumeLimits
+from dmafs.core.volume import Volume
 from dmafs.core.work import Work, run
 from dmafs.errors import StoreFullError
 from tests.model.counting import run_machine

@@ -23,10 +23,8 @@ import pytest
 from dmafs.core import layers
 from dmafs.core.diff import diff
 from dmafs.core.image import Image, Piece
-from dmafs.core.journal import SegmentLimits
-from dmafs.core.snapshot import IndexLimits
+from dmafs.core.limits import IndexLimits, SegmentLimits, VolumeLimits
 from dmafs.core.sync import sync
-from dmafs.core.volume import VolumeLimits
 from dmafs.core.work import Work, run
 from dmafs.errors import NoSuchPointError, NoSuchSnapshotError, StoreFullError
 from dmafs.units import SECTOR

@@ -18,7 +18,7 @@ from unittest import mock
 
 import pytest
 
-from dmafs.core.journal import SegmentLimits
+from dmafs.core.limits import SegmentLimits, VolumeLimits
 from dmafs.core.moments import pin_group, snapshot_groups, unpin_group
 from dmafs.core.retention import KeepRules
 from dmafs.core.segment import Segment
@@ -26,10 +26,11 @@ from dmafs.core.snapshot import Snapshot
 from dmafs.core.storage import RealFile, RealStorage, open_source
 from dmafs.core.store import open_volume
 from dmafs.core.sync import sync
-from dmafs.core.volume import Volume, VolumeLimits
+from dmafs.core.volume import Volume
 from dmafs.core.work import run
 from dmafs.errors import PinnedError
 from dmafs.service.client import LocalSession
+from dmafs.service.configuration import Configuration
 from dmafs.units import SECTOR
 from tests.model.cuts import Disk
 from tests.model.oracle import Oracle
@@ -92,7 +93,7 @@ class History:
             segment.close()
 
     def session(self, rules: KeepRules) -> LocalSession:
-        return LocalSession({"disk": self.volume}, rules)
+        return LocalSession({"disk": self.volume}, rules, path=Path(), configuration=Configuration())
 
     def shown(self) -> list[Snapshot]:
         return list(self.volume.snapshots)

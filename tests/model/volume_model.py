@@ -26,12 +26,12 @@ from dmafs.core import copy, extent, layers, sync, vrmo
 from dmafs.core import segment as segments
 from dmafs.core.extent import Ints
 from dmafs.core.image import Image
-from dmafs.core.journal import SegmentLimits
+from dmafs.core.limits import IndexLimits, SegmentLimits, VolumeLimits
 from dmafs.core.ondisk import Flag
-from dmafs.core.snapshot import IndexLimits, Snapshot
+from dmafs.core.snapshot import Snapshot
 from dmafs.core.storage import RealFile, RealStorage, open_source
 from dmafs.core.store import open_volume
-from dmafs.core.volume import Volume, VolumeLimits
+from dmafs.core.volume import Volume
 from dmafs.core.work import Work, run
 from dmafs.errors import ExistsError, PinnedError
 from tests.model.cuts import Disk

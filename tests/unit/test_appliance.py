@@ -9,9 +9,9 @@ from uuid import UUID
 import pytest
 import trio
 
+from dmafs.core.limits import VolumeLimits
 from dmafs.core.storage import RealStorage, open_source
 from dmafs.core.store import Store, create_volume
-from dmafs.core.volume import VolumeLimits
 from dmafs.errors import (
     CloneBusyError,
     ExistsError,
@@ -247,17 +247,17 @@ async def test_volumes_that_cannot_are_left_out(appliance: Appliance) -> None:
     for name in ("a", "b"):
         appliance.write_tap(name, 0, b"x".ljust(512))
     await appliance.flush_tap("a")
-    appliance._volumes["b"].failure = "broken"
+    appliance._volumes["b"].gate.failure = "broken"
     identifier = await appliance.take_scheduled(frozen=False)
     assert appliance.snapshot_seqs(identifier).keys() == {"a"}
-    appliance._volumes["a"].failure = "broken"
+    appliance._volumes["a"].gate.failure = "broken"
     assert not appliance.has_news()
     with pytest.raises(NoSuchPointError):
         await appliance.take_scheduled(frozen=False)
     with pytest.raises(ReadOnlyError):
         await appliance.mark("m")
     for volume in appliance._volumes.values():
-        volume.failure = ""
+        volume.gate.failure = ""
 
 
 async def test_a_mark_is_listed_once(appliance: Appliance) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ import trio
 
 from dmafs.core.ondisk import Flag
 from dmafs.core.resync import needs_resync
+from dmafs.core.work import Work
 from dmafs.errors import CheckBusyError, ReadOnlyError, StoreError
 from dmafs.service.checking import RESYNC, VERIFY, Check, Checking
 from dmafs.service.control import _lines
+from dmafs.service.driver import Await
 from dmafs.service.engine import Engine
 from tests.unit.test_engine import BOOT, SECTORS, make_engine, sector, until
 
@@ -43,7 +46,7 @@ async def done(check: Check) -> Check:
 
 async def test_a_verify_finds_and_changes_nothing(engine: Engine) -> None:
     """What was written behind the tap's back is found; the journal isn't touched."""
-    engine.tap.write(0, sector("captured"))
+    engine.through.write(0, sector("captured"))
     damage(engine, 9, "not captured")
     await engine.flush()
     check = await done(engine.checking.begin(VERIFY))
@@ -74,7 +77,7 @@ async def test_a_resync_takes_over_what_differs(engine: Engine, caplog: pytest.L
 
 async def test_a_resync_of_equal_sides_is_no_gap(engine: Engine) -> None:
     """Where a verify finds nothing there is nothing to mend."""
-    engine.tap.write(0, sector("captured"))
+    engine.through.write(0, sector("captured"))
     check = await done(engine.checking.begin(RESYNC))
     assert check.found is not None
     assert check.found.count == 0
@@ -96,6 +99,16 @@ async def test_there_is_one_at_a_time(engine: Engine) -> None:
     await done(engine.checking.begin(VERIFY))
 
 
+def settling(engine: Engine, monkeypatch: pytest.MonkeyPatch, settle: Callable[[], Awaitable[object]]) -> None:
+    """Have comparisons settle in a way of their own; flushes don't."""
+    plain = engine.steps
+
+    def step() -> Work[object]:
+        return (yield Await(settle, stoppable=True))
+
+    monkeypatch.setattr(engine, "steps", lambda throttle: dataclasses.replace(plain(throttle), settle=step))
+
+
 def slow(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> tuple[trio.Event, trio.Event]:
     """Have the tap need a long time to settle: return the events that it has begun to, and that it may be done."""
     begun, go_on = trio.Event(), trio.Event()
@@ -104,7 +117,7 @@ def slow(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> tuple[trio.Event, t
         begun.set()
         await go_on.wait()
 
-    monkeypatch.setattr(engine, "settle", settle)
+    settling(engine, monkeypatch, settle)
     return begun, go_on
 
 
@@ -123,7 +136,7 @@ async def test_who_goes_away_ends_a_verify(engine: Engine, monkeypatch: pytest.M
 
 async def test_a_sync_does_not_wait_for_a_tap_that_settles(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """While a comparison waits, it isn't a reader: a tap may need a sync to settle."""
-    engine.tap.write(0, sector("one"))
+    engine.through.write(0, sector("one"))
     damage(engine, 9, "not captured")
     begun, go_on = slow(engine, monkeypatch)
     check = engine.checking.begin(VERIFY)
@@ -158,7 +171,6 @@ async def test_a_gap_that_begins_again_is_not_ended_by_an_older_resync(
 ) -> None:
     """Capture that is lost during a resync is compared once more, from the beginning."""
     rounds = 0
-    plain = engine.settle
 
     async def settle() -> None:
         nonlocal rounds
@@ -166,9 +178,9 @@ async def test_a_gap_that_begins_again_is_not_ended_by_an_older_resync(
         if rounds == 1:
             engine.checking.gap_begun()
             damage(engine, 1, "lost too")
-        await plain()
+        await trio.lowlevel.checkpoint()
 
-    monkeypatch.setattr(engine, "settle", settle)
+    settling(engine, monkeypatch, settle)
     await engine.flush(Flag.GAP)
     engine.checking.gap_begun()
     await until(lambda: not needs_resync(engine.volume))
@@ -190,7 +202,7 @@ async def test_an_error_ends_a_check_and_is_told(engine: Engine, monkeypatch: py
     assert line["error"] == "StoreError"
     monkeypatch.undo()
     damage(engine, 9, "not captured")
-    engine.volume.failure = "no more"
+    engine.volume.gate.failure = "no more"
     check = await done(engine.checking.begin(RESYNC))
     assert isinstance(check.failure, ReadOnlyError)
 

@@ -14,13 +14,14 @@ import pytest
 from dmafs.core import clone as module
 from dmafs.core import overlay
 from dmafs.core.clone import Clone
+from dmafs.core.limits import VolumeLimits
 from dmafs.core.moments import clone_group, require_clone
 from dmafs.core.ondisk import HEADER_SIZE
 from dmafs.core.overlay import BLOCK, DAT, EXT
 from dmafs.core.storage import RealFile, RealStorage
 from dmafs.core.store import open_volume
 from dmafs.core.sync import sync
-from dmafs.core.volume import Volume, VolumeLimits
+from dmafs.core.volume import Volume
 from dmafs.core.work import run
 from dmafs.errors import (
     CloneBusyError,

@@ -11,12 +11,12 @@ from uuid import UUID
 import pytest
 import trio
 
-from dmafs.core.journal import SegmentLimits
+from dmafs.core.limits import SegmentLimits, VolumeLimits
 from dmafs.core.ondisk import Flag
 from dmafs.core.segment import Segment
 from dmafs.core.storage import RealStorage, open_source
 from dmafs.core.store import open_volume
-from dmafs.core.volume import Volume, VolumeLimits
+from dmafs.core.volume import Volume
 from dmafs.errors import ExistsError, NoSuchPointError, StoreError
 from dmafs.service.engine import Engine
 from dmafs.taps.passthrough import PassThroughTap
@@ -67,7 +67,7 @@ async def test_group_commit(engine: Engine) -> None:
     before = engine.commits
 
     async def write_and_flush(number: int) -> None:
-        engine.tap.write(number * 512, sector(str(number)))
+        engine.through.write(number * 512, sector(str(number)))
         await engine.flush()
         assert engine.volume.journal.durable >= number + 1
 
@@ -79,7 +79,7 @@ async def test_group_commit(engine: Engine) -> None:
 
 async def test_a_flush_with_nothing_to_do_costs_nothing(engine: Engine) -> None:
     """Flushing twice syncs the files once."""
-    engine.tap.write(0, sector("once"))
+    engine.through.write(0, sector("once"))
     await engine.flush()
     records = engine.volume.journal.segments[-1].records
     await engine.flush()
@@ -88,7 +88,7 @@ async def test_a_flush_with_nothing_to_do_costs_nothing(engine: Engine) -> None:
 
 async def test_ticks(engine: Engine) -> None:
     """Writes that nobody flushes get a sync indicator and become durable."""
-    engine.tap.write(0, sector("lazy"))
+    engine.through.write(0, sector("lazy"))
     seq = engine.volume.journal.head
     await until(lambda: engine.volume.journal.durable >= seq)
     assert engine.volume.journal.is_indicated(seq)
@@ -112,8 +112,8 @@ async def test_a_drop_stops_between_steps(engine: Engine, monkeypatch: pytest.Mo
     """The end of the daemon doesn't wait for a long merge; while it runs, what was begun is finished."""
     for value in ("one", "two"):
         await engine.take_snapshot(value)
-        engine.tap.write(512 * (1 + (value == "two")), sector(value))
-        engine.tap.write(0, sector(value))
+        engine.through.write(512 * (1 + (value == "two")), sector(value))
+        engine.through.write(0, sector(value))
         await engine.sync()
     unlinked: list[str] = []
     plain_unlink = RealStorage.unlink
@@ -139,10 +139,10 @@ async def test_a_drop_stops_between_steps(engine: Engine, monkeypatch: pytest.Mo
 
 async def test_a_drop_does_not_wait_for_a_sync(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """A snapshot is hidden at once, also the one that the sync feeds, and gone for good once the sync has ended."""
-    engine.tap.write(0, sector("one"))
+    engine.through.write(0, sector("one"))
     await engine.take_snapshot("one")
     await engine.sync()
-    engine.tap.write(0, sector("two"))
+    engine.through.write(0, sector("two"))
     begun, go_on = held_up(monkeypatch)
     one = engine.volume.snapshots.find("one")
     assert one is not None
@@ -161,12 +161,12 @@ async def test_a_drop_does_not_wait_for_a_sync(engine: Engine, monkeypatch: pyte
 
 async def test_a_reader_is_waited_for(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """A sync doesn't overwrite the mirror under a reader that resolved before: the reader gets the old bytes."""
-    engine.tap.write(0, sector("old"))
+    engine.through.write(0, sector("old"))
     await engine.sync()
     snapshot = await engine.take_snapshot("old")
     image = engine.volume.image(snapshot.seq)
     engine.hold(image)
-    engine.tap.write(0, sector("new"))
+    engine.through.write(0, sector("new"))
     mirror = engine.volume.mirror
     resolved, go_on = threading.Event(), threading.Event()
     plain_read = mirror.read_into
@@ -201,13 +201,13 @@ async def test_a_reader_is_waited_for(engine: Engine, monkeypatch: pytest.Monkey
 
 async def test_what_a_held_image_kept_is_dropped(engine: Engine) -> None:
     """A held moment outlives syncs as a hidden snapshot, and goes when it is released."""
-    engine.tap.write(0, sector("first"))
+    engine.through.write(0, sector("first"))
     await engine.flush()
-    engine.tap.write(0, sector("held"))
+    engine.through.write(0, sector("held"))
     await engine.flush()
     image = engine.volume.image(engine.volume.journal.head)
     engine.hold(image)
-    engine.tap.write(0, sector("later"))
+    engine.through.write(0, sector("later"))
     await engine.sync()
     hidden = [snapshot for snapshot in engine.volume.snapshots.all() if snapshot.hidden]
     assert [snapshot.seq for snapshot in hidden] == [image.seq]
@@ -230,7 +230,7 @@ async def test_snapshot_names_are_unique(engine: Engine) -> None:
 
 async def test_a_failed_fsync_ends_all_writing(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """After a failed fsync the volume is read-only, and says why; reading goes on."""
-    engine.tap.write(0, sector("before"))
+    engine.through.write(0, sector("before"))
 
     def fail() -> None:
         raise OSError(5, "Input/output error")
@@ -240,7 +240,7 @@ async def test_a_failed_fsync_ends_all_writing(engine: Engine, monkeypatch: pyte
         await engine.flush()
     monkeypatch.undo()
     with pytest.raises(StoreError, match="read-only"):
-        engine.tap.write(0, sector("after"))
+        engine.through.write(0, sector("after"))
     with pytest.raises(StoreError, match="read-only"):
         await engine.flush(Flag.TICK)
     assert bytes(await engine.read(engine.volume.live, 0, 512)) == sector("before")
@@ -252,7 +252,7 @@ async def test_a_cancelled_flush_forgets_nothing(tmp_path: Path, monkeypatch: py
     await engine.recover(BOOT)
     synced = []
     monkeypatch.setattr(Segment, "datasync", lambda segment: synced.append(segment.stem))
-    engine.tap.write(0, sector("x"))
+    engine.through.write(0, sector("x"))
     await engine.limiter.acquire_on_behalf_of("somebody")
     async with trio.open_nursery() as nursery:
 
@@ -279,7 +279,7 @@ async def test_a_sync_waits_for_the_readers_of_a_resync(tmp_path: Path, monkeypa
         await nursery.start(engine.run)
         await until(lambda: engine.volume.pointers.now.copied)
         for number in range(40):
-            engine.tap.write(number * 512, sector(str(number)))
+            engine.through.write(number * 512, sector(str(number)))
         await engine.flush()
         nursery.cancel_scope.cancel()
     engine.volume.close()
@@ -314,7 +314,7 @@ async def test_digest(engine: Engine) -> None:
     """The digest is that of all bytes of the image."""
     import xxhash  # noqa: PLC0415
 
-    engine.tap.write(512, sector("some"))
+    engine.through.write(512, sector("some"))
     expected = xxhash.xxh3_128_hexdigest(bytes(512) + sector("some") + bytes((SECTORS - 2) * 512))
     await engine.flush()
     assert await engine.digest(engine.volume.image(engine.volume.journal.head)) == expected
@@ -324,12 +324,12 @@ async def test_close_leaves_journal_and_primary_equal(tmp_path: Path) -> None:
     """After an orderly stop nothing is written again; after a kill everything since the last flush is."""
     engine = make_engine(tmp_path)
     await engine.recover(BOOT)
-    engine.tap.write(0, sector("flushed"))
+    engine.through.write(0, sector("flushed"))
     await engine.close()
     engine = make_engine(tmp_path)
     assert engine.volume.pointers.now.clean
     assert await engine.recover(BOOT) == 0
-    engine.tap.write(512, sector("not flushed"))
+    engine.through.write(512, sector("not flushed"))
     engine.volume.close()
     engine.tap.primary.close()
     (tmp_path / "primary.img").write_bytes(bytes(SECTORS * 512))  # the primary lost what wasn't flushed, and more

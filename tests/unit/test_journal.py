@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from dmafs.core.journal import DIRECTORY, ForwardJournal, SegmentLimits
+from dmafs.core.journal import ForwardJournal
+from dmafs.core.limits import SegmentLimits
 from dmafs.core.ondisk import HEADER_SIZE, RECORD_SIZE, Flag
+from dmafs.core.recovery import DIRECTORY
 from dmafs.core.storage import RealStorage
 from dmafs.errors import CorruptionError, DmafsError
 from dmafs.units import SECTOR

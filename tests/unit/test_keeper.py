@@ -11,10 +11,10 @@ from uuid import UUID
 import pytest
 import trio
 
+from dmafs.core.limits import VolumeLimits
 from dmafs.core.retention import KeepRules
 from dmafs.core.storage import RealStorage, open_source
 from dmafs.core.store import Store, create_volume
-from dmafs.core.volume import VolumeLimits
 from dmafs.errors import NoSuchSnapshotError, PinnedError, ReadOnlyError, StoreFullError
 from dmafs.service import appliance as appliances
 from dmafs.service import keeper as keeping
@@ -116,10 +116,10 @@ async def test_a_pin_is_of_all_volumes(bench: Bench) -> None:
 async def test_a_pin_that_one_volume_refuses_is_in_none(bench: Bench) -> None:
     """What can't be pinned everywhere is pinned nowhere."""
     await bench.snapshot("one")
-    bench.store.volumes["b"].failure = "its disk is gone"
+    bench.store.volumes["b"].gate.failure = "its disk is gone"
     with pytest.raises(ReadOnlyError):
         await bench.appliance.pin("one")
-    bench.store.volumes["b"].failure = ""
+    bench.store.volumes["b"].gate.failure = ""
     assert not [one for one in bench.appliance.points()["snapshots"] if one["pinned"]]
     assert not list(bench.store.path.glob("*/backward/*.pin"))
 
@@ -165,14 +165,14 @@ async def test_a_volume_that_cannot_drop_does_not_stop_the_others(bench: Bench) 
     """Thinning goes on elsewhere and then says what went wrong; the keeper has an alarm on until it goes again."""
     await bench.snapshot("one")
     await bench.snapshot("two")
-    bench.store.volumes["a"].failure = "its disk is gone"
+    bench.store.volumes["a"].gate.failure = "its disk is gone"
     with pytest.raises(ReadOnlyError):
         await bench.appliance.thin()
     assert bench.appliance.snapshot_seqs("one").keys() == {"a"}
     keeper = Keeper(bench.appliance)
     await keeper.check()
     assert bench.alarms() == {"retention": "snapshots can't be thinned: volume a is read-only: its disk is gone"}
-    bench.store.volumes["a"].failure = ""
+    bench.store.volumes["a"].gate.failure = ""
     await keeper.check()
     assert bench.alarms() == {}
     assert "one" not in bench.ids()
@@ -312,10 +312,10 @@ async def test_trouble_while_making_room_is_an_alarm(bench: Bench) -> None:
     """Nothing is raised to who needs the room: the write itself says that the store is full."""
     await fill_with(bench, "one", "two")
     bench.capacity -= bench.free()
-    bench.store.volumes["a"].failure = "its disk is gone"
+    bench.store.volumes["a"].gate.failure = "its disk is gone"
     await bench.appliance.make_room(4096)
     assert "no snapshot can be dropped; volume a is read-only: its disk is gone; history" in bench.alarms()["space"]
-    bench.store.volumes["a"].failure = ""
+    bench.store.volumes["a"].gate.failure = ""
 
 
 # -- alarms ---------------------------------------------------------------------------------------------------------

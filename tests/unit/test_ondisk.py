@@ -118,7 +118,7 @@ def test_tables_cover_every_byte_once(title: str, size: int) -> None:
 def test_sizes_are_the_documented_ones() -> None:
     """Headers and slots have one sector, records 64 bytes; the slots of a pointer file lie in different pages."""
     assert (HEADER_SIZE, RECORD_SIZE, SLOT_SIZE, SLOT_OFFSETS, POINTERS_SIZE) == (512, 64, 512, (0, 4096), 8192)
-    assert FORMAT_VERSION == 2
+    assert FORMAT_VERSION == 3
 
 
 def number(data: bytes, offset: int, length: int) -> int:
@@ -140,7 +140,7 @@ def test_header_has_each_field_where_the_table_says() -> None:
     assert data[:8] == b"DMAFSEXT"
     assert data[16:32] == uuid.bytes
     fields = {
-        "format version": 2,
+        "format version": FORMAT_VERSION,
         "kind": 2,
         "salt": 11,
         "first": 12,
@@ -191,7 +191,7 @@ def test_slot_has_each_field_where_the_table_says() -> None:
     data = Pointers(uuid, 21, False, True, 22, 23, 24, 25, 26, 27, 28, 29, 30, boot).encode()  # noqa: FBT003 - by place
     assert len(data) == SLOT_SIZE
     assert data[:8] == b"DMAFSPTR"
-    assert (number(data, 8, 4), number(data, 12, 4)) == (2, 2)
+    assert (number(data, 8, 4), number(data, 12, 4)) == (FORMAT_VERSION, 2)
     assert Pointers(uuid, clean=True).encode()[12] == 1
     assert data[16:32] == uuid.bytes
     assert [number(data, offset, 8) for offset in range(32, 112, 8)] == list(range(21, 31))
@@ -367,7 +367,7 @@ def test_bad_info_is_corruption(data: bytes) -> None:
 
 
 GOOD: dict[str, Any] = {
-    "format": 2,
+    "format": FORMAT_VERSION,
     "uuid": str(UUID(int=1)),
     "name": "disk",
     "size_sectors": 8,
@@ -414,14 +414,14 @@ def test_wrong_version_is_named(kind: Any, fix: Any) -> None:
     """A header or slot of another version gives a VersionError with file and both versions, whatever its checksum."""
     one = Header(Kind.FORWARD, UUID(int=1), 1, 1) if kind is Header else Pointers(UUID(int=1))
     data = one.encode()
-    with pytest.raises(VersionError, match=r"some/file has format version 3, this program knows 2"):
-        kind.decode(fix(data[:8] + b"\x03" + data[9:]), "some/file")
+    with pytest.raises(VersionError, match=r"some/file has format version 4, this program knows 3"):
+        kind.decode(fix(data[:8] + b"\x04" + data[9:]), "some/file")
 
 
 def test_wrong_version_of_info_is_named() -> None:
     """volume.json of another version gives a VersionError, whatever else is in it."""
-    with pytest.raises(VersionError, match=r"some/file has format version 3"):
-        VolumeInfo.decode(b'{"format": 3, "new": 1}', "some/file")
+    with pytest.raises(VersionError, match=r"some/file has format version 4"):
+        VolumeInfo.decode(b'{"format": 4, "new": 1}', "some/file")
 
 
 @pytest.mark.parametrize("change", [(12, 4), (12, 0), (64, 4), (68, 255), (69, 2), (72, 0xFF)])

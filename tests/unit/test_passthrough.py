@@ -9,9 +9,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from dmafs.core.limits import VolumeLimits
 from dmafs.core.storage import RealFile, RealStorage, open_source
 from dmafs.core.store import open_volume
-from dmafs.core.volume import Volume, VolumeLimits
+from dmafs.core.volume import Volume
 from dmafs.core.work import run
 from dmafs.errors import SourceError, StoreError
 from dmafs.taps.passthrough import PassThroughTap

@@ -225,7 +225,7 @@ def test_a_volume_that_stopped_writing_is_left_alone(volume: Volume) -> None:
     """After a failed write there is nothing that a sync could do."""
     volume.write(0, fill(1))
     run(volume.flush())
-    volume.failure = "broken"
+    volume.gate.failure = "broken"
     assert plan(real(volume, starved=True), SyncPolicy(), NOW) is None
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from dmafs.core.copy import initial_copy
+from dmafs.core.limits import VolumeLimits
 from dmafs.core.ondisk import Flag
 from dmafs.core.points import landmarks, seq_at
 from dmafs.core.resync import begin_after_stop, mend, needs_resync, resync
@@ -17,7 +18,7 @@ from dmafs.core.storage import RealFile, RealStorage, open_source
 from dmafs.core.store import open_volume
 from dmafs.core.sync import sync
 from dmafs.core.verify import Differences, Steps, verify
-from dmafs.core.volume import Volume, VolumeLimits
+from dmafs.core.volume import Volume
 from dmafs.core.work import Work, run
 from dmafs.errors import NoSuchPointError
 

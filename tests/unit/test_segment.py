@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from dmafs.core.columns import Indicator
-from dmafs.core.ondisk import HEADER_SIZE, RECORD_SIZE, Flag, Header, Kind
-from dmafs.core.segment import Segment, new_salt
+from dmafs.core.ondisk import HEADER_SIZE, RECORD_SIZE, Flag, Header, Kind, new_salt
+from dmafs.core.segment import Segment
 from dmafs.core.storage import RealStorage
 from dmafs.errors import CorruptionError
 from dmafs.units import SECTOR

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from dmafs.core.limits import IndexLimits
 from dmafs.core.ondisk import HEADER_SIZE, RECORD_SIZE, Header, Kind
 from dmafs.core.segment import Segment
-from dmafs.core.snapshot import DIRECTORY, IndexLimits, Snapshot
+from dmafs.core.snapshot import DIRECTORY, Snapshot
 from dmafs.core.snapshots import Snapshots
 from dmafs.core.storage import RealStorage
 from dmafs.core.vrmo import Stack, Vrmo

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from dmafs.core import store as module
+from dmafs.core.limits import VolumeLimits
 from dmafs.core.storage import lock_directory
 from dmafs.core.store import (
     CONFIGURATION_NAME,
@@ -22,7 +23,7 @@ from dmafs.core.store import (
     open_volume,
     volume_names,
 )
-from dmafs.core.volume import INFO_NAME, VolumeLimits
+from dmafs.core.volume import INFO_NAME
 from dmafs.core.work import run
 from dmafs.errors import (
     CorruptionError,

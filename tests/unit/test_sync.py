@@ -593,7 +593,7 @@ def test_a_sync_that_may_not_commit_gives_up_no_moment(bench: Bench) -> None:
         bench.write(5, value)
     bench.flush()
     points = bench.check()
-    bench.volume.failure = "a test"
+    bench.volume.gate.failure = "a test"
     with pytest.raises(ReadOnlyError):
         run(sync(bench.volume, open_snapshot=False))
     assert bench.check() == points

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dmafs.core.limits import VolumeLimits
 from dmafs.core.ondisk import Flag
 from dmafs.core.resync import needs_resync, resync
 from dmafs.core.storage import RealFile, open_source
@@ -26,11 +27,11 @@ from dmafs.core.verify import (
     Differences,
     Found,
     Steps,
+    at_once,
     compare,
     everything,
     verify,
 )
-from dmafs.core.volume import VolumeLimits
 from dmafs.core.work import Work, run
 from dmafs.errors import NoSuchPointError, SourceError
 from tests.unit.tools import copied_volume, fill, new_volume
@@ -185,7 +186,11 @@ def test_what_differs_beside_what_is_written_all_the_time_is_told(tap: LateTap) 
     taken: list[tuple[int, int]] = []
     steps = Steps(tap.settle)
     everywhere = everything(tap.volume)
-    work = compare(tap.volume, tap.primary, everywhere, steps, take=lambda part: taken.extend(part.still(tap.volume)))
+
+    def take(part: Found) -> Work[object]:
+        return at_once(lambda: taken.extend(part.still(tap.volume)))
+
+    work = compare(tap.volume, tap.primary, everywhere, steps, take=take)
     call = next(work)
     for value in range(1, 1000):
         tap.write(5, fill(value % 200 + 1))
@@ -193,7 +198,7 @@ def test_what_differs_beside_what_is_written_all_the_time_is_told(tap: LateTap) 
         try:
             call = work.send(answer)
         except StopIteration as stop:
-            found = stop.value
+            found: Differences = stop.value
             break
     assert found.extents == [(0, 8)]
     assert taken == [(0, 5), (6, 8)]
@@ -216,7 +221,7 @@ def test_a_write_under_way_beside_a_difference_is_not_taken(tap: LateTap) -> Non
             tap.primary,
             everything(tap.volume),
             Steps(settle),
-            take=lambda part: taken.extend(part.still(tap.volume)),
+            take=lambda part: at_once(lambda: taken.extend(part.still(tap.volume))),
         )
     )
     assert taken == [(0, 5), (6, 8)]
@@ -226,7 +231,10 @@ def test_a_sync_while_differences_are_read_is_another_round(tap: LateTap) -> Non
     """Whoever takes a part can tell what newer events cover: no sync has passed the part's head then."""
     tap.damage(2, fill(9))
     taken: list[tuple[int, int]] = []
-    take = lambda part: taken.extend(part.still(tap.volume))  # noqa: E731 - short
+
+    def take(part: Found) -> Work[object]:
+        return at_once(lambda: taken.extend(part.still(tap.volume)))
+
     work = compare(tap.volume, tap.primary, everything(tap.volume), Steps(tap.settle), take=take)
     call, syncs = next(work), 0
     try:
@@ -270,7 +278,11 @@ def test_extents_are_compared_and_nothing_else(tap: LateTap) -> None:
     tap.damage(0, fill(5, SECTORS))
     taken: list[Found] = []
     extents = np.array([3, 20]), np.array([5, 21])
-    found = run(compare(tap.volume, tap.primary, extents, Steps(tap.settle), take=taken.append))
+
+    def take(part: Found) -> Work[object]:
+        return at_once(lambda: taken.append(part))
+
+    found = run(compare(tap.volume, tap.primary, extents, Steps(tap.settle), take=take))
     assert found.extents == [(3, 5), (20, 21)]
     assert (found.compared_sectors, found.sectors) == (3, 3)
     assert [part.still(tap.volume) for part in taken] == [[(3, 5)], [(20, 21)]]

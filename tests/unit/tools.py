@@ -6,10 +6,10 @@ from pathlib import Path
 from uuid import UUID
 
 from dmafs.core.copy import initial_copy
-from dmafs.core.journal import SegmentLimits
+from dmafs.core.limits import SegmentLimits, VolumeLimits
 from dmafs.core.storage import RealFile, RealStorage, open_source
 from dmafs.core.store import open_volume
-from dmafs.core.volume import Volume, VolumeLimits
+from dmafs.core.volume import Volume
 from dmafs.core.work import run
 from dmafs.units import SECTOR
 

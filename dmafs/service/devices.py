@@ -1,0 +1,41 @@
+"""The mapped devices of volumes with the dm tap: what commands do with them when there is no daemon."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+from dmafs.core.storage import boot_id
+from dmafs.core.volume import Volume
+from dmafs.core.work import run
+from dmafs.errors import TapError
+from dmafs.service.report import Report
+from dmafs.taps.dm import DmTap, attach, detach
+
+ATTACH: Final = "attach"
+DETACH: Final = "detach"
+ACTIONS: Final = (ATTACH, DETACH, "status")
+
+
+def mapped_volumes(volumes: Mapping[str, Volume], name: str | None) -> list[str]:
+    """Return the names of the volumes with a dm tap, or the one that is named; TapError if it has none."""
+    mapped = [each for each, volume in volumes.items() if volume.info.tap == "dm" and name in {None, each}]
+    if not mapped:
+        which = f"volume {name} has no mapped device" if name else "no volume of this store has a mapped device"
+        raise TapError(which, hint="only volumes made with --tap dm have one")
+    return mapped
+
+
+def local_tap(volume: Volume, directory: Path, action: str, *, log_bytes: int) -> Report:
+    """Attach or detach a volume's device without a daemon, or only report; does nothing where it is so already."""
+    tap = DmTap(volume, directory, log_bytes=log_bytes)
+    try:
+        if action == ATTACH and tap.mapped is None:
+            run(attach(volume, tap, boot_id()))
+        elif action == DETACH and tap.mapped is not None:
+            tap.begin(volume.journal.position, volume.journal.retained)
+            run(detach(volume, tap))
+        return {"volume": volume.info.name, **tap.report()}
+    finally:
+        tap.close()

@@ -1,0 +1,406 @@
+"""The engine of a volume whose tap keeps a log: it follows the log.
+
+Tasks beside those of every engine:
+
+- ``_follow`` brings windows from the log into the journal, one at a time, holding ``appending``;
+- ``_tick`` has a *barrier* each tick while there are writes: everything that is complete on the primary comes into the
+  log, then into the journal, and is made durable there; then the log is let go of as far as nobody needs it, and given
+  up for a new one before it is full;
+- ``_recheck`` compares with the primary what is in doubt (``taps/arbiter.py``), and what a failed write may have left.
+
+When writes are lost (the log is full, can't be read, or was made anew), a gap begins at the journal's head, capture
+goes on in a new log, and a resync ends the gap. When the store has no space for what was captured, the same happens,
+and the log is thrown away until there is space again. An initial copy that is under way starts again from nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Any, Final
+from uuid import UUID
+
+import numpy as np
+import trio
+
+from dmafs.core.extent import Ints, united
+from dmafs.core.ondisk import Flag
+from dmafs.core.resync import begin_after_stop, journal_found, needs_resync, start_again
+from dmafs.core.storage import boot_id as this_boot
+from dmafs.core.throttle import Throttle
+from dmafs.core.verify import Found, compare
+from dmafs.core.volume import Volume
+from dmafs.core.work import Work
+from dmafs.errors import DmafsError, LogLostError, StoreFullError, TapError
+from dmafs.service.driver import Await
+from dmafs.service.engine import Engine
+from dmafs.service.report import Report
+from dmafs.service.tasks import RETRY_S, TROUBLE
+from dmafs.taps.capture import Captured, LoggedTap, barrier_text, capture
+from dmafs.taps.dm import DmTap, attach
+from dmafs.units import SECTOR, format_bytes
+
+log = logging.getLogger(__name__)
+
+POLL_SHARE: Final = 0.1
+"""The log is looked at so often in a tick: loop devices tell nobody that they have written."""
+POLL_MAX_S: Final = 0.1
+SPACE_TRIES: Final = 5
+"""How often space is asked for before the log is thrown away."""
+CLOSE_S: Final = 10.0
+"""How long the last barrier may take when the daemon ends; what isn't captured then is in the log still."""
+
+_NOTHING: Final = (np.empty(0, np.int64), np.empty(0, np.int64))
+
+
+class Barrier:
+    """Somebody waits for a mark to be read back."""
+
+    def __init__(self) -> None:
+        """Begin to wait."""
+        self.done = trio.Event()
+        self.error: DmafsError | None = None
+
+
+class FollowingEngine(Engine):
+    """See the module."""
+
+    def __init__(
+        self,
+        volume: Volume,
+        tap: LoggedTap,
+        *,
+        tick_s: float,
+        limiter: trio.CapacityLimiter,
+        resync_rate: int = 0,
+    ) -> None:
+        """See ``Engine``; *tap* is this engine's to close."""
+        super().__init__(volume, tap, tick_s=tick_s, limiter=limiter, resync_rate=resync_rate)
+        self.log = tap
+        self._name = volume.info.name
+        self._wake = trio.Event()
+        self._barriers: dict[str, Barrier] = {}
+        self._numbers = itertools.count(1)
+        self._token = f"{os.getpid()}-{os.urandom(4).hex()}"
+        self._settling = trio.Lock()
+        self._settle_requested = self._settled = 0
+        self._loss: LogLostError | None = None
+        self._doubts: tuple[Ints, Ints] = _NOTHING
+        self._doubted = trio.Event()
+        self._ended = trio.Event()
+        self.windows = 0
+        """How many windows were captured."""
+        self.make_room: Callable[[int], Awaitable[None]] | None = None
+        """Drops what may go when the store is full; set by who can."""
+        self.alarm: Callable[[str], None] = lambda _text: None
+        """Tells the administrator; set by who can."""
+
+    # -- tasks --------------------------------------------------------------------------------------------------
+
+    async def recover(self, boot_id: UUID) -> int:
+        """Find the place in the log where the journal ends; a gap begins if it can't be had. Returns 0."""
+        journal = self.volume.journal
+        if isinstance(self.log, DmTap) and self.log.mapped is None:
+            await self.drive(attach(self.volume, self.log, boot_id))
+            return 0
+        await self.drive(begin_after_stop(self.volume, boot_id, self._commit_step))
+        try:
+            await self.call(partial(self.log.begin, journal.position, journal.retained))
+        except LogLostError as error:
+            await self._begin_gap(error, patient=False)
+        await self.call(partial(self.volume.mark_open, boot_id))
+        return 0
+
+    def tasks(self) -> list[Callable[[], Awaitable[None]]]:
+        """See ``Engine``."""
+        return [*super().tasks(), self._follow, self._recheck]
+
+    async def _tick(self) -> None:
+        while True:
+            await trio.sleep(self.tick_s)
+            if self.volume.failure or self._loss is not None:
+                continue
+            try:
+                await self.call(self.log.check)
+                if await self.ask(self.log.has_written) or not self.volume.journal.is_clean():
+                    await self.flush(Flag.TICK)
+                await self._keep_log()
+            except LogLostError as error:
+                self._lose(error)
+            except TROUBLE as error:
+                log.error("volume %s: tick failed: %s", self._name, error)
+
+    async def _keep_log(self) -> None:
+        """Let go of what is durable in the journal, and give the device a new log before the present one is full.
+
+        Not while a window is read: a scan would see the new log before the old one has its end.
+        """
+        async with self.appending:
+            await self.call(partial(self.log.release, self.volume.journal.durable_retained))
+            await self.call(self.log.keep)
+
+    async def _follow(self) -> None:
+        tries = 0
+        while True:
+            try:
+                if self._loss is not None:
+                    raise self._loss
+                captured = await self._capture()
+            except LogLostError as error:
+                await self._begin_gap(error)
+            except StoreFullError as error:
+                tries += 1
+                if tries > SPACE_TRIES:
+                    await self._discard_log(error)
+                    tries = 0
+                elif self.make_room is not None:
+                    await self.make_room(self._pending_bytes())
+            except TROUBLE as error:
+                log.error("volume %s: capture failed: %s; trying again", self._name, error)
+                await trio.sleep(RETRY_S)
+            else:
+                tries = 0
+                if captured is None:
+                    await self._idle()
+
+    def _pending_bytes(self) -> int:
+        scanned = self.log.pending
+        return 0 if scanned is None else int(scanned.window.data_bytes().sum())
+
+    async def _capture(self) -> Captured | None:
+        """Bring the next window into the journal, if there is one."""
+        async with self.appending:
+            captured = await self.drive(capture(self.volume, self.log))
+        if captured is not None:
+            self.windows += 1
+            self._doubt(*captured.doubts)
+            barrier = self._barriers.get(captured.window.mark)
+            if barrier is not None:
+                barrier.done.set()
+        elif self.log.ended and not self._ended.is_set():
+            self._ended.set()
+            log.warning("volume %s: its device was removed; writes to its source are not captured any more", self._name)
+        return captured
+
+    async def _idle(self) -> None:
+        """Wait until there may be more in the log; look whether it still goes on if somebody waits for that."""
+        with trio.move_on_after(min(self.tick_s * POLL_SHARE, POLL_MAX_S)):
+            await self._wake.wait()
+        self._wake = trio.Event()
+        if self._barriers and self._loss is None:
+            try:
+                await self.call(self.log.check)
+            except LogLostError as error:
+                self._lose(error)
+            except TROUBLE as error:
+                log.error("volume %s: %s", self._name, error)
+
+    def _lose(self, error: LogLostError) -> None:
+        """Have the follower begin a gap."""
+        self._loss = error
+        self._wake.set()
+
+    # -- barriers -----------------------------------------------------------------------------------------------
+
+    async def settle(self, *, mark: str = "") -> None:
+        """Have all writes that are complete on the primary be in the journal; *mark* names the moment.
+
+        One barrier may serve all who asked before it began. TapError when a gap begins meanwhile.
+        """
+        if not self.log.can_settle or self._ended.is_set():
+            return
+        self._settle_requested += 1
+        mine = self._settle_requested
+        async with self._settling:
+            if self._settled >= mine and not mark:
+                return
+            upto = self._settle_requested
+            await self._have_barrier(mark)
+            self._settled = upto
+
+    async def _have_barrier(self, mark: str) -> None:
+        text = barrier_text(f"{self._token}-{next(self._numbers)}", mark)
+        barrier = self._barriers[text] = Barrier()
+        try:
+            await self.call(partial(self.log.request, text))
+            self._wake.set()
+            await barrier.done.wait()
+        finally:
+            del self._barriers[text]
+        if barrier.error is not None:
+            raise barrier.error
+
+    def mark(self, name: str) -> None:
+        """See ``Engine``: a mark in the log has become one of the journal when it was read back."""
+        if not self.log.can_settle or self._ended.is_set():
+            super().mark(name)
+
+    def _fail_barriers(self, error: DmafsError) -> None:
+        for barrier in self._barriers.values():
+            barrier.error = TapError(
+                f"volume {self._name}: a gap has begun: {error.message}", hint="try again after the resync"
+            )
+            barrier.done.set()
+
+    # -- losses -------------------------------------------------------------------------------------------------
+
+    async def _begin_gap(self, error: DmafsError, *, patient: bool = True) -> None:
+        """Begin a gap at the journal's head, and have capture go on in a new log; a resync ends the gap.
+
+        TapError if there can't be a new log, unless *patient*: then it is tried again and again.
+        """
+        await self._record_gap(error)
+        while True:
+            try:
+                async with self.appending:
+                    place: int = await self.ask(self.log.restart)
+                    self.volume.journal.note_position(place, place)
+                break
+            except TROUBLE as trouble:
+                if not patient:
+                    raise
+                log.error("volume %s: capture can't go on: %s; trying again", self._name, trouble)
+                self._fail_barriers(error)
+                await trio.sleep(RETRY_S)
+        await self._end_loss(error)
+
+    async def _discard_log(self, error: DmafsError) -> None:
+        """Begin a gap, and throw away what comes into the log until the store has space again."""
+        await self._record_gap(error)
+        reserve = self.volume.limits.reserve_bytes
+        while True:
+            async with self.appending:
+                await self.call(self.log.discard)
+                if self.volume.storage.free_bytes() >= 2 * reserve:
+                    self.volume.journal.note_position(self.log.captured_place, self.log.captured_place)
+                    break
+            self._fail_barriers(error)
+            if self.make_room is not None:
+                await self.make_room(reserve)
+            await trio.sleep(min(self.tick_s, 1.0))
+        await self._end_loss(error)
+
+    async def _record_gap(self, error: DmafsError) -> None:
+        log.error("volume %s: a gap begins: %s", self._name, error.message)
+        self.alarm(f"volume {self._name}: a gap has begun: {error.message}")
+        self.copy_scope.cancel()
+        self._fail_barriers(error)
+        if self.volume.pointers.now.copied and not needs_resync(self.volume):
+            async with self.appending:
+                self.volume.indicate(Flag.GAP)
+
+    async def _end_loss(self, error: DmafsError) -> None:
+        """Have everything begin anew that relied on what was lost."""
+        self._loss = None
+        self._doubts = _NOTHING
+        self._fail_barriers(error)
+        async with self._commit:
+            await self.commit(Flag.TICK)
+        async with self.copying:
+            if not self.volume.pointers.now.copied:
+                await self.drive(start_again(self.volume))
+        self.checking.gap_begun()
+
+    def _commit_step(self, flag: Flag) -> Work[object]:
+        """Make durable what is in the journal, as a step of work: before the log is followed nothing settles."""
+        return (yield Await(partial(self.commit, flag)))
+
+    # -- doubts -------------------------------------------------------------------------------------------------
+
+    def _doubt(self, starts: Ints, stops: Ints) -> None:
+        """Have extents compared with the primary."""
+        if len(starts):
+            columns = [np.concatenate(pair) for pair in zip(self._doubts, (starts, stops), strict=True)]
+            self._doubts = united(*columns)
+            self._doubted.set()
+
+    async def _recheck(self) -> None:
+        while True:
+            await self._doubted.wait()
+            self._doubted = trio.Event()
+            doubts, self._doubts = self._doubts, _NOTHING
+            if needs_resync(self.volume) or not self.volume.pointers.now.copied:
+                continue  # everything is compared, or copied, anyway
+            try:
+                steps = self.steps(Throttle())
+                found = await self.examine(compare(self.volume, self.log.primary, doubts, steps, take=self._correct))
+            except TROUBLE as error:
+                log.error("volume %s: comparing what is in doubt failed: %s", self._name, error)
+                continue
+            if found.sectors:
+                size = format_bytes(found.sectors * SECTOR)
+                log.warning("volume %s: %s were corrected after the source", self._name, size)
+
+    def _correct(self, part: Found) -> Work[object]:
+        """Journal a difference, unless a sync has meanwhile passed what would say that it is one still."""
+
+        def change() -> None:
+            if self.volume.pointers.now.mirror_seq <= part.head:
+                journal_found(self.volume, part)
+            else:
+                self._doubt(*(np.array([edge], np.int64) for edge in (part.start, part.start + len(part.differs))))
+
+        return self.steps(Throttle()).append(change)
+
+    # -- the end ------------------------------------------------------------------------------------------------
+
+    async def attach(self, boot_id: UUID) -> None:
+        """Make the device again; nothing if it is there. *boot_id* is the running kernel's."""
+        assert isinstance(self.log, DmTap)
+        async with self._settling, self._commit, self.appending:
+            if self.log.mapped is None:
+                await self.drive(attach(self.volume, self.log, boot_id))
+                self._ended = trio.Event()
+                self._wake.set()
+
+    async def detach(self) -> None:
+        """Remove the device, and take in all that it has logged; TapBusyError if somebody uses it."""
+        async with self._settling, self.appending:
+            await self.call(self.log.detach)
+        self._wake.set()
+        await self._ended.wait()
+        await self.flush()
+        await self.call(self.volume.mark_clean)
+
+    async def tap_report(self, action: str) -> Report:
+        """Do what is wanted with the device, and return what there is to say about it."""
+        assert isinstance(self.log, DmTap)
+        if action == "attach":
+            await self.attach(this_boot())
+        elif action == "detach" and self.log.mapped is not None:
+            await self.detach()
+        report: Report = await self.ask(self.log.report)
+        return report
+
+    async def finish(self) -> None:
+        """Take in what was written until now. The device stays, and what it logs then waits for the next start.
+
+        Only without a device the volume is closed in order: until then a stop of the machine loses what is in the log.
+        """
+        try:
+            with trio.move_on_after(CLOSE_S):
+                await self._drain_log()
+        finally:
+            await self.commit(Flag.FLUSH)
+        if self._ended.is_set():
+            await self.call(self.volume.mark_clean)
+
+    async def _drain_log(self) -> None:
+        """Have a last barrier, without the tasks, which have ended."""
+        if not self.log.can_settle or self._ended.is_set() or self.volume.failure:
+            return
+        text = barrier_text(f"{self._token}-{next(self._numbers)}")
+        await self.call(partial(self.log.request, text))
+        captured: Captured | None = None
+        while captured is None or captured.window.mark != text:
+            captured = await self._capture()
+            if captured is None:
+                await self.call(self.log.check)
+                await trio.sleep(POLL_MAX_S)
+
+    async def ask(self, question: Callable[[], Any]) -> Any:  # noqa: ANN401 - whatever it answers
+        """Run a call in a thread, and return its answer."""
+        return await self.call(question)
