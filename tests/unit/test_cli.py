@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from dmafs.cli.main import main
-from dmafs.core.store import create_volume
+from dmafs.core.store import create_volume, open_volume
+from tests.unit.tools import copy_all
 
 ROOT = Path(__file__).parents[2]
 SIZE = 1 << 20
@@ -61,8 +63,6 @@ def test_clones_without_a_daemon(store: Path) -> None:
         assert "clone" in said
 
 
-@pytest.mark.parametrize("options", [["--tap", "log"], ["--log", "a.log"], ["--tap", "fuse", "--log", "a.log"]])
-def test_a_log_and_its_tap_belong_together(tmp_path: Path, options: list[str]) -> None:
-    """One without the other is a mistake; nothing is made."""
-    assert main(["create", str(tmp_path / "store"), "--source", str(tmp_path / "none"), *options]) == 3
-    assert not (tmp_path / "store").exists()
+OURS
+
+THEIRS
