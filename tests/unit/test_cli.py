@@ -63,6 +63,39 @@ def test_clones_without_a_daemon(store: Path) -> None:
         assert "clone" in said
 
 
-OURS
+def test_verify_and_resync_without_a_daemon(store: Path) -> None:
+    """They work on the store itself: what differs is listed and an error, a resync takes it over, and it is gone."""
+    source = store.parent / "disk.raw"
+    status, said = run("verify", store, output="/dev/null")
+    assert (status, "the initial copy isn't complete" in said) == (21, True)
+    volume = open_volume(store / "disk")
+    copy_all(volume, source)
+    volume.close()
+    assert run("verify", store, output="/dev/null") == (0, "")
+    with source.open("r+b") as file:
+        file.seek(5000)
+        file.write(b"past the tap")
+    listed = store.parent / "listed"
+    status, said = run("verify", store, "disk", output=str(listed))
+    assert status == 26
+    assert said.startswith("dmafs: error: source and newest image differ in 4 KiB of volume disk\nhint: ")
+    assert listed.read_text() == (
+        "volume disk: 1 extent differs\n"
+        "          OFFSET            LENGTH\n"
+        "            4096              4096\n"
+        "           total              4096  bytes\n"
+    )
+    status, said = run("verify", "--json", store, output=str(listed))
+    assert (status, json.loads(listed.read_text())["volumes"][0]["extents"]) == (26, [{"offset": 4096, "length": 4096}])
+    assert run("resync", store, "--rate", "0", output=str(listed)) == (0, "")
+    assert "1 extent taken over" in listed.read_text()
+    assert run("verify", store, output="/dev/null") == (0, "")
+    for arguments, code in ((["--rate", "fast"], 3), (["nope"], 22)):
+        assert run("verify", store, *arguments, output="/dev/null")[0] == code
 
-THEIRS
+
+@pytest.mark.parametrize("options", [["--tap", "log"], ["--log", "a.log"], ["--tap", "fuse", "--log", "a.log"]])
+def test_a_log_and_its_tap_belong_together(tmp_path: Path, options: list[str]) -> None:
+    """One without the other is a mistake; nothing is made."""
+    assert main(["create", str(tmp_path / "store"), "--source", str(tmp_path / "none"), *options]) == 3
+    assert not (tmp_path / "store").exists()
