@@ -104,8 +104,8 @@ class FollowingEngine(Engine):
         """How many windows were captured."""
         self.make_room: Callable[[int], Awaitable[None]] | None = None
         """Drops what may go when the store is full; set by who can."""
-        self.alarm: Callable[[str], None] = lambda _text: None
-        """Tells the administrator; set by who can."""
+        self.alarm: Callable[[str], None] = log.error
+        """Tells the administrator; set by who has a way to."""
 
     # -- tasks --------------------------------------------------------------------------------------------------
 
@@ -312,7 +312,6 @@ class FollowingEngine(Engine):
         await self._end_loss(error)
 
     async def _record_gap(self, error: DmafsError) -> None:
-        log.error("volume %s: a gap begins: %s", self._name, error.message)
         self.alarm(f"volume {self._name}: a gap has begun: {error.message}")
         self.copy_scope.cancel()
         self._fail_barriers(error)
@@ -412,6 +411,10 @@ class FollowingEngine(Engine):
         await self._ended.wait()
         await self.flush()
         await self.call(self.volume.mark_clean)
+
+    def device_report(self) -> Report | None:
+        """See ``Engine``."""
+        return self.log.report() if isinstance(self.log, DmTap) else None
 
     async def tap_report(self, action: str) -> Report:
         """Do what is wanted with the device, and return what there is to say about it."""
