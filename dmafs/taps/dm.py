@@ -285,7 +285,12 @@ def attach(volume: Volume, tap: DmTap, boot_id: UUID) -> Work[None]:
     volume.journal.note_position(place, place)
     yield from volume.flush()
     yield partial(volume.mark_open, boot_id)
-    yield tap.attach
+    try:
+        yield tap.attach
+    except BaseException:
+        if now.clean:  # nothing has happened
+            yield volume.mark_clean
+        raise
 
 
 def _take_rest(volume: Volume, tap: DmTap, flush: Callable[[Flag], Work[object]]) -> Work[None]:
