@@ -26,7 +26,7 @@ from dmafs.core.work import Work
 from dmafs.errors import DmafsError, TapError
 from dmafs.taps.arbiter import Arbiter, Verdict
 from dmafs.taps.logformat import LogFlag
-from dmafs.taps.logreader import LoggedWindow, LogReader
+from dmafs.taps.logreader import BATCH_BYTES, LoggedWindow, LogReader
 from dmafs.units import SECTOR, valid_name
 
 _DISCARD: Final = int(LogFlag.DISCARD)
@@ -95,6 +95,7 @@ class LoggedTap(ABC):
         self.barriers: dict[str, int] = {}
         """By its mark's text, what had been captured when a barrier began."""
         self._settled_place = 0
+        self._buffer = bytearray(BATCH_BYTES)  # new ones would cost a page fault for each 4 KiB
         self.ended = False
         """Whether capture has ended in order: nothing comes behind what was scanned."""
 
@@ -156,9 +157,9 @@ class LoggedTap(ABC):
         self.release(self.captured_place)
 
     def read(self, scanned: Scanned) -> Iterator[list[Extent]]:
-        """Yield the events of a window in batches of some MiB."""
+        """Yield the events of a window in batches; the data of one is gone when the next one is asked for."""
         for first, last in scanned.window.batches():
-            yield [*scanned.log.reader.read(scanned.window, first, last)]
+            yield [*scanned.log.reader.read(scanned.window, first, last, buffer=self._buffer)]
 
     def judge(self, scanned: Scanned) -> Verdict:
         """Return what FUA arbitration makes of a window."""

@@ -27,7 +27,7 @@ from dmafs.errors import CorruptionError, LogLostError, TapError
 from dmafs.taps.capture import Log, LoggedTap, Scanned, capture
 from dmafs.taps.kernellog import devices_under
 from dmafs.taps.logreader import LoggedWindow, LogReader
-from dmafs.taps.mapped import Lsn, MappedTap, device_name, first_of, log_paths
+from dmafs.taps.mapped import HEAD_BYTES, Lsn, MappedTap, device_name, first_of, log_paths
 from dmafs.units import SECTOR
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ class DmTap(LoggedTap):
         """Take over the device if there is one; *directory* is the volume's. Logs are made with *log_bytes*."""
         self._volume = volume
         self.directory = directory
-        self._log_bytes = log_bytes
+        self._log_bytes = log_bytes // HEAD_BYTES * HEAD_BYTES
         self._source = Path(volume.info.source)
         super().__init__(open_direct(self._source), volume.info.size_sectors)
         self.mapped = MappedTap.find(directory, **self._identity)
@@ -285,7 +285,12 @@ def attach(volume: Volume, tap: DmTap, boot_id: UUID) -> Work[None]:
     volume.journal.note_position(place, place)
     yield from volume.flush()
     yield partial(volume.mark_open, boot_id)
-    yield tap.attach
+    try:
+        yield tap.attach
+    except BaseException:
+        if now.clean:  # nothing has happened
+            yield volume.mark_clean
+        raise
 
 
 def _take_rest(volume: Volume, tap: DmTap, flush: Callable[[Flag], Work[object]]) -> Work[None]:

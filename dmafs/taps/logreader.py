@@ -27,7 +27,6 @@ from typing import Final, Literal
 import numpy as np
 
 from dmafs.core.extent import MAX_EXTENT_SECTORS, MAX_ZERO_SECTORS, Ints
-from dmafs.core.segment import BATCH_BYTES
 from dmafs.core.storage import File
 from dmafs.errors import CorruptionError
 from dmafs.taps.logformat import (
@@ -49,6 +48,8 @@ CHUNK_BYTES: Final = 1 << 20
 """What is read at once where entries are small: their data is read along, which is cheaper than a call for each."""
 TAIL_BYTES: Final = 4096
 """What is read at once at first, and after data that was skipped: there may be nothing more yet."""
+BATCH_BYTES: Final = 2 << 20
+"""What of a window is read at once: not much more than the processor's caches hold, since it is read to be written."""
 SKIP_BYTES: Final = 128 << 10
 """Data of this length isn't read along."""
 
@@ -389,14 +390,20 @@ class LogReader:
 
     # -- data ---------------------------------------------------------------------------------------------------
 
-    def read(self, window: LoggedWindow, begin: int, end: int) -> list[LoggedExtent]:
-        """Return rows ``[begin, end)`` with their data, None of discards; one read per BATCH_BYTES. Any thread may."""
+    def read(
+        self, window: LoggedWindow, begin: int, end: int, *, buffer: bytearray | None = None
+    ) -> list[LoggedExtent]:
+        """Return rows ``[begin, end)`` with their data, None of discards; one read per BATCH_BYTES. Any thread may.
+
+        The data of one batch can be read into a *buffer*, which has to be long enough.
+        """
         found: list[LoggedExtent] = []
         for first, last in window.batches(begin, end):
             base = int(window.offsets[first])
             sizes = window.data_bytes(first, last).tolist()
             offsets = (window.offsets[first:last] - base).tolist()
-            data = memoryview(bytearray(offsets[-1] + sizes[-1]))
+            size = offsets[-1] + sizes[-1]
+            data = memoryview(bytearray(size) if buffer is None else buffer)[:size]
             if data:
                 self.file.read_into(data, base)
             rows = zip(
