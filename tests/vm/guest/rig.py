@@ -44,7 +44,7 @@ class TapRig(Rig):
         """See ``Rig``."""
         return [sys.executable, "-c", _KEEPS_LOGS] if self.keeps_logs else super().program()
 
-    def protect(self, size: int, *, source: Path | None = None, configuration: str = "") -> None:
+    def protect(self, size: int, *, source: Path | None = None, configuration: str = "", protected: bool = True) -> None:
         """Make a volume of a primary of zeros, or of *source*, and start its daemon."""
         if source is None:
             with self.primary().open("wb") as file:
@@ -52,9 +52,10 @@ class TapRig(Rig):
             self._loop = loopdev.attach(self.primary())
             source = self._loop.node
         self.source = source
+        self.store.mkdir(mode=0o700, exist_ok=True)
+        self.configure(configuration)  # before the first log is made
         self.dmafs("create", self.store, "--source", source, "--tap", "dm")
-        self.configure(configuration)
-        self.start()
+        self.start(protected=protected)
 
     # -- what stands on the device -----------------------------------------------------------------------------
 
