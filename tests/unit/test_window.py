@@ -182,3 +182,13 @@ def test_volume_shows_windows_as_points(tmp_path: Path) -> None:
     run(volume.flush())
     assert volume.journal.durable == origin + 3
     volume.close()
+
+
+def test_the_place_in_the_log_survives_a_kill_behind_a_release(bench: Bench) -> None:
+    """All is in the mirror, and a window had begun a new segment: the old one, with the place, is no leftover."""
+    bench.window(extents(*range(1, 5)), 99, retained=50)
+    window = bench.journal.begin_window()
+    window.write(extents(*range(1, 5)))
+    assert window.parts[-1][0].header.first == 5
+    journal = bench.reopen(tail=4)
+    assert (journal.position, journal.retained, journal.head) == (99, 50, 4)
