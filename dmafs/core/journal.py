@@ -91,6 +91,7 @@ class ForwardJournal:
         """The same, as the records that are durable say it: what lies before is needed by nobody any more."""
         self._window: Window | None = None
         self._noted = 0  # position of the last indicator
+        self._noted_retained = 0  # what the last indicator says is retained, as far as indicators say it
         self._dirty: list[Segment] = []
         self._new_names = False
         self._slot = 0  # of the first segment; all but the last segment are slots of the tree
@@ -119,7 +120,7 @@ class ForwardJournal:
             if len(segment.indicator_seqs):
                 self.position = self._noted = segment.indicator_positions[-1]
                 self.retained = next((value for value in reversed(segment.indicator_retained) if value), self.retained)
-        self.durable_retained = self.retained
+        self.durable_retained = self._noted_retained = self.retained
 
     # -- appending ----------------------------------------------------------------------------------------------
 
@@ -154,6 +155,8 @@ class ForwardJournal:
             retained=self.retained,
         )
         self._noted = self.position
+        if not name:
+            self._noted_retained = self.retained
         self._note_gap(Indicator(self.head, self.head_time_ns, flag))
 
     # -- windows ------------------------------------------------------------------------------------------------
@@ -183,7 +186,7 @@ class ForwardJournal:
             self._mark_dirty(segment)
         self.position, self.retained = window.position, window.retained
         if window.noted:
-            self._noted = window.position
+            self._noted, self._noted_retained = window.position, window.retained
             self.head, self.head_time_ns = self.head + window.count, window.time_ns
 
     def abandon(self, window: Window) -> None:
@@ -242,7 +245,7 @@ class ForwardJournal:
 
     def take_dirty(self) -> Callable[[], None]:
         """Return a call, for any thread, that makes durable all that was appended until now."""
-        segments, new_names, retained = self._dirty, self._new_names, self.retained
+        segments, new_names, retained = self._dirty, self._new_names, self._noted_retained
         self._dirty, self._new_names = [], False
 
         def datasync() -> None:
