@@ -195,7 +195,11 @@ class Target:
             self.pieces.append((0, Super(self.entries, self.sector_bytes).encode()))
 
     def end(self) -> None:
-        """Be replaced or removed; no bio is under way."""
+        """Be replaced or removed; no bio is under way.
+
+        If data can't be written now, the end mark may be there all the same, and nobody can ask the target any more:
+        left out here, since only the log's file itself (holes where data has to be) could tell.
+        """
         self.logging = [*self.unflushed, *self.logging]
         self.mark(END_MARK)
         self.drain()
