@@ -47,6 +47,8 @@ class Scanned:
 
     log: Log
     window: LoggedWindow
+    behind: int | None = None
+    """The place behind it where that isn't the one behind its last entry: a log that ended goes on in the next one."""
 
     @property
     def begin(self) -> int:
@@ -56,7 +58,7 @@ class Scanned:
     @property
     def end(self) -> int:
         """Return the place behind it."""
-        return self.log.first + self.window.end // SECTOR
+        return self.log.first + self.window.end // SECTOR if self.behind is None else self.behind
 
     @property
     def name(self) -> str:

@@ -149,6 +149,7 @@ class LogReader:
         self._step = TAIL_BYTES
         self._fresh = False  # the buffer was filled while a window was found that ``scan`` has just returned
         self._upto: int | None = None  # of the last scan
+        self._stale = False  # likewise, and ``scan`` has been called again: zeros in it may be something by now
         self._clear()
         if position > file.size():
             raise CorruptionError(
@@ -233,7 +234,7 @@ class LogReader:
             self._set_sector_bytes(found.sector_bytes)
         if not self._fresh or upto != self._upto:
             self._filled = 0  # what was read before may have changed
-        self._fresh, self._upto = False, upto
+        self._stale, self._fresh, self._upto = self._fresh, False, upto
         return True
 
     def rest(self) -> LoggedWindow | None:
@@ -373,6 +374,9 @@ class LogReader:
         if not self._in_buffer(self.position) and not self._load():
             return False
         at = self.position - self._base
+        if not any(self._buffer[at : at + HEADER_BYTES]) and self._stale:  # it may have been written since
+            self._filled = 0
+            return self._load() and any(self._buffer[:HEADER_BYTES])
         return any(self._buffer[at : at + HEADER_BYTES])
 
     def _load(self) -> bool:
@@ -385,7 +389,7 @@ class LogReader:
         self._step = TAIL_BYTES if skipped or not self._filled else min(self._step * _GROWTH, CHUNK_BYTES)
         length = min(self._step, rest)
         self.file.read_into(memoryview(self._buffer)[:length], at)
-        self._base, self._filled = at, length
+        self._base, self._filled, self._stale = at, length, False
         return True
 
     # -- data ---------------------------------------------------------------------------------------------------

@@ -318,3 +318,14 @@ def test_replaying_windows_is_replaying_the_log() -> None:
         for start, length, data in reader.read(window, 0, len(window)):
             disk[start * SECTOR : (start + length) * SECTOR] = bytes(length * SECTOR) if data is None else data
     assert disk == replay(entries, bytearray(len(disk)))
+
+
+def test_what_came_since_the_last_window_is_seen_at_once() -> None:
+    """What was read along with a window isn't the end of a log: None means that there is no other window now."""
+    file = MemoryFile(log_of([FLUSH], tail=20))
+    reader = LogReader(file, size_sectors=DISK_SECTORS)
+    assert reader.scan() is not None
+    file.write([log_of([write(3, fill(3)), FLUSH])[SECTOR:]], reader.position)
+    window = reader.scan()
+    assert window is not None
+    assert window.starts.tolist() == [3]
