@@ -18,6 +18,8 @@ BLOCK: Final = 4096
 RUN_MAX: Final = 8
 """Blocks of one write."""
 RECORD: Final = 16
+PAUSE_S: Final = 0.03
+"""Between two records: a commit of a file system is some windows of the log."""
 
 
 class Load(threading.Thread):
@@ -59,10 +61,12 @@ class Blocks(Load):
     One in four is a FUA write, most go to few places again and again, and after each sixteenth everything is flushed.
     """
 
-    def __init__(self, node: Path, size: int, *, seed: int, begin: int = 0, pause_s: float = 0.004) -> None:
-        """Write to ``[begin, size)`` of a device whose other bytes are zeros; *pause_s* between two writes."""
+    def __init__(
+        self, node: Path, content: bytes | int, *, seed: int, begin: int = 0, pause_s: float = 0.005
+    ) -> None:
+        """Write from byte *begin* on to a device that holds *content*, or so many zeros; *pause_s* between two writes."""
         super().__init__()
-        self.content = bytearray(size)
+        self.content = bytearray(content)
         """What the device holds, at rest."""
         self.count = 0
         self.durations: list[tuple[float, float]] = []
@@ -127,7 +131,7 @@ class Ledger(Load):
         os.write(self._fd, record(self.acknowledged + 1))
         os.fsync(self._fd)
         self.acknowledged += 1
-        time.sleep(0.002)
+        time.sleep(PAUSE_S)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
