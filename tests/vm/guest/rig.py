@@ -6,6 +6,8 @@ The primary is a loop device over a file of the rig's folder, unless the caller 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -18,7 +20,7 @@ from dmafs.core.ondisk import HEADER_SIZE, RECORD_DTYPE, Flag
 from dmafs.service.client import session
 from dmafs.taps import loopdev
 from dmafs.taps.devicemapper import DeviceMapper
-from tests.mount.harness import Rig, run, wait_until
+from tests.mount.harness import Rig, run, spelled, wait_until
 
 NODE: Final = Path("/dev/mapper/dmafs-disk")
 
@@ -28,6 +30,14 @@ from dmafs.taps.mapped import MappedTap
 MappedTap.punch = lambda *_: None
 entry()
 """
+
+_libc: Final = ctypes.CDLL(None, use_errno=True)
+
+
+def _check(result: int, path: Path) -> None:
+    if result:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), str(path))
 
 
 class TapRig(Rig):
@@ -71,6 +81,30 @@ class TapRig(Rig):
         self.mount(str(device), folder, options)
         yield folder
         self.umount(folder)
+
+    @contextlib.contextmanager
+    def clone(self, at: int | str, name: str = "clone") -> Iterator[Path]:
+        """Have a clone of a moment; yield its loop device. Without commands: those take long to start in a guest."""
+        made = self.mnt / "clones" / f"{name}@{at if isinstance(at, str) else spelled(at)}"
+        made.mkdir()
+        with loopdev.attach(self.mnt / "clones" / name / "disk.img") as loop:
+            yield loop.node
+        (self.mnt / "clones" / name).rmdir()
+
+    @contextlib.contextmanager
+    def replayed(self, kind: str, device: Path, name: str = "past") -> Iterator[Path]:
+        """Have a file system be mounted that may have been cut off; the kernel replays its journal."""
+        folder = self.folder(name)
+        options = {"ext4": "", "xfs": "nouuid"}[kind]  # the one it is a clone of may be mounted, too
+        _check(_libc.mount(bytes(device), bytes(folder), kind.encode(), 0, options.encode()), device)
+        try:
+            yield folder
+        finally:
+            _check(_libc.umount2(bytes(folder), 0), folder)
+
+    def fsck(self, kind: str, device: Path) -> None:
+        """Assert that a file system is clean."""
+        run(*{"ext4": ("e2fsck", "-fn"), "xfs": ("xfs_repair", "-n", "-P")}[kind], device)
 
     @contextlib.contextmanager
     def frozen(self, folder: Path) -> Iterator[None]:
