@@ -25,6 +25,7 @@ from dmafs.core.resync import needs_resync, resync
 from dmafs.core.storage import RealFile, RealStorage, open_source
 from dmafs.core.store import open_volume
 from dmafs.core.sync import sync
+from dmafs.core.verify import Steps, at_once
 from dmafs.core.volume import Volume
 from dmafs.core.work import Work, run
 from dmafs.errors import LogLostError, StoreFullError
@@ -323,7 +324,8 @@ class World:
         self.quiesce()
         if not self.gap or self.device.target is None:
             return
-        run(resync(self.volume, self.tap.primary, lambda flag: self.volume.flush(flag=flag), lambda _: None))
+        quiet = Steps(lambda: at_once(lambda: None))
+        run(resync(self.volume, self.tap.primary, lambda flag: self.volume.flush(flag=flag), quiet, lambda _: None))
         self.gap = False
         self.doubts = set()
         self.device.truth.begin(self.device.content())
