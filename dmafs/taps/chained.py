@@ -45,6 +45,10 @@ class ChainedTap(LoggedTap):
     def log_paths(self) -> list[Path]:
         """Return the logs that the device has or had, not those that it will be given."""
 
+    def is_over(self) -> bool:
+        """Say whether nothing can come into the newest log any more."""
+        return False
+
     def firsts(self) -> list[int]:
         """Return the first places of all logs, ascending."""
         return sorted(int(path.stem) for path in self.log_paths())
@@ -108,7 +112,7 @@ class ChainedTap(LoggedTap):
 
     def scan(self) -> Scanned | None:
         """See ``LoggedTap``."""
-        newer = self._newer()
+        newer, over = self._newer(), self.is_over()
         if self.ended:
             if newer is None:
                 return None
@@ -122,10 +126,9 @@ class ChainedTap(LoggedTap):
         except CorruptionError as error:
             raise LogLostError(error.message, hint=error.hint) from error
         if window is None:
-            if newer is not None:  # was there before the look at this one, which so has to be whole
-                raise LogLostError(
-                    f"the log {log.file.name} stops without an end, and there is a newer one", hint=_HINT
-                )
+            if newer is not None or over:  # was so before the look at this log, which so has to be whole
+                why = "there is a newer one" if newer is not None else "its device is gone"
+                raise LogLostError(f"the log {log.file.name} stops without an end, and {why}", hint=_HINT)
             return None
         if log.file.has_hole(window.begin, window.end):
             raise LogLostError(f"the log {log.file.name} has a hole after byte {window.begin}", hint=_HINT)

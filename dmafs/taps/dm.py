@@ -12,6 +12,7 @@ After the first the log is whole, which its end mark says; after the second noth
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ from dmafs.core.resync import begin_after_stop, needs_resync, start_again
 from dmafs.core.storage import open_direct
 from dmafs.core.volume import Volume
 from dmafs.core.work import Work
-from dmafs.errors import LogLostError, TapError
+from dmafs.errors import DmafsError, LogLostError, TapError
 from dmafs.taps.capture import LoggedTap, capture
 from dmafs.taps.chained import ChainedTap
 from dmafs.taps.kernellog import devices_under
@@ -56,6 +57,7 @@ class DmTap(ChainedTap):
         except BaseException:
             primary.close()
             raise
+        self._using = threading.Lock()  # while the device is asked what isn't ordered with its removal
         self._look()
 
     @property
@@ -88,11 +90,16 @@ class DmTap(ChainedTap):
 
     def check(self) -> None:
         """See ``LoggedTap``. A log that has its end is whole."""
-        if self.mapped is not None and not self.ended and self.mapped.status().disabled:
-            raise LogLostError(
-                f"{self.mapped.node} has stopped logging: its log is full, or can't be written",
-                hint="make space in the store",
-            )
+        with self._using:
+            if self.mapped is not None and not self.ended and self.mapped.status().disabled:
+                raise LogLostError(
+                    f"{self.mapped.node} has stopped logging: its log is full, or can't be written",
+                    hint="make space in the store",
+                )
+
+    def is_over(self) -> bool:
+        """See ``ChainedTap``."""
+        return self.mapped is None
 
     def request(self, text: str) -> None:
         """See ``LoggedTap``."""
@@ -103,11 +110,13 @@ class DmTap(ChainedTap):
 
     def has_written(self) -> bool:
         """See ``LoggedTap``."""
-        return self.mapped is not None and self.mapped.has_written()
+        with self._using:
+            return self.mapped is not None and self.mapped.has_written()
 
     def devices(self) -> frozenset[str]:
         """See ``LoggedTap``."""
-        numbers = [self._source.stat().st_rdev, *([self.mapped.node.stat().st_rdev] if self.mapped else [])]
+        with self._using:
+            numbers = [self._source.stat().st_rdev, *([self.mapped.node.stat().st_rdev] if self.mapped else [])]
         return frozenset[str]().union(*map(devices_under, numbers))
 
     # -- the logs -----------------------------------------------------------------------------------------------
@@ -125,9 +134,13 @@ class DmTap(ChainedTap):
         return max(super().next_first(), self._volume.journal.position)
 
     def restart(self) -> int:
-        """See ``LoggedTap``."""
+        """See ``LoggedTap``. Without a device there is nothing more to capture: then it has ended."""
         first = self.next_first()
-        self.device.rotate(Lsn(first))
+        if self.mapped is None:
+            self.forget_all()
+            self.ended, self.captured_place = True, first
+            return first
+        self.mapped.rotate(Lsn(first))
         self._go_on(first)
         return first
 
@@ -156,8 +169,9 @@ class DmTap(ChainedTap):
 
     def detach(self) -> None:
         """See ``LoggedTap``."""
-        self.device.detach()
-        self.mapped = None
+        with self._using:
+            self.device.detach()
+            self.mapped = None
 
     def close(self) -> None:
         """See ``LoggedTap``."""
@@ -168,14 +182,15 @@ class DmTap(ChainedTap):
     def report(self) -> dict[str, Any]:
         """Return what there is to say about device and log."""
         node = f"/dev/mapper/{device_name(self._volume.info.name)}"
-        if self.mapped is None:
-            return {"device": node, "attached": False}
-        status = self.mapped.status()
+        with self._using:
+            if self.mapped is None:
+                return {"device": node, "attached": False}
+            status, log = self.mapped.status(), self.mapped.log
         return {
             "device": node,
             "attached": True,
             "logging": not status.disabled,
-            "log": str(self.mapped.log),
+            "log": str(log),
             "log_bytes": status.next_sector * SECTOR,
             "log_limit_bytes": status.end_sector * SECTOR,
             "log_entries": status.entries,
@@ -209,9 +224,8 @@ def attach(volume: Volume, tap: DmTap, boot_id: UUID) -> Work[None]:
     yield partial(volume.mark_open, boot_id)
     try:
         yield tap.attach
-    except BaseException:
-        if now.clean:  # nothing has happened
-            yield volume.mark_clean
+    except (DmafsError, OSError):  # there is no device, and nothing that only a log has
+        yield volume.mark_clean
         raise
 
 
@@ -221,8 +235,6 @@ def _take_rest(volume: Volume, tap: DmTap, flush: Callable[[Flag], Work[object]]
     try:
         yield partial(tap.begin, journal.position, journal.retained)
         yield from drain(volume, tap)
-        if not tap.ended:
-            raise LogLostError("the log has no end", hint=_COMPARED)
     except LogLostError as error:
         log.error("volume %s: a gap begins: %s", volume.info.name, error.message)
         if not volume.pointers.now.copied:
@@ -236,7 +248,5 @@ def detach(volume: Volume, tap: DmTap) -> Work[None]:
     yield from drain(volume, tap)
     yield tap.detach
     yield from drain(volume, tap)
-    if not tap.ended:
-        raise LogLostError("the log has no end", hint="start the daemon: " + _COMPARED)
     yield from volume.flush()
     yield volume.mark_clean
