@@ -19,7 +19,7 @@ from urllib.parse import quote, unquote
 from dmafs.core.extent import Ints
 from dmafs.core.ondisk import Flag
 from dmafs.core.segment import Extent
-from dmafs.core.storage import File
+from dmafs.core.storage import File, RealFile
 from dmafs.core.volume import Volume
 from dmafs.core.window import Window
 from dmafs.core.work import Work
@@ -36,7 +36,7 @@ _PREFIX: Final = "dmafs:"
 class Log(NamedTuple):
     """One log file, and the place of its first byte."""
 
-    file: File
+    file: RealFile
     first: int
     reader: LogReader
 

@@ -8,17 +8,18 @@ Invariants:
 
 1. A log is left only behind its end mark. One that just stops while there is a newer one has lost something.
 2. The place behind the last window is kept here: a reader's own position may be inside of a window already.
-3. The last log stays until there is a newer one: it says where that one has to begin.
+3. Nothing of a window is a hole: a write to the log that fails leaves one, and the target may go on behind it. An end
+   mark doesn't say that all before it is there.
+4. The last log stays until there is a newer one: it says where that one has to begin.
 """
 
 from __future__ import annotations
 
-import os
 from abc import abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 
-from dmafs.core.storage import File, RealFile
+from dmafs.core.storage import File, open_log
 from dmafs.errors import CorruptionError, LogLostError
 from dmafs.taps.capture import Log, LoggedTap, Scanned
 from dmafs.taps.logreader import LogReader
@@ -43,6 +44,10 @@ class ChainedTap(LoggedTap):
     @abstractmethod
     def log_paths(self) -> list[Path]:
         """Return the logs that the device has or had, not those that it will be given."""
+
+    def is_over(self) -> bool:
+        """Say whether nothing can come into the newest log any more."""
+        return False
 
     def firsts(self) -> list[int]:
         """Return the first places of all logs, ascending."""
@@ -87,7 +92,7 @@ class ChainedTap(LoggedTap):
     def follow(self, first: int, place: int) -> None:
         """Go on at a place of the log that begins at *first*."""
         path = next(path for path in self.log_paths() if int(path.stem) == first)
-        file = RealFile(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW), str(path))
+        file = open_log(path)
         try:
             reader = LogReader(
                 file,
@@ -107,7 +112,7 @@ class ChainedTap(LoggedTap):
 
     def scan(self) -> Scanned | None:
         """See ``LoggedTap``."""
-        newer = self._newer()
+        newer, over = self._newer(), self.is_over()
         if self.ended:
             if newer is None:
                 return None
@@ -121,11 +126,12 @@ class ChainedTap(LoggedTap):
         except CorruptionError as error:
             raise LogLostError(error.message, hint=error.hint) from error
         if window is None:
-            if newer is not None:  # was there before the look at this one, which so has to be whole
-                raise LogLostError(
-                    f"the log {log.file.name} stops without an end, and there is a newer one", hint=_HINT
-                )
+            if newer is not None or over:  # was so before the look at this log, which so has to be whole
+                why = "there is a newer one" if newer is not None else "its device is gone"
+                raise LogLostError(f"the log {log.file.name} stops without an end, and {why}", hint=_HINT)
             return None
+        if log.file.has_hole(window.begin, window.end):
+            raise LogLostError(f"the log {log.file.name} has a hole after byte {window.begin}", hint=_HINT)
         if self.keeps_discarded:
             window = self.without_discards(window)
         self.ended = window.closing == "end"
@@ -160,10 +166,15 @@ class ChainedTap(LoggedTap):
 
     def close(self) -> None:
         """See ``LoggedTap``."""
+        self.close_logs()
+        self.primary.close()
+
+    def close_logs(self) -> None:
+        """Close the logs."""
         for log in self._opened:
             log.file.close()
         self._opened = []
-        self.primary.close()
+        self._log = None
 
 
 def _end(log: Log) -> int:
