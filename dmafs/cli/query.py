@@ -89,6 +89,8 @@ def _volume_lines(volume: dict[str, Any]) -> list[str]:
     ]
     if volume["failure"]:
         lines.append(f"  failure   {volume['failure']}")
+    if (device := volume["device"]) is not None:
+        lines.append(f"  device    {device['device']}, {_device_text(device)}")
     if volume["state"] == "copying":
         rate = format_bytes(volume["copy_bytes_per_s"])
         lines.append(f"  copying   {volume['copy_fraction']:.1%} at {rate}/s")
@@ -108,6 +110,13 @@ def _volume_lines(volume: dict[str, Any]) -> list[str]:
     lines.append(f"  forward   {forward['events']} events, {format_bytes(forward['bytes'])} in {segments}")
     lines.append(f"  snapshots {volume['snapshots']}")
     return lines
+
+
+def _device_text(device: dict[str, Any]) -> str:
+    if not device["attached"]:
+        return "not attached: writes to the source are not captured"
+    used, limit = format_bytes(device["log_bytes"]), format_bytes(device["log_limit_bytes"])
+    return f"log at {used} of {limit}" if device["logging"] else "logging has stopped"
 
 
 def _plan_text(planned: dict[str, Any]) -> str:

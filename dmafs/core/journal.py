@@ -103,7 +103,7 @@ class ForwardJournal:
 
         *durable* is the head of the pointers. Raises CorruptionError when something durable is missing.
         """
-        found = Recovery(self._storage, self._uuid, tail, tail_time_ns)
+        found = Recovery(self._storage, self._uuid, tail, tail_time_ns, windowed=self.windowed)
         self.durable = found.read(durable)
         if self.windowed:
             found.drop_unclosed()

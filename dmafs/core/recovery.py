@@ -34,11 +34,16 @@ def last_indicated(segments: Sequence[Segment]) -> int:
 class Recovery:
     """The segments of a journal as they are found, in order."""
 
-    def __init__(self, storage: Storage, uuid: UUID, tail: int, tail_time_ns: int) -> None:
-        """Begin at the *tail*: events up to it are in the mirror."""
+    def __init__(self, storage: Storage, uuid: UUID, tail: int, tail_time_ns: int, *, windowed: bool = False) -> None:
+        """Begin at the *tail*: events up to it are in the mirror.
+
+        Of a *windowed* journal the segment of event *tail* is needed, too: where nothing behind counts, it has the last
+        indicator.
+        """
         self._storage = storage
         self._uuid = uuid
         self._tail, self._tail_time_ns = tail, tail_time_ns
+        self._first = tail if windowed else tail + 1  # the first event that is needed
         self.segments: list[Segment] = []
         self.head, self.head_time_ns = tail, tail_time_ns
         self._leftovers: list[str] = []  # stems of files that don't count, unlinked once the rest is known to be whole
@@ -47,7 +52,7 @@ class Recovery:
         """Read everything behind the tail and cut off a torn end; return up to which seq it had been made durable."""
         stems = self._stems()
         firsts = [int(stem) for stem in stems]
-        live = max(bisect_right(firsts, self._tail + 1) - 1, 0)
+        live = max(bisect_right(firsts, self._first) - 1, 0)
         self._leftovers += stems[:live]  # wholly behind the tail: a release that was cut off
         claimed = durable
         for stem in stems[live:]:

@@ -223,6 +223,10 @@ class RealFile:
             if begin < stop:
                 yield begin, start
 
+    def has_hole(self, start: int, stop: int) -> bool:
+        """Say whether something in a range was never written, as far as the filesystem can tell."""
+        return os.lseek(self._fd, start, os.SEEK_HOLE) < stop
+
     def truncate(self, size: int) -> None:
         """See ``File``."""
         os.ftruncate(self._fd, size)
@@ -335,13 +339,14 @@ class DirectFile(RealFile):
     def __init__(self, fd: int, name: str) -> None:
         """Take ownership of *fd*, opened with O_DIRECT."""
         super().__init__(fd, name)
-        self._grain = int.from_bytes(fcntl.ioctl(fd, _BLKSSZGET, bytes(4)), "little")
+        self.grain = int.from_bytes(fcntl.ioctl(fd, _BLKSSZGET, bytes(4)), "little")
+        """Bytes of a logical block."""
 
     def read_into(self, buffer: bytearray | memoryview, offset: int) -> None:
         """See ``File``. Reads whole logical blocks into aligned memory."""
         view = memoryview(buffer)
-        begin = offset // self._grain * self._grain
-        end = -(-(offset + len(view)) // self._grain) * self._grain
+        begin = offset // self.grain * self.grain
+        end = -(-(offset + len(view)) // self.grain) * self.grain
         aligned = memoryview(mmap.mmap(-1, max(end - begin, 1)))  # it goes with its last view
         super().read_into(aligned[: end - begin], begin)
         view[:] = aligned[offset - begin : offset - begin + len(view)]

@@ -175,7 +175,7 @@ def compare(
         differences.busy_sectors += int(part.suspects.sum())
         differences.compared_sectors += stop - start
         progress(differences.compared_sectors)
-        if (seconds := steps.throttle.take((stop - start) * SECTOR)) > 0:
+        if (seconds := steps.throttle.take(part.read_bytes)) > 0:
             yield from steps.pause(seconds)
     return differences
 
@@ -190,13 +190,14 @@ class _Part:
         self.suspects: Mask = np.ones(stop - start, np.bool_)
         self.differs: Mask = np.zeros(stop - start, np.bool_)
         self.unsure: Mask = np.zeros(stop - start, np.bool_)  # what the round before found to differ,
-        self.quiet: Mask = np.zeros(stop - start, np.bool_)  # where no event came in it,
         self.seen = bytearray()  # and what the primary had then
+        self.read_bytes = 0
 
     def read(self) -> bytearray:
         """Return what the primary has."""
         data = bytearray((self.stop - self.start) * SECTOR)
         self.primary.read_into(data, self.start * SECTOR)
+        self.read_bytes += len(data)
         return data
 
     def locate(self) -> Work[list[Piece]]:
@@ -216,16 +217,16 @@ class _Part:
     def judge(self, data: bytearray, unequal: Mask, covered: Mask) -> Mask:
         """Take in a round: what the primary had, where that isn't the image, what may be newer. Return what is sure.
 
-        That is whole grains, but for sectors that were covered or had something else in one of the two last rounds.
+        That is whole grains, but for sectors that are covered or had something else in the round before.
         """
         decided = self.suspects & ~covered
         differs = decided & unequal
-        stable = self.quiet & ~covered
+        stable = ~covered
         if self.seen:
             stable &= ~_unequal(data, self.seen)
         sure = differs & self.unsure & stable
         self.suspects &= ~(decided & ~unequal) & ~sure
-        self.unsure, self.quiet, self.seen = differs, ~covered, data
+        self.unsure, self.seen = differs, data
         self.differs |= sure
         return _in_grains(sure, self.start) & stable
 

@@ -31,6 +31,7 @@ from dmafs.core.moments import (
     unpin_group,
 )
 from dmafs.core.points import consistency, oldest_point
+from dmafs.core.resync import needs_resync
 from dmafs.core.retention import KeepRules
 from dmafs.core.snapshot import Snapshot, require_unpinned
 from dmafs.core.store import Store
@@ -38,7 +39,6 @@ from dmafs.core.volume import Volume
 from dmafs.errors import NoSuchPointError, NoSuchVolumeError
 from dmafs.service.alarms import Alarms
 from dmafs.service.checking import Check
-from dmafs.service.devices import mapped_volumes
 from dmafs.service.engine import Engine
 from dmafs.service.following import FollowingEngine
 from dmafs.service.report import (
@@ -51,11 +51,13 @@ from dmafs.service.report import (
     state_of,
     status_of,
 )
+from dmafs.service.tapping import tap_reports
 from dmafs.service.tasks import TROUBLE
 from dmafs.service.thinning import Drops, Shrinking, Thinning
 from dmafs.tree.backend import Space
 from dmafs.units import SECTOR, TimeNs, check_name, format_bytes, format_rfc3339, format_time
 
+GAP_ALARM: Final = "gap"
 SPACE_ALARM: Final = "space"
 RETENTION_ALARM: Final = "retention"
 ROOM_WAIT_S: Final = 2.0
@@ -79,12 +81,13 @@ class Appliance:
         self._fruitless_until = self.short_at = -math.inf
         self.schedule: Callable[[], Report | None] = lambda: None
         """Says what is planned; set by who plans."""
-        for engine in engines.values():
-            if isinstance(engine, FollowingEngine):
-                engine.make_room = self.make_room
         first = next(iter(self._volumes.values()))
         self.started_ns = first.clock()
         self.alarms = Alarms(first.clock)
+        for engine in engines.values():
+            if isinstance(engine, FollowingEngine):
+                engine.make_room = self.make_room
+                engine.alarm = partial(self.alarms.set, f"{GAP_ALARM} {engine.volume.info.name}", worse=True)
 
     def _engine(self, volume: str) -> Engine:
         try:
@@ -342,11 +345,15 @@ class Appliance:
     def status(self) -> Report:
         """Return the state of the daemon and of all volumes."""
         volumes = []
+        for name, engine in self._engines.items():
+            if not needs_resync(engine.volume):
+                self.alarms.clear(f"{GAP_ALARM} {name}")
         for engine in self._engines.values():
             report = status_of(engine.volume)
             if report["state"] == "copying":
                 report["copy_fraction"] = engine.progress.fraction
                 report["copy_bytes_per_s"] = int(engine.progress.bytes_per_s)
+            report["device"] = engine.device_report()
             report["syncing"] = engine.syncing
             report["commits"] = engine.commits
             report["check"] = engine.checking.current.report() if engine.checking.current else None
@@ -407,12 +414,7 @@ class Appliance:
 
     async def tap(self, action: str, volume: str | None) -> Report:
         """Attach or detach mapped devices, or only report them."""
-        reports = []
-        for name in mapped_volumes(self._volumes, volume):
-            engine = self._engine(name)
-            assert isinstance(engine, FollowingEngine)
-            reports.append({"volume": name, **await engine.tap_report(action)})
-        return {"volumes": reports}
+        return await tap_reports(self._engines, action, volume)
 
     # -- retention ------------------------------------------------------------------------------------------------
 

@@ -266,11 +266,14 @@ class LocalSession:
                 return (yield from volume.flush(primary, flag=flag))
 
             if resyncs and needs_resync(volume):
-                return differences_of(name, run(resync(volume, primary, flush, steps, progress)))
-            found = run(verify(volume, primary, steps, progress))
-            if resyncs and found.sectors:
-                found = run(mend(volume, primary, flush, steps, lambda _done: None, found=found))
-            return differences_of(name, found)
+                found = run(resync(volume, primary, flush, steps, progress))
+                volume.mark_clean()
+            else:
+                found = run(verify(volume, primary, steps, progress))
+                if resyncs and found.sectors:
+                    found = run(mend(volume, primary, flush, steps, lambda _done: None, found=found))
+                    volume.mark_clean()
+        return differences_of(name, found)
 
 
 class RemoteSession:

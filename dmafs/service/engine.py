@@ -44,6 +44,7 @@ from dmafs.core.work import Work
 from dmafs.errors import CorruptionError
 from dmafs.service.checking import Checking
 from dmafs.service.driver import Await, Driver, Result
+from dmafs.service.report import Report
 from dmafs.service.tasks import RETRY_S, TROUBLE, Progress
 from dmafs.taps.passthrough import PassThroughTap
 from dmafs.units import SECTOR, format_bytes
@@ -198,13 +199,17 @@ class Engine(Driver):
 
     async def flush(self, flag: Flag = Flag.FLUSH) -> None:
         """Make all writes until now durable in journal and primary; somebody else's commit may cover this one."""
+        await self.settle()
+        await self.persist(flag)
+
+    async def persist(self, flag: Flag = Flag.FLUSH) -> None:
+        """Make durable what is in the journal, and on the primary; somebody else's commit may cover this one."""
         self._requested += 1
         mine = self._requested
         async with self._commit:
             if self._committed >= mine and flag in (Flag.FLUSH, Flag.TICK):
                 return
             upto = self._requested
-            await self.settle()
             await self.commit(flag)
             self._committed = upto
 
@@ -315,8 +320,8 @@ class Engine(Driver):
 
     async def sync(self) -> int:
         """Flush, then move the mirror to that moment, and keep the mirror's old one; return the mirror's new seq."""
+        await self.flush()
         async with self._maintenance:
-            await self.flush()
             return await self._sync(sync(self.volume))
 
     async def sync_to(self, target: int) -> int:
@@ -328,10 +333,13 @@ class Engine(Driver):
             return await self._sync(sync(self.volume, target=target, open_snapshot=not has_past(self.volume)))
 
     async def sync_early(self) -> None:
-        """Flush, then sync all that can be, since space is short; nothing where that would free nothing."""
+        """Sync all that can be, since space is short; nothing where that would free nothing.
+
+        Whoever captures may wait for this, so this doesn't wait for what isn't captured yet.
+        """
         if self.volume.failure or self.volume.journal.head == self.volume.pointers.now.mirror_seq:
             return
-        await self.flush()
+        await self.persist()
         stops = stops_of(self.volume).seqs
         if len(stops):
             await self.sync_to(int(stops[-1]))
@@ -432,6 +440,10 @@ class Engine(Driver):
                 log.error("volume %s: not closed in order: %s", self.volume.info.name, error)
             self.volume.close()
             self.tap.close()
+
+    def device_report(self) -> Report | None:
+        """Return what there is to say about the volume's mapped device; None for taps without one."""
+        return None
 
     async def finish(self) -> None:
         """Make everything durable, and record that journal and primary agree."""

@@ -51,6 +51,8 @@ log = logging.getLogger(__name__)
 POLL_SHARE: Final = 0.1
 """The log is looked at so often in a tick: loop devices tell nobody that they have written."""
 POLL_MAX_S: Final = 0.1
+TICKS_MAX: Final = 4
+"""How many barriers of ticks may be under way."""
 SPACE_TRIES: Final = 5
 """How often space is asked for before the log is thrown away."""
 CLOSE_S: Final = 10.0
@@ -62,8 +64,9 @@ _NOTHING: Final = (np.empty(0, np.int64), np.empty(0, np.int64))
 class Barrier:
     """Somebody waits for a mark to be read back."""
 
-    def __init__(self) -> None:
-        """Begin to wait."""
+    def __init__(self, covers: int) -> None:
+        """Begin to wait; it is for all who have asked, up to number *covers*."""
+        self.covers = covers
         self.done = trio.Event()
         self.error: DmafsError | None = None
 
@@ -89,7 +92,8 @@ class FollowingEngine(Engine):
         self._numbers = itertools.count(1)
         self._token = f"{os.getpid()}-{os.urandom(4).hex()}"
         self._settling = trio.Lock()
-        self._settle_requested = self._settled = 0
+        self._asked = 0
+        self._newest: Barrier | None = None
         self._loss: LogLostError | None = None
         self._doubts: tuple[Ints, Ints] = _NOTHING
         self._doubted = trio.Event()
@@ -100,8 +104,8 @@ class FollowingEngine(Engine):
         """How many windows were captured."""
         self.make_room: Callable[[int], Awaitable[None]] | None = None
         """Drops what may go when the store is full; set by who can."""
-        self.alarm: Callable[[str], None] = lambda _text: None
-        """Tells the administrator; set by who can."""
+        self.alarm: Callable[[str], None] = log.error
+        """Tells the administrator; set by who has a way to."""
 
     # -- tasks --------------------------------------------------------------------------------------------------
 
@@ -124,20 +128,34 @@ class FollowingEngine(Engine):
         return [*super().tasks(), self._follow, self._recheck, self._watch]
 
     async def _tick(self) -> None:
-        while True:
-            await trio.sleep(self.tick_s)
-            self._heads.append(self.volume.journal.head)
+        """Have a barrier each tick, whether the one before was read back already or not: the lag stays short so."""
+        slots = trio.Semaphore(TICKS_MAX)
+        due = trio.current_time()
+        async with trio.open_nursery() as nursery:
+            while True:
+                due = max(due + self.tick_s, trio.current_time())
+                await trio.sleep_until(due)
+                self._heads.append(self.volume.journal.head)
+                with contextlib.suppress(trio.WouldBlock):
+                    slots.acquire_nowait()
+                    nursery.start_soon(self._tick_once, slots)
+
+    async def _tick_once(self, slots: trio.Semaphore) -> None:
+        try:
             if self.volume.failure or self._loss is not None:
-                continue
-            try:
-                await self.call(self.log.check)
-                if await self.ask(self.log.has_written) or not self.volume.journal.is_clean():
-                    await self.flush(Flag.TICK)
-                await self._keep_log()
-            except LogLostError as error:
-                self._lose(error)
-            except TROUBLE as error:
-                log.error("volume %s: tick failed: %s", self._name, error)
+                return
+            await self.call(self.log.check)
+            if await self.ask(self.log.has_written) or not self.volume.journal.is_clean():
+                await self.flush(Flag.TICK)
+            await self._keep_log()
+        except LogLostError as error:
+            self._lose(error)
+        except TapError as error:
+            log.info("volume %s: %s", self._name, error.message)  # it has a gap, which was told
+        except TROUBLE as error:
+            log.error("volume %s: tick failed: %s", self._name, error)
+        finally:
+            slots.release()
 
     async def _keep_log(self) -> None:
         """Let go of what is durable in the journal, and give the device a new log before the present one is full.
@@ -183,7 +201,7 @@ class FollowingEngine(Engine):
         if captured is not None:
             self.windows += 1
             self._doubt(*captured.doubts)
-            barrier = self._barriers.get(captured.window.mark)
+            barrier = self._barriers.pop(captured.window.mark, None)
             if barrier is not None:
                 barrier.done.set()
         elif self.log.ended and not self._ended.is_set():
@@ -218,26 +236,28 @@ class FollowingEngine(Engine):
         """
         if not self.log.can_settle or self._ended.is_set():
             return
-        self._settle_requested += 1
-        mine = self._settle_requested
+        self._asked += 1
+        mine = self._asked
         async with self._settling:
-            if self._settled >= mine and not mark:
-                return
-            upto = self._settle_requested
-            await self._have_barrier(mark)
-            self._settled = upto
-
-    async def _have_barrier(self, mark: str) -> None:
-        text = barrier_text(f"{self._token}-{next(self._numbers)}", mark)
-        barrier = self._barriers[text] = Barrier()
-        try:
-            await self.call(partial(self.log.request, text))
-            self._wake.set()
-            await barrier.done.wait()
-        finally:
-            del self._barriers[text]
+            barrier = self._newest
+            if barrier is None or barrier.covers < mine or mark:
+                barrier = await self._request(mark)
+        await barrier.done.wait()
         if barrier.error is not None:
             raise barrier.error
+
+    async def _request(self, mark: str) -> Barrier:
+        """Begin a barrier; it covers everybody who has asked until now."""
+        text = barrier_text(f"{self._token}-{next(self._numbers)}", mark)
+        barrier = self._barriers[text] = self._newest = Barrier(self._asked)
+        try:
+            await self.call(partial(self.log.request, text))
+        except BaseException:
+            del self._barriers[text]
+            self._newest = None
+            raise
+        self._wake.set()
+        return barrier
 
     def mark(self, name: str) -> None:
         """See ``Engine``: a mark in the log has become one of the journal when it was read back."""
@@ -250,6 +270,8 @@ class FollowingEngine(Engine):
                 f"volume {self._name}: a gap has begun: {error.message}", hint="try again after the resync"
             )
             barrier.done.set()
+        self._barriers.clear()
+        self._newest = None
 
     # -- losses -------------------------------------------------------------------------------------------------
 
@@ -290,7 +312,6 @@ class FollowingEngine(Engine):
         await self._end_loss(error)
 
     async def _record_gap(self, error: DmafsError) -> None:
-        log.error("volume %s: a gap begins: %s", self._name, error.message)
         self.alarm(f"volume {self._name}: a gap has begun: {error.message}")
         self.copy_scope.cancel()
         self._fail_barriers(error)
@@ -390,6 +411,10 @@ class FollowingEngine(Engine):
         await self._ended.wait()
         await self.flush()
         await self.call(self.volume.mark_clean)
+
+    def device_report(self) -> Report | None:
+        """See ``Engine``."""
+        return self.log.report() if isinstance(self.log, DmTap) else None
 
     async def tap_report(self, action: str) -> Report:
         """Do what is wanted with the device, and return what there is to say about it."""

@@ -72,6 +72,7 @@ def status_of(volume: Volume) -> Report:
         "sync_applied_bytes": volume.statistics.applied_sectors * SECTOR,
         "syncing": False,
         "commits": 0,
+        "device": None,
         "check": None,
         "last_check": None,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from dmafs.core.storage import open_source
 from dmafs.core.sync import Stops
 from dmafs.core.volume import Volume
 from dmafs.service.configuration import Configuration
+from dmafs.service.devices import mapped_volumes
 from dmafs.service.engine import Engine
 from dmafs.service.following import FollowingEngine
+from dmafs.service.report import Report
 from dmafs.taps.dm import DmTap
 from dmafs.taps.follower import LogTap
 from dmafs.taps.passthrough import PassThroughTap
@@ -50,3 +53,13 @@ def open_engine(volume: Volume, directory: Path, configuration: Configuration, l
             return Engine(volume, PassThroughTap(volume, open_source(source, writable=True)), **settings)
         case _:
             return PastEngine(volume, NoTap(volume), **settings)
+
+
+async def tap_reports(engines: Mapping[str, Engine], action: str, volume: str | None) -> Report:
+    """Attach or detach the mapped devices of all volumes that have one, or of the one named, or only report them."""
+    reports = []
+    for name in mapped_volumes({each: engine.volume for each, engine in engines.items()}, volume):
+        engine = engines[name]
+        assert isinstance(engine, FollowingEngine)
+        reports.append({"volume": name, **await engine.tap_report(action)})
+    return {"volumes": reports}

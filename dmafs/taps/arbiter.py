@@ -82,9 +82,10 @@ class Arbiter:
         return self._remembered[0].begin if self._remembered else None
 
     def remember(self, file: File, window: LoggedWindow, begin: int) -> None:
-        """Remember the FUA writes of a window that begins at place *begin*."""
+        """Remember the FUA writes of a window that begins at place *begin*; once, however often it is tried."""
         rows = _rows(file, window, begin).fua()
-        if len(rows.starts):
+        known = self._remembered[-1].begin if self._remembered else -1
+        if len(rows.starts) and begin > known:
             self._remembered.append(rows)
 
     def forget(self, before: int) -> None:

@@ -19,14 +19,14 @@ from urllib.parse import quote, unquote
 from dmafs.core.extent import Ints
 from dmafs.core.ondisk import Flag
 from dmafs.core.segment import Extent
-from dmafs.core.storage import File
+from dmafs.core.storage import File, RealFile
 from dmafs.core.volume import Volume
 from dmafs.core.window import Window
 from dmafs.core.work import Work
 from dmafs.errors import DmafsError, TapError
 from dmafs.taps.arbiter import Arbiter, Verdict
 from dmafs.taps.logformat import LogFlag
-from dmafs.taps.logreader import LoggedWindow, LogReader
+from dmafs.taps.logreader import BATCH_BYTES, LoggedWindow, LogReader
 from dmafs.units import SECTOR, valid_name
 
 _DISCARD: Final = int(LogFlag.DISCARD)
@@ -36,7 +36,7 @@ _PREFIX: Final = "dmafs:"
 class Log(NamedTuple):
     """One log file, and the place of its first byte."""
 
-    file: File
+    file: RealFile
     first: int
     reader: LogReader
 
@@ -47,6 +47,8 @@ class Scanned:
 
     log: Log
     window: LoggedWindow
+    behind: int | None = None
+    """The place behind it where that isn't the one behind its last entry: a log that ended goes on in the next one."""
 
     @property
     def begin(self) -> int:
@@ -56,7 +58,7 @@ class Scanned:
     @property
     def end(self) -> int:
         """Return the place behind it."""
-        return self.log.first + self.window.end // SECTOR
+        return self.log.first + self.window.end // SECTOR if self.behind is None else self.behind
 
     @property
     def name(self) -> str:
@@ -95,6 +97,7 @@ class LoggedTap(ABC):
         self.barriers: dict[str, int] = {}
         """By its mark's text, what had been captured when a barrier began."""
         self._settled_place = 0
+        self._buffer = bytearray(BATCH_BYTES)  # new ones would cost a page fault for each 4 KiB
         self.ended = False
         """Whether capture has ended in order: nothing comes behind what was scanned."""
 
@@ -156,9 +159,9 @@ class LoggedTap(ABC):
         self.release(self.captured_place)
 
     def read(self, scanned: Scanned) -> Iterator[list[Extent]]:
-        """Yield the events of a window in batches of some MiB."""
+        """Yield the events of a window in batches; the data of one is gone when the next one is asked for."""
         for first, last in scanned.window.batches():
-            yield [*scanned.log.reader.read(scanned.window, first, last)]
+            yield [*scanned.log.reader.read(scanned.window, first, last, buffer=self._buffer)]
 
     def judge(self, scanned: Scanned) -> Verdict:
         """Return what FUA arbitration makes of a window."""

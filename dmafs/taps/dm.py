@@ -12,7 +12,8 @@ After the first the log is whole, which its end mark says; after the second noth
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -20,14 +21,14 @@ from uuid import UUID
 
 from dmafs.core.ondisk import Flag
 from dmafs.core.resync import begin_after_stop, needs_resync, start_again
-from dmafs.core.storage import open_direct, open_log
+from dmafs.core.storage import open_direct
 from dmafs.core.volume import Volume
 from dmafs.core.work import Work
-from dmafs.errors import CorruptionError, LogLostError, TapError
-from dmafs.taps.capture import Log, LoggedTap, Scanned, capture
+from dmafs.errors import DmafsError, LogLostError, TapError
+from dmafs.taps.capture import LoggedTap, capture
+from dmafs.taps.chained import ChainedTap
 from dmafs.taps.kernellog import devices_under
-from dmafs.taps.logreader import LoggedWindow, LogReader
-from dmafs.taps.mapped import Lsn, MappedTap, device_name, first_of, log_paths
+from dmafs.taps.mapped import HEAD_BYTES, Lsn, MappedTap, device_name, log_paths, punch
 from dmafs.units import SECTOR
 
 log = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ KEEP_SHARE: Final = 0.5
 _COMPARED: Final = "the primary is compared with the newest image"
 
 
-class DmTap(LoggedTap):
+class DmTap(ChainedTap):
     """The tap of one volume; *mapped* is its device, None while there is none."""
 
     can_settle = True
@@ -46,13 +47,18 @@ class DmTap(LoggedTap):
     def __init__(self, volume: Volume, directory: Path, *, log_bytes: int) -> None:
         """Take over the device if there is one; *directory* is the volume's. Logs are made with *log_bytes*."""
         self._volume = volume
-        self.directory = directory
-        self._log_bytes = log_bytes
+        self._directory = directory
+        self._log_bytes = log_bytes // HEAD_BYTES * HEAD_BYTES
         self._source = Path(volume.info.source)
-        super().__init__(open_direct(self._source), volume.info.size_sectors)
-        self.mapped = MappedTap.find(directory, **self._identity)
-        self._log: Log | None = None
-        self._opened: list[Log] = []
+        primary = open_direct(self._source)
+        super().__init__(primary, volume.info.size_sectors, sector_bytes=primary.grain)
+        try:
+            self.mapped = MappedTap.find(directory, **self._identity)
+        except BaseException:
+            primary.close()
+            raise
+        self._using = threading.Lock()  # while the device is asked what isn't ordered with its removal
+        self._look()
 
     @property
     def _identity(self) -> dict[str, Any]:
@@ -64,6 +70,10 @@ class DmTap(LoggedTap):
             "log_bytes": self._log_bytes,
         }
 
+    def _look(self) -> None:
+        """Find out what the primary does with discards."""
+        self.keeps_discarded = self.mapped is not None and not self.mapped.discards
+
     @property
     def device(self) -> MappedTap:
         """Return the device; TapError if there is none."""
@@ -72,94 +82,24 @@ class DmTap(LoggedTap):
             raise TapError(f"volume {name} has no mapped device", hint="make it with: dmafs tap attach STORE")
         return self.mapped
 
-    # -- the place ----------------------------------------------------------------------------------------------
-
-    def begin(self, position: int, retained: int) -> None:
-        """See ``LoggedTap``."""
-        firsts = [first_of(path) for path in log_paths(self.directory)]
-        reaching = [first for first in firsts if first <= position]
-        if not reaching:
-            raise LogLostError("no log reaches back to where the journal ends", hint=_COMPARED)
-        start = max((first for first in reaching if first <= retained), default=min(reaching))
-        self._open(start, max(retained, start))
-        for log, window in self._windows_before(position):
-            self.arbiter.remember(log.file, window, log.first + window.begin // SECTOR)
-        if position not in {self._current.first, self._place}:
-            raise LogLostError(f"log {self._current.file.name} has no entry where the journal ends", hint=_COMPARED)
-        self.captured_place = position
-
-    def _windows_before(self, position: int) -> Iterator[tuple[Log, LoggedWindow]]:
-        """Yield the windows from the present place up to *position*."""
-        while self._place < position:
-            log = self._current
-            window = self._next_window(log)
-            if window is not None:
-                yield log, window
-            if (window is None or window.closing == "end") and not self._advance():
-                return
-
-    @property
-    def _current(self) -> Log:
-        assert self._log is not None, "the tap has begun"
-        return self._log
-
-    @property
-    def _place(self) -> int:
-        """Return the place behind the last window that was scanned."""
-        return self._current.first + self._current.reader.position // SECTOR
-
-    def _open(self, first: int, place: int) -> None:
-        """Go on at a place of the log that begins at *first*."""
-        path = next(path for path in log_paths(self.directory) if first_of(path) == first)
-        file = open_log(path)
-        sector_bytes = self.mapped.sector_bytes if self.mapped else None
-        try:
-            reader = LogReader(
-                file, size_sectors=self.size_sectors, position=(place - first) * SECTOR, sector_bytes=sector_bytes
-            )
-        except CorruptionError as error:
-            file.close()
-            raise LogLostError(error.message, hint=error.hint) from error
-        self._log = Log(file, first, reader)
-        self._opened.append(self._log)
-
-    def _advance(self) -> bool:
-        """Go on with the next log, if there is one."""
-        later = [first for path in log_paths(self.directory) if (first := first_of(path)) > self._current.first]
-        if later:
-            self._open(min(later), min(later))
-        return bool(later)
-
     # -- reading ------------------------------------------------------------------------------------------------
 
-    def scan(self) -> Scanned | None:
-        """See ``LoggedTap``."""
-        if self.ended:
-            return None
-        log = self._current
-        window = self._next_window(log)
-        if window is None:
-            if any(first_of(path) > log.first for path in log_paths(self.directory)):
-                raise LogLostError(f"log {log.file.name} has no end, and there is a newer one", hint=_COMPARED)
-            return None
-        if window.closing == "end" and not self._advance():
-            self.ended = True
-        keeps = self.mapped is not None and not self.mapped.discards
-        return Scanned(log, self.without_discards(window) if keeps else window)
-
-    def _next_window(self, log: Log) -> LoggedWindow | None:
-        try:
-            return log.reader.scan()
-        except CorruptionError as error:
-            raise LogLostError(error.message, hint=error.hint) from error
+    def log_paths(self) -> list[Path]:
+        """See ``ChainedTap``."""
+        return log_paths(self._directory)
 
     def check(self) -> None:
         """See ``LoggedTap``. A log that has its end is whole."""
-        if self.mapped is not None and not self.ended and self.mapped.status().disabled:
-            raise LogLostError(
-                f"{self.mapped.node} has stopped logging: its log is full, or can't be written",
-                hint="make space in the store",
-            )
+        with self._using:
+            if self.mapped is not None and not self.ended and self.mapped.status().disabled:
+                raise LogLostError(
+                    f"{self.mapped.node} has stopped logging: its log is full, or can't be written",
+                    hint="make space in the store",
+                )
+
+    def is_over(self) -> bool:
+        """See ``ChainedTap``."""
+        return self.mapped is None
 
     def request(self, text: str) -> None:
         """See ``LoggedTap``."""
@@ -170,11 +110,13 @@ class DmTap(LoggedTap):
 
     def has_written(self) -> bool:
         """See ``LoggedTap``."""
-        return self.mapped is not None and self.mapped.has_written()
+        with self._using:
+            return self.mapped is not None and self.mapped.has_written()
 
     def devices(self) -> frozenset[str]:
         """See ``LoggedTap``."""
-        numbers = [self._source.stat().st_rdev, *([self.mapped.node.stat().st_rdev] if self.mapped else [])]
+        with self._using:
+            numbers = [self._source.stat().st_rdev, *([self.mapped.node.stat().st_rdev] if self.mapped else [])]
         return frozenset[str]().union(*map(devices_under, numbers))
 
     # -- the logs -----------------------------------------------------------------------------------------------
@@ -185,75 +127,70 @@ class DmTap(LoggedTap):
             return
         status = self.mapped.status()
         if not status.disabled and status.next_sector >= status.end_sector * KEEP_SHARE:
-            self.mapped.rotate(self.behind())
+            self.mapped.rotate(Lsn(self.next_first()))
 
-    def behind(self) -> Lsn:
-        """Return the first place behind all logs, and behind what the journal has."""
-        ends = [first_of(path) + path.stat().st_size // SECTOR for path in log_paths(self.directory)]
-        return Lsn(max([self._volume.journal.position, *ends]))
+    def next_first(self) -> int:
+        """See ``ChainedTap``."""
+        return max(super().next_first(), self._volume.journal.position)
 
     def restart(self) -> int:
-        """See ``LoggedTap``."""
-        first = self.behind()
-        self.device.rotate(first)
-        self.forget_all()
-        self._open(first, first)
-        self.captured_place = first
+        """See ``LoggedTap``. Without a device there is nothing more to capture: then it has ended."""
+        first = self.next_first()
+        if self.mapped is None:
+            self.forget_all()
+            self.ended, self.captured_place = True, first
+            return first
+        self.mapped.rotate(Lsn(first))
+        self._go_on(first)
         return first
 
-    def release(self, place: int) -> None:
-        """See ``LoggedTap``."""
-        for log in [each for each in self._opened if each is not self._log]:
-            if log.first + log.file.size() // SECTOR <= place:
-                log.file.close()
-                self._opened.remove(log)
-        if self.mapped is not None:
-            self.mapped.punch(Lsn(place))
+    def _go_on(self, first: int) -> None:
+        """Begin anew with the log that begins there."""
+        self.forget_all()
+        self.follow(first, first)
+        self.captured_place = first
+
+    def punch(self, path: Path, sectors: int) -> None:
+        """See ``ChainedTap``."""
+        punch(path, sectors * SECTOR)
 
     # -- the device ---------------------------------------------------------------------------------------------
 
     def attach(self) -> None:
         """Make the device, with a log that begins where the journal ends; the older logs are of no use any more."""
         assert self.mapped is None
-        self._close_logs()
-        for path in log_paths(self.directory):
+        self.close_logs()
+        for path in self.log_paths():
             path.unlink()
         place = self._volume.journal.position
-        self.mapped = MappedTap.attach(self.directory, first=Lsn(place), **self._identity)
-        self.ended = False
-        self.forget_all()
-        self._open(place, place)
-        self.captured_place = place
+        self.mapped = MappedTap.attach(self._directory, first=Lsn(place), **self._identity)
+        self._look()
+        self._go_on(place)
 
     def detach(self) -> None:
         """See ``LoggedTap``."""
-        self.device.detach()
-        self.mapped = None
+        with self._using:
+            self.device.detach()
+            self.mapped = None
 
     def close(self) -> None:
         """See ``LoggedTap``."""
-        self._close_logs()
+        super().close()
         if self.mapped is not None:
             self.mapped.close()
-        self.primary.close()
-
-    def _close_logs(self) -> None:
-        for log in self._opened:
-            log.file.close()
-        self._opened = []
-        self._log = None
 
     def report(self) -> dict[str, Any]:
         """Return what there is to say about device and log."""
         node = f"/dev/mapper/{device_name(self._volume.info.name)}"
-        if self.mapped is None:
-            return {"device": node, "attached": False}
-        status = self.mapped.status()
+        with self._using:
+            if self.mapped is None:
+                return {"device": node, "attached": False}
+            status, log = self.mapped.status(), self.mapped.log
         return {
             "device": node,
             "attached": True,
             "logging": not status.disabled,
-            "log": str(self.mapped.log),
+            "log": str(log),
             "log_bytes": status.next_sector * SECTOR,
             "log_limit_bytes": status.end_sector * SECTOR,
             "log_entries": status.entries,
@@ -281,11 +218,15 @@ def attach(volume: Volume, tap: DmTap, boot_id: UUID) -> Work[None]:
         yield from _take_rest(volume, tap, flush)
     else:
         yield from begin_after_stop(volume, boot_id, flush)
-    place = tap.behind()
+    place = tap.next_first()
     volume.journal.note_position(place, place)
     yield from volume.flush()
     yield partial(volume.mark_open, boot_id)
-    yield tap.attach
+    try:
+        yield tap.attach
+    except (DmafsError, OSError):  # there is no device, and nothing that only a log has
+        yield volume.mark_clean
+        raise
 
 
 def _take_rest(volume: Volume, tap: DmTap, flush: Callable[[Flag], Work[object]]) -> Work[None]:
@@ -294,8 +235,6 @@ def _take_rest(volume: Volume, tap: DmTap, flush: Callable[[Flag], Work[object]]
     try:
         yield partial(tap.begin, journal.position, journal.retained)
         yield from drain(volume, tap)
-        if not tap.ended:
-            raise LogLostError("the log has no end", hint=_COMPARED)
     except LogLostError as error:
         log.error("volume %s: a gap begins: %s", volume.info.name, error.message)
         if not volume.pointers.now.copied:
@@ -309,7 +248,5 @@ def detach(volume: Volume, tap: DmTap) -> Work[None]:
     yield from drain(volume, tap)
     yield tap.detach
     yield from drain(volume, tap)
-    if not tap.ended:
-        raise LogLostError("the log has no end", hint="start the daemon: " + _COMPARED)
     yield from volume.flush()
     yield volume.mark_clean

@@ -27,7 +27,6 @@ from typing import Final, Literal
 import numpy as np
 
 from dmafs.core.extent import MAX_EXTENT_SECTORS, MAX_ZERO_SECTORS, Ints
-from dmafs.core.segment import BATCH_BYTES
 from dmafs.core.storage import File
 from dmafs.errors import CorruptionError
 from dmafs.taps.logformat import (
@@ -49,6 +48,8 @@ CHUNK_BYTES: Final = 1 << 20
 """What is read at once where entries are small: their data is read along, which is cheaper than a call for each."""
 TAIL_BYTES: Final = 4096
 """What is read at once at first, and after data that was skipped: there may be nothing more yet."""
+BATCH_BYTES: Final = 2 << 20
+"""What of a window is read at once: not much more than the processor's caches hold, since it is read to be written."""
 SKIP_BYTES: Final = 128 << 10
 """Data of this length isn't read along."""
 
@@ -148,6 +149,7 @@ class LogReader:
         self._step = TAIL_BYTES
         self._fresh = False  # the buffer was filled while a window was found that ``scan`` has just returned
         self._upto: int | None = None  # of the last scan
+        self._stale = False  # likewise, and ``scan`` has been called again: zeros in it may be something by now
         self._clear()
         if position > file.size():
             raise CorruptionError(
@@ -232,7 +234,7 @@ class LogReader:
             self._set_sector_bytes(found.sector_bytes)
         if not self._fresh or upto != self._upto:
             self._filled = 0  # what was read before may have changed
-        self._fresh, self._upto = False, upto
+        self._stale, self._fresh, self._upto = self._fresh, False, upto
         return True
 
     def rest(self) -> LoggedWindow | None:
@@ -372,6 +374,9 @@ class LogReader:
         if not self._in_buffer(self.position) and not self._load():
             return False
         at = self.position - self._base
+        if not any(self._buffer[at : at + HEADER_BYTES]) and self._stale:  # it may have been written since
+            self._filled = 0
+            return self._load() and any(self._buffer[:HEADER_BYTES])
         return any(self._buffer[at : at + HEADER_BYTES])
 
     def _load(self) -> bool:
@@ -384,19 +389,25 @@ class LogReader:
         self._step = TAIL_BYTES if skipped or not self._filled else min(self._step * _GROWTH, CHUNK_BYTES)
         length = min(self._step, rest)
         self.file.read_into(memoryview(self._buffer)[:length], at)
-        self._base, self._filled = at, length
+        self._base, self._filled, self._stale = at, length, False
         return True
 
     # -- data ---------------------------------------------------------------------------------------------------
 
-    def read(self, window: LoggedWindow, begin: int, end: int) -> list[LoggedExtent]:
-        """Return rows ``[begin, end)`` with their data, None of discards; one read per BATCH_BYTES. Any thread may."""
+    def read(
+        self, window: LoggedWindow, begin: int, end: int, *, buffer: bytearray | None = None
+    ) -> list[LoggedExtent]:
+        """Return rows ``[begin, end)`` with their data, None of discards; one read per BATCH_BYTES. Any thread may.
+
+        The data of one batch can be read into a *buffer*, which has to be long enough.
+        """
         found: list[LoggedExtent] = []
         for first, last in window.batches(begin, end):
             base = int(window.offsets[first])
             sizes = window.data_bytes(first, last).tolist()
             offsets = (window.offsets[first:last] - base).tolist()
-            data = memoryview(bytearray(offsets[-1] + sizes[-1]))
+            size = offsets[-1] + sizes[-1]
+            data = memoryview(bytearray(size) if buffer is None else buffer)[:size]
             if data:
                 self.file.read_into(data, base)
             rows = zip(

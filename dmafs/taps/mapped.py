@@ -17,7 +17,7 @@ What holds:
 2. *All or nothing.* After an error of ``attach`` there is neither device nor log; after one of ``rotate`` the current
    log is the old one.
 3. *Only ours.* A device is taken over if its uuid, its primary, and its log by inode are this volume's.
-4. *A log that is closed is complete*: all that went to it is in its file, and it ends with the mark END_MARK.
+4. *A log that is closed is complete*: all that went to it is in its file, and it ends with the target's own mark.
 5. *The loop device needs nobody*: it is held by the table, and detaches itself with it.
 
 Everything is synchronous and may be called in any thread, but only one of ``rotate`` and ``detach`` at a time.
@@ -31,6 +31,7 @@ import os
 import re
 import stat
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,16 +41,17 @@ from uuid import UUID
 from dmafs.errors import ExistsError, SourceBusyError, SourceError, StoreError, TapBusyError, TapError
 from dmafs.taps import loopdev
 from dmafs.taps.devicemapper import DeviceMapper, Mapped, Target, numbered, spelled
+from dmafs.taps.logformat import HEADER_BYTES, encode_mark
 from dmafs.units import SECTOR
 
 Lsn = NewType("Lsn", int)
 """A log sequence number, in sectors."""
 
-END_MARK: Final = "dm-log-writes-end"
-"""The mark with which the kernel ends a log that is closed."""
 MARK_BYTES_MAX: Final = 479
 """No mark's text is longer."""
 LOG_DIRECTORY: Final = "log"
+DRAIN_S: Final = 0.05
+"""How long writes may be held up, until the log has everything, before a rotation is given up."""
 HEAD_BYTES: Final = 4096
 """Of a log, that are never punched: its super block is in them, whatever the primary's sector size."""
 
@@ -238,7 +240,9 @@ class MappedTap:
     def rotate(self, first: Lsn) -> Path:
         """Have writes go to a fresh log, which begins at LSN *first*, and return its file.
 
-        The primary's writes are held up for as long as those under way take; a file system on it isn't frozen.
+        The primary's writes are held up for as long as those under way take, and until all that is to be logged is in
+        the old log: what was never flushed is put before that, not behind it, when the old table goes. A file system on
+        it isn't frozen. TapError if that takes too long; then all is as before.
         """
         assert first >= first_of(self.log) + self.log.stat().st_size // SECTOR, (first, self.log)
         path = _make_log(self.log.parent, first, self.log_bytes)
@@ -248,30 +252,50 @@ class MappedTap:
                 primary, _ = line.text.split()
                 self._dm.load(self._name, [line._replace(text=f"{primary} {spelled(loop.number)}")])
                 try:
-                    self._dm.resume(self._name, lockfs=False)
+                    self._dm.suspend(self._name, lockfs=False)
+                    self._drain(f"dmafs:next-{first}")
                 except BaseException:
                     self._dm.clear(self._name)
+                    self._dm.resume(self._name)
                     raise
+                self._dm.resume(self._name)
         except BaseException:
             path.unlink()
             raise
         self.log = path
         return path
 
-    def punch(self, lsn: Lsn) -> None:
-        """Free the space of what lies before an LSN: whole logs, but for the current one, and the begin of one log."""
-        for path in self.log_paths():
-            first, size = first_of(path), path.stat().st_size
-            if path.name < self.log.name and first + size // SECTOR <= lsn:
-                path.unlink()
-            elif first < lsn:
-                _punch(path, min((lsn - first) * SECTOR, size) // HEAD_BYTES * HEAD_BYTES)
+    def _drain(self, text: str) -> None:
+        """Wait until all that was to be logged is in the log; nothing more comes. Nothing to do if it is disabled.
+
+        A mark is put behind it, and is the last entry once it is there.
+        """
+        if self.status().disabled:
+            return
+        self.mark(text)
+        expected = encode_mark(text)[: HEADER_BYTES + len(text)]
+        deadline = time.monotonic() + DRAIN_S
+        with self.log.open("rb", buffering=0) as file:
+            while True:
+                status = self.status()
+                if (
+                    status.disabled
+                    or os.pread(file.fileno(), len(expected), status.next_sector * SECTOR - self.sector_bytes)
+                    == expected
+                ):
+                    return
+                if time.monotonic() > deadline:
+                    raise TapError(f"the log of {self.node} isn't written in time", hint="it is tried again")
+                time.sleep(DRAIN_S / 100)
 
     def detach(self) -> None:
         """Take the device away, after which its log is closed; TapBusyError if somebody else has it open.
 
         In that case it goes on as before. Afterwards only ``close`` may be called.
         """
+        with contextlib.suppress(TapError):  # somebody is writing: then the device stays anyway
+            self.fsync()
+            self._drain("dmafs:detach")
         self._let_go()
         self._dm.remove(self._name)
         self.close()
@@ -336,7 +360,9 @@ def _make_log(directory: Path, first: Lsn, size: int) -> Path:
     return path
 
 
-def _punch(path: Path, stop: int) -> None:
+def punch(path: Path, size: int) -> None:
+    """Free the space of the first *size* bytes of a log, down to HEAD_BYTES, but for the first of these."""
+    stop = min(size, path.stat().st_size) // HEAD_BYTES * HEAD_BYTES
     if stop <= HEAD_BYTES:
         return
     fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)

@@ -6,7 +6,7 @@ import pytest
 
 from tests.model.counting import EXAMPLES, SEED, STEPS_MIN, made
 
-MACHINES = {"CloneMachine", "DiffHistories", "PageMachine", "StackMachine", "VolumeMachine"}
+MACHINES = {"CaptureMachine", "CloneMachine", "DiffHistories", "PageMachine", "StackMachine", "VolumeMachine"}
 MAPS = {"PageMachine", "StackMachine"}
 
 

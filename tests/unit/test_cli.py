@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from dmafs.cli.main import main
-from dmafs.core.store import create_volume
+from dmafs.core.store import create_volume, open_volume
+from tests.unit.tools import copy_all
 
 ROOT = Path(__file__).parents[2]
 SIZE = 1 << 20
@@ -59,6 +61,37 @@ def test_clones_without_a_daemon(store: Path) -> None:
         status, said = run("clone", store, *arguments, output="/dev/null")
         assert status == 3
         assert "clone" in said
+
+
+def test_verify_and_resync_without_a_daemon(store: Path) -> None:
+    """They work on the store itself: what differs is listed and an error, a resync takes it over, and it is gone."""
+    source = store.parent / "disk.raw"
+    status, said = run("verify", store, output="/dev/null")
+    assert (status, "the initial copy isn't complete" in said) == (21, True)
+    volume = open_volume(store / "disk")
+    copy_all(volume, source)
+    volume.close()
+    assert run("verify", store, output="/dev/null") == (0, "")
+    with source.open("r+b") as file:
+        file.seek(5000)
+        file.write(b"past the tap")
+    listed = store.parent / "listed"
+    status, said = run("verify", store, "disk", output=str(listed))
+    assert status == 26
+    assert said.startswith("dmafs: error: source and newest image differ in 4 KiB of volume disk\nhint: ")
+    assert listed.read_text() == (
+        "volume disk: 1 extent differs\n"
+        "          OFFSET            LENGTH\n"
+        "            4096              4096\n"
+        "           total              4096  bytes\n"
+    )
+    status, said = run("verify", "--json", store, output=str(listed))
+    assert (status, json.loads(listed.read_text())["volumes"][0]["extents"]) == (26, [{"offset": 4096, "length": 4096}])
+    assert run("resync", store, "--rate", "0", output=str(listed)) == (0, "")
+    assert "1 extent taken over" in listed.read_text()
+    assert run("verify", store, output="/dev/null") == (0, "")
+    for arguments, code in ((["--rate", "fast"], 3), (["nope"], 22)):
+        assert run("verify", store, *arguments, output="/dev/null")[0] == code
 
 
 @pytest.mark.parametrize("options", [["--tap", "log"], ["--log", "a.log"], ["--tap", "fuse", "--log", "a.log"]])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dmafs.errors import InputError
-from dmafs.service.control import _flag
+from dmafs.service.control import _flag, _rate
 
 
 def test_flags_are_0_or_1() -> None:
@@ -14,3 +14,11 @@ def test_flags_are_0_or_1() -> None:
     for text in (None, "", "2", "true", "01"):
         with pytest.raises(InputError, match="neither 0 nor 1"):
             _flag(text)
+
+
+def test_rates_are_not_negative() -> None:
+    """A rate is a number of bytes, 0 too."""
+    assert (_rate("0"), _rate("4096")) == (0, 4096)
+    for text in ("-1", "4K", ""):
+        with pytest.raises(InputError):
+            _rate(text)

@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 
 from dmafs.core.extent import MAX_EXTENT_SECTORS, MAX_ZERO_SECTORS
-from dmafs.core.segment import BATCH_BYTES
 from dmafs.errors import CorruptionError
 from dmafs.taps.logformat import END_MARK, Entry, LogFlag, Super
-from dmafs.taps.logreader import CHUNK_BYTES, LoggedWindow, LogReader
+from dmafs.taps.logreader import BATCH_BYTES, CHUNK_BYTES, LoggedWindow, LogReader
 from dmafs.units import SECTOR
 from tests.logs import DISK_SECTORS, FLUSH, Logged, MemoryFile, discard, log_of, mark, replay, write
 from tests.unit.tools import fill
@@ -104,7 +103,7 @@ def test_batches_are_bounded_and_whole() -> None:
     batches = list(window.batches())
     assert [begin for begin, _ in batches] == [0, *[end for _, end in batches[:-1]]]
     assert batches[-1][1] == len(window)
-    assert 1 < len(batches) < 6
+    assert 1 < len(batches) < 25
     for begin, end in batches:
         span = int(window.offsets[end - 1] + window.data_bytes(end - 1, end)[0] - window.offsets[begin])
         assert span <= BATCH_BYTES
@@ -319,3 +318,14 @@ def test_replaying_windows_is_replaying_the_log() -> None:
         for start, length, data in reader.read(window, 0, len(window)):
             disk[start * SECTOR : (start + length) * SECTOR] = bytes(length * SECTOR) if data is None else data
     assert disk == replay(entries, bytearray(len(disk)))
+
+
+def test_what_came_since_the_last_window_is_seen_at_once() -> None:
+    """What was read along with a window isn't the end of a log: None means that there is no other window now."""
+    file = MemoryFile(log_of([FLUSH], tail=20))
+    reader = LogReader(file, size_sectors=DISK_SECTORS)
+    assert reader.scan() is not None
+    file.write([log_of([write(3, fill(3)), FLUSH])[SECTOR:]], reader.position)
+    window = reader.scan()
+    assert window is not None
+    assert window.starts.tolist() == [3]

@@ -204,6 +204,54 @@ def test_what_differs_beside_what_is_written_all_the_time_is_told(tap: LateTap) 
     assert taken == [(0, 5), (6, 8)]
 
 
+def test_a_write_under_way_beside_a_difference_is_not_taken(tap: LateTap) -> None:
+    """Of a block that differs, a sector that another write is changing just then is left to that write's event."""
+    tap.damage(2, fill(9))
+    taken: list[tuple[int, int]] = []
+
+    def settle() -> Work[object]:
+        yield from tap.settle()
+        if tap.settled == 1:
+            tap.begin(5, fill(3))
+        return None
+
+    run(
+        compare(
+            tap.volume,
+            tap.primary,
+            everything(tap.volume),
+            Steps(settle),
+            take=lambda part: at_once(lambda: taken.extend(part.still(tap.volume))),
+        )
+    )
+    assert taken == [(0, 5), (6, 8)]
+
+
+def test_a_sync_while_differences_are_read_is_another_round(tap: LateTap) -> None:
+    """Whoever takes a part can tell what newer events cover: no sync has passed the part's head then."""
+    tap.damage(2, fill(9))
+    taken: list[tuple[int, int]] = []
+
+    def take(part: Found) -> Work[object]:
+        return at_once(lambda: taken.extend(part.still(tap.volume)))
+
+    work = compare(tap.volume, tap.primary, everything(tap.volume), Steps(tap.settle), take=take)
+    call, syncs = next(work), 0
+    try:
+        while True:
+            answer = call()
+            if isinstance(answer, np.ndarray) and tap.settled > syncs and syncs < 4:  # just compared
+                syncs += 1
+                tap.volume.write(60, tap.path.read_bytes()[60 * 512 : 61 * 512])
+                run(tap.volume.flush(tap.primary))
+                run(sync(tap.volume))
+            call = work.send(answer)
+    except StopIteration as stop:
+        found = stop.value
+    assert syncs == 4
+    assert found.extents == taken == [(0, 8)]
+
+
 def test_a_sync_meanwhile_is_no_difference(tap: LateTap) -> None:
     """When a sync has folded the events away that would tell, another round is made."""
     tap.damage(40, fill(3))
@@ -294,9 +342,10 @@ def test_the_rate_is_kept_by_pauses(tmp_path: Path) -> None:
         now += seconds
         return (yield lambda: None)
 
+    tap.damage(3 * PART_SECTORS, fill(1))  # read three times
     steps = Steps(tap.settle, pause, Throttle(1 << 20, lambda: now))
     run(verify(tap.volume, tap.primary, steps, lambda _done: None))
-    assert pauses == [0.75, 1, 1, 1]
+    assert pauses == [0.75, 1, 1, 3]
     tap.close()
 
 

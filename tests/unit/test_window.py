@@ -194,3 +194,25 @@ def test_volume_shows_windows_as_points(tmp_path: Path) -> None:
     run(volume.flush())
     assert volume.journal.durable == origin + 3
     volume.close()
+
+
+def test_the_place_in_the_log_survives_a_kill_behind_a_release(bench: Bench) -> None:
+    """All is in the mirror, and a window had begun a new segment: the old one, with the place, is no leftover."""
+    bench.window(extents(*range(1, 5)), 99, retained=50)
+    window = bench.journal.begin_window()
+    window.write(extents(*range(1, 5)))
+    assert window.parts[-1][0].header.first == 5
+    journal = bench.reopen(tail=4)
+    assert (journal.position, journal.retained, journal.head) == (99, 50, 4)
+
+
+def test_what_of_the_log_may_go_is_what_a_record_says(bench: Bench) -> None:
+    """An idle window that isn't noted lets nothing go: after a kill the log is read again from the record's place."""
+    bench.window(extents(1), 10, retained=4)
+    bench.window([], 20, retained=20)
+    bench.journal.take_dirty()()
+    assert bench.journal.durable_retained == 4
+    assert bench.reopen().retained == 4
+    bench.window(extents(1), 30, retained=30)
+    bench.journal.take_dirty()()
+    assert bench.journal.durable_retained == 30
