@@ -23,7 +23,7 @@ from tests.mount.harness import MIB, opened, run, wait_until
 from tests.vm.guest.naive import DISCARD, FUA, Disk, differing, read
 from tests.vm.guest.rig import NODE, TapRig
 
-SIZE: Final = 128 * MIB
+SIZE: Final = 96 * MIB
 MOMENTS: Final = 5
 """Of each file system, with a copy of the primary."""
 BOUNDARIES: Final = 160
@@ -35,7 +35,7 @@ MAKE: Final = {
     "xfs": ("--unsupported", "-d", "agcount=2", "-l", "size=8m"),  # smaller than mkfs.xfs would have it
 }
 JOURNAL: Final = {"ext4": "delete", "xfs": "wal"}
-LOGS: Final = 'log_size = "48MiB"\n'
+LOGS: Final = 'log_size = "24MiB"\n'
 """The device gets a new log when one is half full, so there are several."""
 TREE: Final = Path(__file__).parents[3]
 PAGE: Final = mmap.PAGESIZE
@@ -151,6 +151,7 @@ def load(kind: str, rig: TapRig) -> Loaded:
                 thread.join()
         assert database.error is None
     rig.mark("end")
+    print(rig.tap_status(), rig.logs())
     return found
 
 
@@ -334,7 +335,7 @@ def assert_the_log_misleads(rig: TapRig, mark: str) -> None:
     wrong = differing(rig.at(mark).read_bytes(), disk.image)
     assert wrong.any(), "the log's order is right"
     assert not (wrong & ~disk.doubtful).any()
-    pages = {bytes(disk.image[int(n) * 512 :][:512]) for n in wrong.nonzero()[0]}
+    pages = {bytes(disk.image[n * 512 : (n + 1) * 512]) for n in wrong.nonzero()[0].tolist()}
     assert pages <= {content(number, "old")[:512] for number in range(0, ROUNDS, 2)}, "old pages and nothing else"
     assert any(entry.flags & FUA for entry in read(rig.logs()[-1]))
     print(f"{mark}: {wrong.sum()} sectors are wrong in the log")
