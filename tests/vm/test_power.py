@@ -52,7 +52,7 @@ def machine(tmp_path: Path) -> Machine:
 
 
 def test_power_cuts_lose_nothing_that_was_acknowledged(machine: Machine) -> None:
-    """After a cut in the initial copy, under load, and in a sync: a gap that ends, verify clean, every snapshot as it was."""
+    """Cut in the initial copy, under load, in a sync: each is a gap that ends, and every snapshot stays as it was."""
     with machine.on("create", "load") as guest:
         machine.cut(guest, "begin load", 0.3)
     with machine.on("resume", "load") as guest:

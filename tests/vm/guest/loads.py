@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import mmap
 import os
 import random
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
+
+from tests.mount.harness import wait_until
 
 BLOCK: Final = 4096
 RUN_MAX: Final = 8
@@ -62,9 +65,9 @@ class Blocks(Load):
     """
 
     def __init__(
-        self, node: Path, content: bytes | int, *, seed: int, begin: int = 0, pause_s: float = 0.005
+        self, node: Path, content: bytes | bytearray | int, *, seed: int, begin: int = 0, pause_s: float = 0.005
     ) -> None:
-        """Write from byte *begin* on to a device that holds *content*, or so many zeros; *pause_s* between two writes."""
+        """Write from byte *begin* on; the device holds *content*, or so many zeros. Pause after each write."""
         super().__init__()
         self.content = bytearray(content)
         """What the device holds, at rest."""
@@ -100,6 +103,27 @@ class Blocks(Load):
         self.count += 1
         if self.count % 16 == 0:
             os.fsync(self._plain)
+
+    def wait_for(self, more: int) -> None:
+        """Wait until so many more writes are done."""
+        count = self.count
+        wait_until(lambda: self.count >= count + more or self._failure, "the load to go on")
+
+    def burst(self, goes_on: Callable[[], bool]) -> None:
+        """Write at full speed, some MiB at least, for as long as that holds."""
+        length = 1 << 20
+        page = mmap.mmap(-1, length)
+        with self._lock:
+            for number in itertools.count():
+                if number % 4 == 0 and not goes_on():
+                    return
+                offset = number * length % (len(self.content) // length * length)
+                if offset < self._begin:
+                    continue
+                page[:] = self._random.randbytes(16) * (length // 16)
+                assert os.pwrite(self._plain, page, offset) == length
+                os.fsync(self._plain)
+                self.content[offset : offset + length] = page
 
     @contextlib.contextmanager
     def at_rest(self) -> Iterator[bytes]:
@@ -154,7 +178,7 @@ def recorded(path: Path) -> int:
 
 @contextlib.contextmanager
 def churn(folder: Path) -> Iterator[None]:
-    """Have fio overwrite a file and rsync's like make and remove many, at a rate that a log of some GiB holds for long."""
+    """Have fio overwrite a file, with fsyncs, at a rate that leaves the daemon time to start."""
     fio = subprocess.Popen(
         [
             "fio", "--name=churn", f"--directory={folder}", "--rw=randwrite", "--bsrange=4k-64k", "--size=16m",

@@ -54,7 +54,9 @@ class TapRig(Rig):
         """See ``Rig``."""
         return [sys.executable, "-c", _KEEPS_LOGS] if self.keeps_logs else super().program()
 
-    def protect(self, size: int, *, source: Path | None = None, configuration: str = "", protected: bool = True) -> None:
+    def protect(
+        self, size: int, *, source: Path | None = None, configuration: str = "", protected: bool = True
+    ) -> None:
         """Make a volume of a primary of zeros, or of *source*, and start its daemon."""
         if source is None:
             with self.primary().open("wb") as file:

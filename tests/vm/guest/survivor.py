@@ -27,7 +27,7 @@ from typing import Any, Final
 import xxhash
 
 from dmafs.service.client import session
-from tests.mount.harness import MIB, Rig, opened, run, wait_until
+from tests.mount.harness import MIB, Rig, opened, run
 from tests.vm.guest.loads import Blocks
 from tests.vm.guest.rig import NODE
 
@@ -70,7 +70,7 @@ class Survivor(Rig):
 
     # -- words -----------------------------------------------------------------------------------------------------
 
-    def create(self) -> None:
+    def do_create(self) -> None:
         run("mkfs.ext4", "-q", "-E", "nodiscard", STORE_DISK)
         run("mount", STORE_DISK, DISK)
         self.store.mkdir(mode=0o700)
@@ -78,7 +78,7 @@ class Survivor(Rig):
         self.dmafs("create", self.store, "--source", SOURCE, "--tap", "dm")
         self.start(protected=False)
 
-    def resume(self) -> None:
+    def do_resume(self) -> None:
         run("mount", STORE_DISK, DISK)
         self.dmafs("tap", "attach", self.store)
         self.start()
@@ -92,29 +92,28 @@ class Survivor(Rig):
             assert xxhash.xxh3_128_hexdigest(self.snapshot(name).read_bytes()) == digest, f"snapshot {name} has changed"
         self.say(f"checked {len(kept)} snapshots; {self.status()['gaps']}")
 
-    def gap(self) -> None:
+    def do_gap(self) -> None:
         assert self.status()["gaps"], "a power cut is no gap?"
         assert all(gap["end"] is not None for gap in self.status()["gaps"])
 
-    def whole(self) -> None:
+    def do_whole(self) -> None:
         assert not self.status()["gaps"]
         state = [digest for kind, _, digest in self.noted() if kind == "end"]
         assert xxhash.xxh3_128_hexdigest(self.live().read_bytes()) == state[-1]
 
-    def load(self, *, snapshots: int = 1 << 30) -> bytes:
+    def do_load(self, *, snapshots: int = 1 << 30) -> bytes:
         """Write and take snapshots until the power is cut, or so many have been taken."""
         prefix = f"s{len(self.noted())}"
         with Blocks(NODE, read_past_cache(NODE), seed=int(os.environ.get("DMAFS_TEST_SEED", "1"))) as blocks:
             for number in range(snapshots):
-                count = blocks.count
-                wait_until(lambda count=count: blocks.count > count + 30, "the load to go on")
+                blocks.wait_for(30)
                 with blocks.at_rest() as content, session(self.store) as asked:
                     asked.take_snapshot(f"{prefix}-{number}")
                 self.note("snapshot", f"{prefix}-{number}", content)
                 self.say(f"noted {prefix}-{number}")
         return bytes(blocks.content)
 
-    def sync(self) -> None:
+    def do_sync(self) -> None:
         def syncs() -> None:
             while True:
                 with session(self.store) as asked:
@@ -122,10 +121,10 @@ class Survivor(Rig):
                 self.say("synced")
 
         threading.Thread(target=syncs, daemon=True).start()
-        self.load()
+        self.do_load()
 
-    def detach(self) -> None:
-        content = self.load(snapshots=3)
+    def do_detach(self) -> None:
+        content = self.do_load(snapshots=3)
         self.note("end", "", content)
         with session(self.store) as asked:
             asked.tap("detach", None)
@@ -149,7 +148,7 @@ def main() -> None:
         begun = time.monotonic()
         for word in words:
             survivor.say(f"begin {word} after {time.monotonic() - begun:.1f} s")
-            getattr(survivor, word)()
+            getattr(survivor, f"do_{word}")()
         if survivor.daemon is not None:
             survivor.dmafs("tap", "detach", survivor.store)
             survivor.stop()
