@@ -19,6 +19,7 @@ from typing import Any, Final
 
 import pytest
 
+from dmafs.errors import DifferenceError
 from dmafs.service.client import session
 from dmafs.taps import loopdev
 from dmafs.taps.devicemapper import DeviceMapper
@@ -442,7 +443,7 @@ def test_a_difference_is_found_and_mended(rig: TapRig) -> None:
         run("dd", "if=/dev/urandom", f"of={rig.source}", "bs=4k", "count=1", "seek=300", "oflag=direct", "conv=notrunc")
         found = verified(rig)
         assert (found["count"], found["bytes"]) == (2, 4 * BLOCK)
-        rig.dmafs("verify", rig.store, code=1)
+        rig.dmafs("verify", rig.store, code=DifferenceError.exit_code)
         with session(rig.store) as asked:
             asked.resync("disk", 0, lambda _done, _total: None)
         assert_exact_after_past(rig, blocks)
