@@ -142,8 +142,8 @@ class Engine(Driver):
         while not self.volume.pointers.now.copied:
             work = initial_copy(self.volume, self.tap.primary, self.flush_step, self.progress.update)
             try:
-                async with self.copying:
-                    with trio.CancelScope() as self.copy_scope:
+                with trio.CancelScope() as self.copy_scope:
+                    async with self.copying:  # within the scope: who cancels that, and then waits for this, is next
                         await self.drive(work, stoppable=True)
             except TROUBLE as error:
                 log.error("volume %s: initial copy failed: %s; trying again", self.volume.info.name, error)

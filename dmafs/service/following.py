@@ -96,7 +96,7 @@ class FollowingEngine(Engine):
         self._settling = trio.Lock()
         self._asked = 0
         self._newest: Barrier | None = None
-        self._loss: LogLostError | None = None
+        self._loss: DmafsError | None = None  # from when it is known until capture goes on
         self._doubts: tuple[Ints, Ints] = _NOTHING
         self._doubted = trio.Event()
         self._ended = trio.Event()
@@ -241,6 +241,8 @@ class FollowingEngine(Engine):
         self._asked += 1
         mine = self._asked
         async with self._settling:
+            if self._loss is not None:  # nobody reads the log: who waits for a mark now may hold what the gap needs
+                raise self._gap_error(self._loss)
             barrier = self._newest
             if barrier is None or barrier.covers < mine or mark:
                 barrier = await self._request(mark)
@@ -268,12 +270,13 @@ class FollowingEngine(Engine):
 
     def _fail_barriers(self, error: DmafsError) -> None:
         for barrier in self._barriers.values():
-            barrier.error = TapError(
-                f"volume {self._name}: a gap has begun: {error.message}", hint="try again after the resync"
-            )
+            barrier.error = self._gap_error(error)
             barrier.done.set()
         self._barriers.clear()
         self._newest = None
+
+    def _gap_error(self, error: DmafsError) -> TapError:
+        return TapError(f"volume {self._name}: a gap has begun: {error.message}", hint="try again after the resync")
 
     # -- losses -------------------------------------------------------------------------------------------------
 
@@ -314,6 +317,7 @@ class FollowingEngine(Engine):
         await self._end_loss(error)
 
     async def _record_gap(self, error: DmafsError) -> None:
+        self._loss = error
         self.alarm(f"volume {self._name}: a gap has begun: {error.message}")
         self.copy_scope.cancel()
         self._fail_barriers(error)
@@ -323,14 +327,15 @@ class FollowingEngine(Engine):
 
     async def _end_loss(self, error: DmafsError) -> None:
         """Have everything begin anew that relied on what was lost."""
-        self._loss = None
         self._doubts = _NOTHING
         self._fail_barriers(error)
         async with self._commit:
             await self.commit(Flag.TICK)
+        self.copy_scope.cancel()  # it may have begun again
         async with self.copying:
             if not self.volume.pointers.now.copied:
                 await self.drive(start_again(self.volume))
+        self._loss = None
         self.checking.gap_begun()
 
     def _commit_step(self, flag: Flag) -> Work[object]:

@@ -199,6 +199,10 @@ class Rig:
 
     # -- the daemon ---------------------------------------------------------------------------------------------------
 
+    def program(self) -> list[str]:
+        """Return the words with which the daemon is called."""
+        return [str(DMAFS)]
+
     def start(self, *, protected: bool = True, seconds: float = WATCHDOG_S) -> None:
         """Start the daemon, wait for its mount and, unless told otherwise, for the end of the initial copy."""
         assert self.daemon is None
@@ -206,7 +210,7 @@ class Rig:
         self._logs.append(log)
         with log.open("wb") as output:
             self.daemon = daemon = subprocess.Popen(
-                [str(DMAFS), "serve", str(self.store), str(self.mnt)],
+                [*self.program(), "serve", str(self.store), str(self.mnt)],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,

@@ -1,0 +1,370 @@
+"""Claims about what the dm tap captures under load: file systems, databases and raw blocks, at every kind of moment.
+
+The daemons here let go of no log, so that a reader that knows nothing of dmafs can replay all of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import random
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from tests.mount.harness import MIB, opened, run, wait_until
+from tests.vm.guest.naive import DISCARD, FUA, Disk, differing, read
+from tests.vm.guest.rig import NODE, TapRig
+
+SIZE: Final = 96 * MIB
+MOMENTS: Final = 5
+"""Of each file system, with a copy of the primary."""
+BOUNDARIES: Final = 160
+"""So many are looked at of each file system."""
+STRETCH: Final = 16
+"""So many of them one behind the other."""
+MAKE: Final = {
+    "ext4": ("-N", "4096", "-J", "size=8"),
+    "xfs": ("--unsupported", "-d", "agcount=2", "-l", "size=8m"),  # smaller than mkfs.xfs would have it
+}
+JOURNAL: Final = {"ext4": "delete", "xfs": "wal"}
+LOGS: Final = 'log_size = "24MiB"\n'
+"""The device gets a new log when one is half full, so there are several."""
+TREE: Final = Path(__file__).parents[3]
+PAGE: Final = mmap.PAGESIZE
+
+
+# --- the load
+
+
+class Database(threading.Thread):
+    """Commits one row after the other, until it is stopped."""
+
+    def __init__(self, path: Path, journal: str) -> None:
+        super().__init__()
+        self.committed = 0
+        self.stopped = threading.Event()
+        self.error: BaseException | None = None
+        self._path = path
+        self._journal = journal
+
+    def run(self) -> None:
+        try:
+            with contextlib.closing(sqlite3.connect(self._path, isolation_level=None)) as database:
+                database.execute(f"pragma journal_mode = {self._journal}")
+                database.execute("pragma synchronous = full")
+                database.execute("create table rows (id integer primary key, filler blob)")
+                database.execute("create index fillers on rows (filler)")
+                while not self.stopped.is_set():
+                    self._commit(database)
+        except BaseException as error:
+            self.error = error
+            raise
+
+    def _commit(self, database: sqlite3.Connection) -> None:
+        number = self.committed + 1
+        database.execute("begin")
+        database.execute("insert into rows values (?, ?)", (number, random.randbytes(random.randrange(3000))))
+        database.execute("update rows set filler = ? where id = ?", (random.randbytes(100), number // 2))
+        database.execute("commit")
+        self.committed = number
+        time.sleep(0.01)  # one processor is all there is
+
+    def wait_for(self, more: int) -> int:
+        """Wait until so many more rows are committed; return how many there are."""
+        wanted = self.committed + more
+        wait_until(lambda: self.error or self.committed >= wanted, f"{more} more rows")
+        assert self.error is None
+        return self.committed
+
+
+def fio(files: Path) -> None:
+    """Write, flush, and read what was written, with and without the page cache; fio verifies it."""
+    run(
+        *("fio", "--thread", f"--directory={files}", "--rw=randwrite", "--size=6m", "--loops=2", "--verify=crc32c"),
+        *("--name=direct", "--direct=1", "--bs=4k", "--fsync=64"),
+        *("--name=buffered", "--bs=512-32k", "--bs_unaligned", "--fsync=32", "--loops=3"),
+    )
+
+
+def trees(files: Path) -> None:
+    """Unpack a tree, put it into a repository, pack that, and remove the tree."""
+    run("tar", "-C", TREE, "-cf", files / "tree.tar", "dmafs", "man", "README.md")
+    tree = files / "tree"
+    tree.mkdir()
+    run("tar", "-C", tree, "-xf", files / "tree.tar")
+    git = ("git", "-C", tree, "-c", "user.name=x", "-c", "user.email=x@example.org", "-c", "core.fsync=added,index")
+    run(*git, "init", "-q")
+    run(*git, "add", "dmafs/core", "man")
+    run(*git, "commit", "-qm", "some")
+    run(*git, "add", ".")
+    run(*git, "commit", "-qm", "all")
+    run(*git, "gc", "-q")
+    run("rm", "-r", tree / "dmafs")
+    run("fstrim", files)
+    run(*git, "checkout", "-qf", ".")
+    run(*git, "fsck", "--full")
+
+
+@dataclass
+class Loaded:
+    """A file system that was under load, and what is known of its moments."""
+
+    kind: str
+    rig: TapRig
+    copies: dict[str, Path] = field(default_factory=dict)
+    """Of the primary, by mark."""
+    rows: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """How many rows were committed before a mark, and how many after it, by mark."""
+    begun_ns: int = 0
+    """The file system is made since then."""
+
+
+def load(kind: str, rig: TapRig) -> Loaded:
+    """Make a file system and put it under load; set marks meanwhile, half of them while it is frozen."""
+    rig.protect(SIZE, configuration=LOGS)
+    rig.make(kind, *MAKE[kind])
+    with rig.mounted() as files:
+        run("sync", "-f", files)
+        rig.mark("made")
+        found = Loaded(kind, rig, begun_ns=time.time_ns())
+        database = Database(files / "database", JOURNAL[kind])
+        works = [Work(fio, files), Work(trees, files)]
+        for thread in (database, *works):
+            thread.start()
+        try:
+            for number in range(MOMENTS):
+                frozen_moment(found, files, database, f"frozen{number}")
+                moving_moment(found, database, f"moving{number}")
+            for work in works:
+                work.done()
+        finally:
+            database.stopped.set()
+            for thread in (database, *works):
+                thread.join()
+        assert database.error is None
+    rig.mark("end")
+    print(rig.tap_status(), rig.logs())
+    return found
+
+
+class Work(threading.Thread):
+    """A part of the load."""
+
+    def __init__(self, work: Callable[[Path], None], files: Path) -> None:
+        super().__init__()
+        self._work = work
+        self._files = files
+        self._error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            self._work(self._files)
+        except BaseException as error:  # noqa: BLE001 - done() raises it
+            self._error = error
+
+    def done(self) -> None:
+        """Wait until it is done."""
+        self.join()
+        if self._error is not None:
+            raise self._error
+
+
+def frozen_moment(found: Loaded, files: Path, database: Database, mark: str) -> None:
+    database.wait_for(5)
+    with found.rig.frozen(files):
+        before = database.committed
+        found.rig.mark(mark)
+        found.copies[mark] = found.rig.copy_primary(f"{mark}.copy")
+    found.rows[mark] = before, before + 1  # the commit that waited may have been on the disk
+
+
+def moving_moment(found: Loaded, database: Database, mark: str) -> None:
+    before = database.wait_for(5)
+    found.rig.mark(mark)
+    found.rows[mark] = before, database.committed + 1
+
+
+@pytest.fixture(scope="module", params=["ext4", "xfs"])
+def loaded(request: pytest.FixtureRequest) -> Iterator[Loaded]:
+    """A file system after its load, with the daemon still there."""
+    with TapRig(keeps_logs=True) as rig:
+        yield load(request.param, rig)
+        rig.assert_verified()
+        rig.stop()
+        rig.detach_tap()
+
+
+# --- claims
+
+
+def test_frozen_moments_are_the_primarys(loaded: Loaded) -> None:
+    """Five moments under load are byte for byte what the primary held when the file system was frozen there."""
+    assert len(loaded.copies) == MOMENTS
+    contents = {copy.read_bytes() for copy in loaded.copies.values()}
+    assert len(contents) == MOMENTS, "they differ"
+    for mark, copy in loaded.copies.items():
+        found = differing(loaded.rig.at(mark).read_bytes(), copy.read_bytes())
+        assert not found.any(), f"{mark}: {found.sum()} sectors"
+
+
+def test_a_naive_replay_of_the_logs_agrees_at_each_mark(loaded: Loaded) -> None:
+    """Replaying the logs entry by entry gives the image at each mark; where it doesn't, a FUA write was overtaking.
+
+    That such an image is right there, others claim: it is the primary's while frozen.
+    """
+    logs = loaded.rig.logs()
+    assert len(logs) > 1, "there was a rotation"
+    disk, seen, corrected, discards = Disk(SIZE), [], 0, 0
+    for entry in (entry for log in logs for entry in read(log)):
+        disk.apply(entry)
+        discards += entry.flags & DISCARD > 0
+        mark = entry.text.rpartition(":")[2]
+        if mark in {*loaded.rows, "end"}:
+            seen.append(mark)
+            wrong = differing(loaded.rig.at(mark).read_bytes(), disk.image)
+            assert not (wrong & ~disk.doubtful).any(), f"{mark}: {(wrong & ~disk.doubtful).sum()} sectors"
+            corrected += int(wrong.sum())
+    assert seen == [*loaded.rows, "end"]
+    assert discards
+    print(f"{loaded.kind}: {len(logs)} logs, {len(seen)} marks, {discards} discards, {corrected} sectors corrected")
+
+
+def test_the_file_system_at_each_flush_boundary_is_clean(loaded: Loaded) -> None:
+    """A clone of each of 160 flush boundaries, its journal replayed by the kernel, is a clean file system."""
+    times = [time_ns for _, time_ns in loaded.rig.boundaries() if time_ns > loaded.begun_ns]
+    count = BOUNDARIES // STRETCH
+    assert len(times) >= BOUNDARIES
+    gap = (len(times) - STRETCH) / (count - 1)
+    chosen = [time_ns for n in range(count) for time_ns in times[round(n * gap) :][:STRETCH]]
+    assert len(set(chosen)) == BOUNDARIES
+    begun = time.perf_counter()
+    for time_ns in chosen:
+        with loaded.rig.clone(time_ns) as device:
+            with loaded.rig.replayed(loaded.kind, device):
+                pass
+            loaded.rig.fsck(loaded.kind, device)
+    print(f"{loaded.kind}: {BOUNDARIES} of {len(times)} boundaries in {time.perf_counter() - begun:.0f} s")
+
+
+def test_a_database_at_each_mark_is_whole(loaded: Loaded) -> None:
+    """Mounted from a clone of a mark, it passes its check, and has all rows committed before and none from later."""
+    assert len(loaded.rows) == 2 * MOMENTS
+    for mark, (least, most) in loaded.rows.items():
+        with (
+            loaded.rig.clone(mark) as device,
+            loaded.rig.replayed(loaded.kind, device) as folder,
+            contextlib.closing(sqlite3.connect(folder / "database")) as database,
+        ):
+            assert database.execute("pragma integrity_check").fetchall() == [("ok",)], mark
+            count, last = database.execute("select count(*), max(id) from rows").fetchone()
+            assert least <= count == last <= most, mark
+
+
+# --- direct writes that overtake
+
+
+ROUNDS: Final = 60
+EACH: Final = 20
+
+
+@pytest.fixture(scope="module")
+def overtaken() -> Iterator[TapRig]:
+    """A rig for the tests of overtaking writes, one after the other."""
+    with TapRig(keeps_logs=True) as rig:
+        rig.protect(SIZE)
+        yield rig
+        rig.assert_verified()
+        rig.stop()
+        rig.detach_tap()
+
+
+def content(number: int, what: str) -> bytes:
+    """Return a page."""
+    return f"{number} {what}".encode().ljust(64, b".") * (PAGE // 64)
+
+
+def overwrite(path: Path, numbers: range) -> None:
+    """Write pages directly, and write them again; then flush.
+
+    Of the even ones the second write is a FUA write, which comes into the log before the first, that waits for a flush.
+    Of the odd ones the first is: there the order of the log is right.
+    """
+    page = mmap.mmap(-1, PAGE)
+    with (
+        opened(path, os.O_WRONLY | os.O_DIRECT) as plain,
+        opened(path, os.O_WRONLY | os.O_DIRECT | os.O_DSYNC) as fua,
+    ):
+        for number in numbers:
+            descriptors = (plain, fua) if number % 2 == 0 else (fua, plain)
+            for descriptor, what in zip(descriptors, ("old", "new"), strict=True):
+                page[:] = content(number, what)
+                assert os.pwrite(descriptor, page, number * PAGE) == PAGE
+        os.fsync(plain)
+
+
+def overwrite_in_rounds(rig: TapRig, name: str, path: Path) -> list[str]:
+    """Do so in rounds with marks behind; return those."""
+    marks = []
+    for begin in range(0, ROUNDS, EACH):
+        overwrite(path, range(begin, begin + EACH))
+        marks.append(f"{name}{begin + EACH}")
+        rig.mark(marks[-1])
+    return marks
+
+
+def assert_new(file: Path, count: int) -> None:
+    """Assert that the first pages of a file are the new ones."""
+    with file.open("rb") as opened_file:
+        for number in range(count):
+            assert opened_file.read(PAGE) == content(number, "new"), (file, number)
+
+
+def assert_the_log_misleads(rig: TapRig, mark: str) -> None:
+    """Assert that a naive replay up to a mark brings old pages back, and that the newest image is the primary."""
+    disk = Disk(SIZE)
+    for entry in read(rig.logs()[-1]):
+        disk.apply(entry)
+    wrong = differing(rig.at(mark).read_bytes(), disk.image)
+    assert wrong.any(), "the log's order is right"
+    assert not (wrong & ~disk.doubtful).any()
+    pages = {bytes(disk.image[n * 512 : (n + 1) * 512]) for n in wrong.nonzero()[0].tolist()}
+    assert pages <= {content(number, "old")[:512] for number in range(0, ROUNDS, 2)}, "old pages and nothing else"
+    assert any(entry.flags & FUA for entry in read(rig.logs()[-1]))
+    print(f"{mark}: {wrong.sum()} sectors are wrong in the log")
+    copy = rig.copy_primary("primary.copy")
+    assert not differing(copy.read_bytes(), rig.live().read_bytes()).any()
+
+
+def test_overtaking_writes_to_the_device(overtaken: TapRig) -> None:
+    """Pages of the raw device that a direct O_DSYNC write wins over a direct write are right at each mark."""
+    marks = overwrite_in_rounds(overtaken, "raw", NODE)
+    for number, mark in enumerate(marks, 1):
+        assert_new(overtaken.at(mark), number * EACH)
+    assert_new(overtaken.live(), ROUNDS)
+    assert_the_log_misleads(overtaken, marks[-1])
+
+
+@pytest.mark.parametrize("kind", ["ext4", "xfs"])
+def test_overtaking_writes_to_a_file(overtaken: TapRig, kind: str) -> None:
+    """So are those of a file."""
+    overtaken.make(kind, *MAKE[kind], *(("-f",) if kind == "xfs" else ("-F",)))
+    with overtaken.mounted() as files:
+        path = files / "file"
+        path.write_bytes(bytes(ROUNDS * PAGE))  # else a direct write would have to change the file system as well
+        run("sync", path)
+        marks = overwrite_in_rounds(overtaken, kind, path)
+        assert_the_log_misleads(overtaken, marks[-1])
+    for number, mark in enumerate(marks, 1):
+        with overtaken.clone(mark) as device, overtaken.replayed(kind, device) as folder:
+            assert_new(folder / "file", number * EACH)
+    overtaken.mark(f"{kind}-end")
+    with overtaken.clone(f"{kind}-end") as device, overtaken.replayed(kind, device) as folder:
+        assert_new(folder / "file", ROUNDS)
