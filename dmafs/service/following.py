@@ -51,6 +51,8 @@ log = logging.getLogger(__name__)
 POLL_SHARE: Final = 0.1
 """The log is looked at so often in a tick: loop devices tell nobody that they have written."""
 POLL_MAX_S: Final = 0.1
+BARRIER_SHARE: Final = 0.5
+"""So often in a tick there is a barrier: what it brings has to be captured too before the tick is over."""
 TICKS_MAX: Final = 4
 """How many barriers of ticks may be under way."""
 SPACE_TRIES: Final = 5
@@ -128,12 +130,12 @@ class FollowingEngine(Engine):
         return [*super().tasks(), self._follow, self._recheck, self._watch]
 
     async def _tick(self) -> None:
-        """Have a barrier each tick, whether the one before was read back already or not: the lag stays short so."""
+        """Have barriers, whether the ones before were read back already or not: the lag stays short so."""
         slots = trio.Semaphore(TICKS_MAX)
         due = trio.current_time()
         async with trio.open_nursery() as nursery:
             while True:
-                due = max(due + self.tick_s, trio.current_time())
+                due = max(due + self.tick_s * BARRIER_SHARE, trio.current_time())
                 await trio.sleep_until(due)
                 self._heads.append(self.volume.journal.head)
                 with contextlib.suppress(trio.WouldBlock):
