@@ -55,7 +55,9 @@ class Scanned:
 
     @property
     def end(self) -> int:
-        """Return the place behind it."""
+        """Return the place behind it: that behind the whole log, where the next one begins, if it is the log's last."""
+        if self.window.closing == "end":
+            return self.log.first + self.log.file.size() // SECTOR
         return self.log.first + self.window.end // SECTOR
 
     @property
@@ -150,11 +152,10 @@ class LoggedTap(ABC):
     # -- what all do alike --------------------------------------------------------------------------------------
 
     def discard(self) -> None:
-        """Throw away what is in the log until now."""
+        """Pass over what is in the log until now."""
         while (scanned := self.pending or self.scan()) is not None:
             self.taken(scanned)
         self.forget_all()
-        self.release(self.captured_place)
 
     def read(self, scanned: Scanned) -> Iterator[list[Extent]]:
         """Yield the events of a window in batches; the data of one is gone when the next one is asked for."""

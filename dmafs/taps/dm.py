@@ -12,6 +12,7 @@ After the first the log is whole, which its end mark says; after the second noth
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ from dmafs.core.resync import begin_after_stop, needs_resync, start_again
 from dmafs.core.storage import open_direct, open_log
 from dmafs.core.volume import Volume
 from dmafs.core.work import Work
-from dmafs.errors import CorruptionError, LogLostError, TapError
+from dmafs.errors import CorruptionError, DmafsError, LogLostError, TapError
 from dmafs.taps.capture import Log, LoggedTap, Scanned, capture
 from dmafs.taps.kernellog import devices_under
 from dmafs.taps.logreader import LoggedWindow, LogReader
@@ -51,6 +52,7 @@ class DmTap(LoggedTap):
         self._source = Path(volume.info.source)
         super().__init__(open_direct(self._source), volume.info.size_sectors)
         self.mapped = MappedTap.find(directory, **self._identity)
+        self._using = threading.Lock()  # while the device is asked what isn't ordered with its removal
         self._log: Log | None = None
         self._opened: list[Log] = []
 
@@ -84,9 +86,14 @@ class DmTap(LoggedTap):
         self._open(start, max(retained, start))
         for log, window in self._windows_before(position):
             self.arbiter.remember(log.file, window, log.first + window.begin // SECTOR)
-        if position not in {self._current.first, self._place}:
+        self.ended = self._is_behind(position)
+        if not self.ended and position not in {self._current.first, self._place}:
             raise LogLostError(f"log {self._current.file.name} has no entry where the journal ends", hint=_COMPARED)
         self.captured_place = position
+
+    def _is_behind(self, position: int) -> bool:
+        """Say whether a place is behind the last log, whose end was captured then."""
+        return position == self._current.first + self._current.file.size() // SECTOR
 
     def _windows_before(self, position: int) -> Iterator[tuple[Log, LoggedWindow]]:
         """Yield the windows from the present place up to *position*."""
@@ -139,13 +146,23 @@ class DmTap(LoggedTap):
         log = self._current
         window = self._next_window(log)
         if window is None:
-            if any(first_of(path) > log.first for path in log_paths(self.directory)):
-                raise LogLostError(f"log {log.file.name} has no end, and there is a newer one", hint=_COMPARED)
-            return None
+            over = self._why_over(log)
+            if not over:
+                return None
+            window = self._next_window(log)  # what the reader had read before may have been older than the log's end
+            if window is None:
+                raise LogLostError(f"log {log.file.name} has no end, and {over}", hint=_COMPARED)
         if window.closing == "end" and not self._advance():
             self.ended = True
         keeps = self.mapped is not None and not self.mapped.discards
         return Scanned(log, self.without_discards(window) if keeps else window)
+
+    def _why_over(self, log: Log) -> str:
+        """Return why nothing more can come into a log, empty if it still can."""
+        if self.mapped is None:
+            return "its device is gone"
+        newer = any(first_of(path) > log.first for path in log_paths(self.directory))
+        return "there is a newer one" if newer else ""
 
     def _next_window(self, log: Log) -> LoggedWindow | None:
         try:
@@ -155,11 +172,12 @@ class DmTap(LoggedTap):
 
     def check(self) -> None:
         """See ``LoggedTap``. A log that has its end is whole."""
-        if self.mapped is not None and not self.ended and self.mapped.status().disabled:
-            raise LogLostError(
-                f"{self.mapped.node} has stopped logging: its log is full, or can't be written",
-                hint="make space in the store",
-            )
+        with self._using:
+            if self.mapped is not None and not self.ended and self.mapped.status().disabled:
+                raise LogLostError(
+                    f"{self.mapped.node} has stopped logging: its log is full, or can't be written",
+                    hint="make space in the store",
+                )
 
     def request(self, text: str) -> None:
         """See ``LoggedTap``."""
@@ -170,11 +188,13 @@ class DmTap(LoggedTap):
 
     def has_written(self) -> bool:
         """See ``LoggedTap``."""
-        return self.mapped is not None and self.mapped.has_written()
+        with self._using:
+            return self.mapped is not None and self.mapped.has_written()
 
     def devices(self) -> frozenset[str]:
         """See ``LoggedTap``."""
-        numbers = [self._source.stat().st_rdev, *([self.mapped.node.stat().st_rdev] if self.mapped else [])]
+        with self._using:
+            numbers = [self._source.stat().st_rdev, *([self.mapped.node.stat().st_rdev] if self.mapped else [])]
         return frozenset[str]().union(*map(devices_under, numbers))
 
     # -- the logs -----------------------------------------------------------------------------------------------
@@ -193,9 +213,13 @@ class DmTap(LoggedTap):
         return Lsn(max([self._volume.journal.position, *ends]))
 
     def restart(self) -> int:
-        """See ``LoggedTap``."""
+        """See ``LoggedTap``. Without a device there is nothing more to capture: then it has ended."""
         first = self.behind()
-        self.device.rotate(first)
+        if self.mapped is None:
+            self.forget_all()
+            self.ended, self.captured_place = True, first
+            return first
+        self.mapped.rotate(first)
         self.forget_all()
         self._open(first, first)
         self.captured_place = first
@@ -227,8 +251,9 @@ class DmTap(LoggedTap):
 
     def detach(self) -> None:
         """See ``LoggedTap``."""
-        self.device.detach()
-        self.mapped = None
+        with self._using:
+            self.device.detach()
+            self.mapped = None
 
     def close(self) -> None:
         """See ``LoggedTap``."""
@@ -246,14 +271,15 @@ class DmTap(LoggedTap):
     def report(self) -> dict[str, Any]:
         """Return what there is to say about device and log."""
         node = f"/dev/mapper/{device_name(self._volume.info.name)}"
-        if self.mapped is None:
-            return {"device": node, "attached": False}
-        status = self.mapped.status()
+        with self._using:
+            if self.mapped is None:
+                return {"device": node, "attached": False}
+            status, log = self.mapped.status(), self.mapped.log
         return {
             "device": node,
             "attached": True,
             "logging": not status.disabled,
-            "log": str(self.mapped.log),
+            "log": str(log),
             "log_bytes": status.next_sector * SECTOR,
             "log_limit_bytes": status.end_sector * SECTOR,
             "log_entries": status.entries,
@@ -285,7 +311,11 @@ def attach(volume: Volume, tap: DmTap, boot_id: UUID) -> Work[None]:
     volume.journal.note_position(place, place)
     yield from volume.flush()
     yield partial(volume.mark_open, boot_id)
-    yield tap.attach
+    try:
+        yield tap.attach
+    except (DmafsError, OSError):  # there is no device, and nothing that only a log has
+        yield volume.mark_clean
+        raise
 
 
 def _take_rest(volume: Volume, tap: DmTap, flush: Callable[[Flag], Work[object]]) -> Work[None]:
@@ -294,8 +324,6 @@ def _take_rest(volume: Volume, tap: DmTap, flush: Callable[[Flag], Work[object]]
     try:
         yield partial(tap.begin, journal.position, journal.retained)
         yield from drain(volume, tap)
-        if not tap.ended:
-            raise LogLostError("the log has no end", hint=_COMPARED)
     except LogLostError as error:
         log.error("volume %s: a gap begins: %s", volume.info.name, error.message)
         if not volume.pointers.now.copied:
@@ -309,7 +337,5 @@ def detach(volume: Volume, tap: DmTap) -> Work[None]:
     yield from drain(volume, tap)
     yield tap.detach
     yield from drain(volume, tap)
-    if not tap.ended:
-        raise LogLostError("the log has no end", hint="start the daemon: " + _COMPARED)
     yield from volume.flush()
     yield volume.mark_clean
