@@ -31,6 +31,7 @@ from dmafs.core.moments import (
     unpin_group,
 )
 from dmafs.core.points import consistency, oldest_point
+from dmafs.core.resync import needs_resync
 from dmafs.core.retention import KeepRules
 from dmafs.core.snapshot import Snapshot, require_unpinned
 from dmafs.core.store import Store
@@ -51,7 +52,7 @@ from dmafs.service.report import (
     state_of,
     status_of,
 )
-from dmafs.service.tasks import TROUBLE
+from dmafs.service.tasks import TROUBLE, together
 from dmafs.service.thinning import Drops, Shrinking, Thinning
 from dmafs.tree.backend import Space
 from dmafs.units import SECTOR, TimeNs, check_name, format_bytes, format_rfc3339, format_time
@@ -62,6 +63,11 @@ ROOM_WAIT_S: Final = 2.0
 """How long freed space may take to be free: some file systems free it in the background."""
 FRUITLESS_S: Final = 1.0
 """How long nothing is tried again after nothing could be dropped; many writes may ask."""
+
+
+def gap_alarm(volume: str) -> str:
+    """Return the kind of the alarm that tells of a gap."""
+    return f"gap-{volume}"
 
 
 class Appliance:
@@ -79,12 +85,12 @@ class Appliance:
         self._fruitless_until = self.short_at = -math.inf
         self.schedule: Callable[[], Report | None] = lambda: None
         """Says what is planned; set by who plans."""
-        for engine in engines.values():
-            if isinstance(engine, FollowingEngine):
-                engine.make_room = self.make_room
         first = next(iter(self._volumes.values()))
         self.started_ns = first.clock()
         self.alarms = Alarms(first.clock)
+        for name, engine in engines.items():
+            if isinstance(engine, FollowingEngine):
+                engine.make_room, engine.alarm = self.make_room, partial(self.alarms.set, gap_alarm(name))
 
     def _engine(self, volume: str) -> Engine:
         try:
@@ -191,9 +197,7 @@ class Appliance:
 
         With *mark* those that can do so mark that moment in their logs.
         """
-        async with trio.open_nursery() as nursery:
-            for engine in engines.values():
-                nursery.start_soon(partial(engine.settle, mark=mark))
+        await together(partial(engine.settle, mark=mark) for engine in engines.values())
         async with contextlib.AsyncExitStack() as stack:
             for engine in engines.values():
                 await stack.enter_async_context(engine.appending)
@@ -415,6 +419,12 @@ class Appliance:
         return {"volumes": reports}
 
     # -- retention ------------------------------------------------------------------------------------------------
+
+    def clear_gaps(self) -> None:
+        """Clear the alarms of the gaps that have ended."""
+        for name, volume in self._volumes.items():
+            if not needs_resync(volume) and volume.pointers.now.copied:
+                self.alarms.clear(gap_alarm(name))
 
     @property
     def reserve(self) -> int:

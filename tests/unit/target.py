@@ -1,7 +1,7 @@
 """A log-writes target over a file, in this process: what ``MappedTap`` has of the kernel, with real logs.
 
-As the kernel's: a write is on the primary at once; a plain one comes into the log with the next flush, a FUA write and a
-mark right away; a log never wraps, and when it is full logging stops for good while everything else goes on.
+As the kernel's: a write is on the primary at once; a plain one comes into the log with the next flush, a FUA write and
+a mark right away; a log never wraps, and when it is full logging stops for good while everything else goes on.
 """
 
 from __future__ import annotations
