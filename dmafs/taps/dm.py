@@ -183,9 +183,12 @@ class DmTap(ChainedTap):
         """Return what there is to say about device and log."""
         node = f"/dev/mapper/{device_name(self._volume.info.name)}"
         with self._using:
-            if self.mapped is None:
+            if self.mapped is None or self.ended:  # removed by command, or by hand
                 return {"device": node, "attached": False}
-            status, log = self.mapped.status(), self.mapped.log
+            try:
+                status, log = self.mapped.status(), self.mapped.log
+            except TapError:  # just being removed by hand; what its log has comes still
+                return {"device": node, "attached": False}
         return {
             "device": node,
             "attached": True,

@@ -19,6 +19,7 @@ from typing import Any, Final
 
 import pytest
 
+from dmafs.errors import DifferenceError
 from dmafs.service.client import session
 from dmafs.taps import loopdev
 from dmafs.taps.devicemapper import DeviceMapper
@@ -28,12 +29,13 @@ from tests.vm.guest.rig import NODE, TapRig
 
 SEED: Final = int(os.environ.get("DMAFS_TEST_SEED", "1"))
 KILLS: Final = 25
+MARK_EVERY: Final = 6
 TICK_S: Final = 0.2
 QUICK: Final = f"tick_s = {TICK_S}\n"
 GAP: Final = (
     r"a gap has begun|gap ended, .* of the source differed|capture was lost again|resync failed: .*a gap has begun"
 )
-SIZE: Final = 32 * MIB
+SIZE: Final = 16 * MIB
 
 
 @pytest.fixture
@@ -74,7 +76,7 @@ class Killer:
         self.kills += 1
 
 
-def same(path: Path, content: bytes) -> bool:
+def same(path: Path, content: bytes | bytearray) -> bool:
     return path.read_bytes() == content
 
 
@@ -102,7 +104,7 @@ def test_kills_of_the_daemon_lose_nothing_of_a_file_system(rig: TapRig) -> None:
     with rig.mounted() as folder, churn(folder), Ledger(folder / "ledger") as ledger:
         while killer.kills < KILLS:
             killer.kill()
-            if killer.random.random() < 0.2:
+            if killer.kills >= MARK_EVERY * (1 + len(known)):
                 name, durable = f"mark{killer.kills}", ledger.acknowledged
                 rig.mark(name)
                 known[name] = rig.at(name).read_bytes()
@@ -112,7 +114,6 @@ def test_kills_of_the_daemon_lose_nothing_of_a_file_system(rig: TapRig) -> None:
     rig.assert_verified()
     status = rig.status()
     assert status["gaps"] == []
-    assert len(known) > 1
     for name, content in known.items():
         assert same(rig.at(name), content), name
     with rig.clone("0s ago") as device:
@@ -129,7 +130,7 @@ def test_kills_of_the_daemon_lose_no_direct_write(rig: TapRig) -> None:
     with Blocks(NODE, SIZE, seed=SEED, pause_s=0.01) as blocks:
         while killer.kills < KILLS:
             killer.kill()
-            if killer.random.random() < 0.3:
+            if killer.kills >= MARK_EVERY * (1 + len(known)):
                 name = f"mark{killer.kills}"
                 with blocks.at_rest() as content:
                     rig.mark(name)
@@ -384,7 +385,7 @@ def test_a_device_removed_by_hand_while_no_daemon_runs_ends_in_order(rig: TapRig
 
 def test_a_device_removed_by_hand_while_the_daemon_runs_is_told(rig: TapRig) -> None:
     """Plainly it can't be removed, and capture goes on; by force it can: the daemon tells, and loses nothing."""
-    rig.allow("its device was removed", "device")
+    rig.allow("its device was removed")
     rig.protect(SIZE, configuration=QUICK)
     with Blocks(NODE, SIZE, seed=SEED, pause_s=0.01) as blocks:
         blocks.wait_for(100)
@@ -395,7 +396,9 @@ def test_a_device_removed_by_hand_while_the_daemon_runs_is_told(rig: TapRig) -> 
     wait_until(lambda: "its device was removed" in rig.log(), "the daemon to tell")
     wait_until(lambda: same(rig.live(), bytes(again.content)), "the rest to be taken in")
     assert rig.status()["gaps"] == []
+    assert not rig.tap_status()["attached"]
     rig.stop()
+    run("dmsetup", "remove", NODE.name)  # what is left of it answers with errors
     rig.start()
     assert rig.status()["gaps"] == []
     with Blocks(NODE, again.content, seed=SEED + 2) as later:
@@ -433,29 +436,25 @@ def test_a_mark_by_hand_is_a_mark(rig: TapRig) -> None:
 
 
 def test_a_difference_is_found_and_mended(rig: TapRig) -> None:
-    """What is written to the primary past the tap is found by verify, by its place, and journaled by resync."""
+    """What is written to the primary past the tap is found by verify, by its size, and journaled by resync."""
     rig.allow("resynced, .* of the source differed")
     rig.protect(SIZE, configuration=QUICK)
     with Blocks(NODE, SIZE, seed=SEED, begin=2 * MIB) as blocks:
-        rig.assert_verified()
-        run("dd", "if=/dev/urandom", f"of={rig.source}", "bs=4k", "count=3", "seek=100", "oflag=direct", "conv=notrunc")
-        run("dd", "if=/dev/urandom", f"of={rig.source}", "bs=4k", "count=1", "seek=300", "oflag=direct", "conv=notrunc")
-        found = verified(rig)
-        assert (found["count"], found["bytes"]) == (2, 4 * BLOCK)
-        rig.dmafs("verify", rig.store, code=1)
-        with session(rig.store) as asked:
-            asked.resync("disk", 0, lambda _done, _total: None)
-        assert_exact_after_past(rig, blocks)
-        (gap,) = rig.status()["gaps"]
-        assert gap["end"] is not None
-
-
-def assert_exact_after_past(rig: TapRig, blocks: Blocks) -> None:
-    """Likewise where the first MiB were written past the load."""
+        blocks.wait_for(50)
     rig.assert_verified()
-    with blocks.at_rest() as content:
-        rig.mark("after")
-    image, primary = rig.at("after").read_bytes(), rig.primary().read_bytes()
-    assert image == primary or len(image) != len(primary)
-    assert image[2 * MIB :] == content[2 * MIB :]
-    assert image[100 * BLOCK : 103 * BLOCK] != bytes(3 * BLOCK)
+    for place, count in ((100, 3), (300, 1)):
+        with rig.source.open("r+b", buffering=0) as file:
+            file.seek(place * BLOCK)
+            file.write(b"planted!" * (count * BLOCK // 8))
+            os.fsync(file.fileno())
+    found = verified(rig)
+    assert (found["count"], found["bytes"]) == (2, 4 * BLOCK)
+    rig.dmafs("verify", rig.store, code=DifferenceError.exit_code)
+    with session(rig.store) as asked:
+        asked.resync("disk", 0, lambda _done, _total: None)
+    rig.assert_verified()
+    (gap,) = rig.status()["gaps"]
+    assert gap["end"] is not None
+    blocks.content[100 * BLOCK : 103 * BLOCK] = b"planted!" * (3 * BLOCK // 8)
+    blocks.content[300 * BLOCK : 301 * BLOCK] = b"planted!" * (BLOCK // 8)
+    assert same(rig.live(), blocks.content)
