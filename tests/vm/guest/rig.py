@@ -26,8 +26,8 @@ NODE: Final = Path("/dev/mapper/dmafs-disk")
 
 _KEEPS_LOGS: Final = """
 from dmafs.cli.main import entry
-from dmafs.taps.mapped import MappedTap
-MappedTap.punch = lambda *_: None
+from dmafs.taps.dm import DmTap
+DmTap.release = lambda *_: None
 entry()
 """
 
@@ -62,8 +62,9 @@ class TapRig(Rig):
             self._loop = loopdev.attach(self.primary())
             source = self._loop.node
         self.source = source
+        self.store.mkdir(mode=0o700)
+        self.configure(configuration)  # the device and its first log are made with the volume
         self.dmafs("create", self.store, "--source", source, "--tap", "dm")
-        self.configure(configuration)
         self.start()
 
     # -- what stands on the device -----------------------------------------------------------------------------
