@@ -52,7 +52,7 @@ from dmafs.service.report import (
     status_of,
 )
 from dmafs.service.tapping import tap_reports
-from dmafs.service.tasks import TROUBLE
+from dmafs.service.tasks import TROUBLE, together
 from dmafs.service.thinning import Drops, Shrinking, Thinning
 from dmafs.tree.backend import Space
 from dmafs.units import SECTOR, TimeNs, check_name, format_bytes, format_rfc3339, format_time
@@ -84,10 +84,9 @@ class Appliance:
         first = next(iter(self._volumes.values()))
         self.started_ns = first.clock()
         self.alarms = Alarms(first.clock)
-        for engine in engines.values():
+        for name, engine in engines.items():
             if isinstance(engine, FollowingEngine):
-                engine.make_room = self.make_room
-                engine.alarm = partial(self.alarms.set, f"{GAP_ALARM} {engine.volume.info.name}", worse=True)
+                engine.make_room, engine.alarm = self.make_room, partial(self.alarms.set, f"{GAP_ALARM}-{name}")
 
     def _engine(self, volume: str) -> Engine:
         try:
@@ -194,9 +193,7 @@ class Appliance:
 
         With *mark* those that can do so mark that moment in their logs.
         """
-        async with trio.open_nursery() as nursery:
-            for engine in engines.values():
-                nursery.start_soon(partial(engine.settle, mark=mark))
+        await together(partial(engine.settle, mark=mark) for engine in engines.values())
         async with contextlib.AsyncExitStack() as stack:
             for engine in engines.values():
                 await stack.enter_async_context(engine.appending)
@@ -345,9 +342,7 @@ class Appliance:
     def status(self) -> Report:
         """Return the state of the daemon and of all volumes."""
         volumes = []
-        for name, engine in self._engines.items():
-            if not needs_resync(engine.volume):
-                self.alarms.clear(f"{GAP_ALARM} {name}")
+        self.clear_gaps()
         for engine in self._engines.values():
             report = status_of(engine.volume)
             if report["state"] == "copying":
@@ -417,6 +412,12 @@ class Appliance:
         return await tap_reports(self._engines, action, volume)
 
     # -- retention ------------------------------------------------------------------------------------------------
+
+    def clear_gaps(self) -> None:
+        """Clear the alarms of the gaps that have ended."""
+        for name, volume in self._volumes.items():
+            if not needs_resync(volume) and volume.pointers.now.copied:
+                self.alarms.clear(f"{GAP_ALARM}-{name}")
 
     @property
     def reserve(self) -> int:

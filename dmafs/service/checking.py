@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -17,8 +18,10 @@ from dmafs.core.ondisk import Flag
 from dmafs.core.resync import mend, needs_resync, resync
 from dmafs.core.throttle import Throttle
 from dmafs.core.verify import Differences, verify
+from dmafs.core.volume import Volume
 from dmafs.core.work import Work
-from dmafs.errors import CheckBusyError, DmafsError, StoreError
+from dmafs.errors import CheckBusyError, DmafsError, StoreError, TapError
+from dmafs.service.driver import Await
 from dmafs.service.report import Report, differences_of
 from dmafs.service.tasks import RETRY_S, TROUBLE, Progress
 from dmafs.units import SECTOR, format_bytes, format_rfc3339
@@ -30,6 +33,15 @@ log = logging.getLogger(__name__)
 
 VERIFY: Final = "verify"
 RESYNC: Final = "resync"
+
+
+def require_source(volume: Volume) -> None:
+    """Raise TapError if a volume has no source that its newest image could be compared with."""
+    if volume.info.tap == "none":
+        raise TapError(
+            f"volume {volume.info.name} was imported: it has no source to compare with",
+            hint="only volumes with a tap are verified and resynced",
+        )
 
 
 class Check:
@@ -76,9 +88,13 @@ class Checking:
         self.last: Report | None = None
         """What the last check that came to an end has found; forgotten with the daemon."""
 
+    def lost(self) -> None:
+        """Have no resync that is under way end a gap: capture is being lost."""
+        self._losses += 1
+
     def gap_begun(self) -> None:
         """Have a gap ended that has begun while the engine runs; one that is open already goes on, compared anew."""
-        self._losses += 1
+        self.lost()
         self._wanted.set()
 
     def _flush(self) -> Callable[[Flag], Work[object]]:
@@ -86,13 +102,15 @@ class Checking:
         losses = self._losses
 
         def flush(flag: Flag) -> Work[object]:
-            is_over = flag != Flag.RESYNCED or self._losses == losses
-            return (yield from self._engine.flush_step(flag if is_over else Flag.TICK))
+            if flag != Flag.RESYNCED:
+                return (yield from self._engine.flush_step(flag))
+            return (yield Await(partial(self._engine.end_gap, lambda: self._losses == losses)))
 
         return flush
 
     def begin(self, kind: str, bytes_per_s: int | None = None) -> Check:
-        """Begin a check; CheckBusyError if there is one."""
+        """Begin a check; CheckBusyError if there is one, TapError if there is nothing to compare with."""
+        require_source(self._volume)
         if self.current is not None or needs_resync(self._volume):
             raise CheckBusyError(
                 f"volume {self._name}: a {self.current.kind if self.current else RESYNC} is under way already",

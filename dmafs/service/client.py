@@ -28,6 +28,7 @@ from dmafs.core.verify import Steps, verify
 from dmafs.core.volume import Volume
 from dmafs.core.work import Work, run
 from dmafs.errors import ControlError, DmafsError, StoreBusyError, StoreError, TapError
+from dmafs.service.checking import require_source
 from dmafs.service.configuration import Configuration, load_configuration
 from dmafs.service.devices import local_tap, mapped_volumes
 from dmafs.service.report import (
@@ -146,7 +147,7 @@ class LocalSession:
         check_name(name, "snapshot")
         for volume in self._volumes.values():
             volume.require_snapshot(name)
-        self._require_closed_in_order()
+        self._require_closed_in_order(*self._volumes.values())
         seqs = {each: run(volume.flush()).seq for each, volume in self._volumes.items()}
         instant_ns = instant_of(self._volumes, seqs)
         for each, seq in seqs.items():
@@ -158,13 +159,13 @@ class LocalSession:
         check_name(name, "mark")
         for volume in self._volumes.values():
             require_mark(volume, name)
-        self._require_closed_in_order()
+        self._require_closed_in_order(*self._volumes.values())
         for volume in self._volumes.values():
             run(volume.flush(flag=Flag.MARK, name=name))
         return {"name": name}
 
-    def _require_closed_in_order(self) -> None:
-        for volume in self._volumes.values():
+    def _require_closed_in_order(self, *volumes: Volume) -> None:
+        for volume in volumes:
             if volume.info.tap in {"dm", "log"} and not volume.pointers.now.clean:
                 raise TapError(
                     f"what was written to volume {volume.info.name} may be in its log only",
@@ -253,7 +254,8 @@ class LocalSession:
 
     def _compare(self, name: str, bytes_per_s: int | None, show: Show, *, resyncs: bool) -> Report:
         volume = volume_of(self._volumes, name)
-        self._require_closed_in_order()
+        require_source(volume)
+        self._require_closed_in_order(volume)
         steps = Steps(_settled, throttle=Throttle(self._rate if bytes_per_s is None else bytes_per_s))
         size = volume.info.size_sectors * SECTOR
 

@@ -10,7 +10,7 @@ from dmafs.core.storage import boot_id
 from dmafs.core.volume import Volume
 from dmafs.core.work import run
 from dmafs.errors import TapError
-from dmafs.service.report import Report
+from dmafs.service.report import Report, volume_of
 from dmafs.taps.dm import DmTap, attach, detach
 
 ATTACH: Final = "attach"
@@ -20,6 +20,8 @@ ACTIONS: Final = (ATTACH, DETACH, "status")
 
 def mapped_volumes(volumes: Mapping[str, Volume], name: str | None) -> list[str]:
     """Return the names of the volumes with a dm tap, or the one that is named; TapError if it has none."""
+    if name is not None:
+        volume_of(volumes, name)
     mapped = [each for each, volume in volumes.items() if volume.info.tap == "dm" and name in {None, each}]
     if not mapped:
         which = f"volume {name} has no mapped device" if name else "no volume of this store has a mapped device"

@@ -146,10 +146,11 @@ class Engine(Driver):
                     async with self.copying:  # within the scope: who cancels that, and then waits for this, is next
                         await self.drive(work, stoppable=True)
             except TROUBLE as error:
-                log.error("volume %s: initial copy failed: %s; trying again", self.volume.info.name, error)
-                await trio.sleep(RETRY_S)
-                continue
-            if self.copy_scope.cancelled_caught:
+                if not self.copy_scope.cancel_called:
+                    log.error("volume %s: initial copy failed: %s; trying again", self.volume.info.name, error)
+                    await trio.sleep(RETRY_S)
+                    continue
+            if self.copy_scope.cancel_called:
                 self.progress.begin(0)
                 continue
             log.info(
@@ -200,10 +201,10 @@ class Engine(Driver):
     async def flush(self, flag: Flag = Flag.FLUSH) -> None:
         """Make all writes until now durable in journal and primary; somebody else's commit may cover this one."""
         await self.settle()
-        await self.persist(flag)
+        await self.secure(flag)
 
-    async def persist(self, flag: Flag = Flag.FLUSH) -> None:
-        """Make durable what is in the journal, and on the primary; somebody else's commit may cover this one."""
+    async def secure(self, flag: Flag = Flag.FLUSH) -> None:
+        """Make durable what is in the journal now, without waiting for the tap: that may be waiting for space."""
         self._requested += 1
         mine = self._requested
         async with self._commit:
@@ -213,11 +214,17 @@ class Engine(Driver):
             await self.commit(flag)
             self._committed = upto
 
-    async def commit(self, flag: Flag) -> None:
-        """Make durable what is in the journal; only one at a time."""
+    async def end_gap(self, is_over: Callable[[], bool]) -> None:
+        """End a gap with everything in it that is complete on the primary, if it *is_over* then."""
+        await self.settle()
+        async with self._commit:
+            await self.commit(Flag.RESYNCED, only_if=is_over)
+
+    async def commit(self, flag: Flag, *, only_if: Callable[[], bool] = lambda: True) -> None:
+        """Make durable what is in the journal; only one at a time. *only_if* false makes the indicator a tick's."""
         async with self.appending:
             self.commits += not self.volume.journal.is_clean()
-            self.volume.indicate(flag)
+            self.volume.indicate(flag if only_if() else Flag.TICK)
         await self.drive(self.volume.settle(self.synced))
 
     async def settle(self, *, mark: str = "") -> None:
@@ -320,8 +327,9 @@ class Engine(Driver):
 
     async def sync(self) -> int:
         """Flush, then move the mirror to that moment, and keep the mirror's old one; return the mirror's new seq."""
-        await self.flush()
-        async with self._maintenance:
+        await self.settle()
+        async with self._maintenance:  # not while the tap settles: for that it may need a sync that makes space
+            await self.secure()
             return await self._sync(sync(self.volume))
 
     async def sync_to(self, target: int) -> int:
@@ -333,13 +341,10 @@ class Engine(Driver):
             return await self._sync(sync(self.volume, target=target, open_snapshot=not has_past(self.volume)))
 
     async def sync_early(self) -> None:
-        """Sync all that can be, since space is short; nothing where that would free nothing.
-
-        Whoever captures may wait for this, so this doesn't wait for what isn't captured yet.
-        """
+        """Sync all that is in the journal, since space is short; nothing where that would free nothing."""
         if self.volume.failure or self.volume.journal.head == self.volume.pointers.now.mirror_seq:
             return
-        await self.persist()
+        await self.secure()
         stops = stops_of(self.volume).seqs
         if len(stops):
             await self.sync_to(int(stops[-1]))

@@ -20,7 +20,8 @@ import itertools
 import logging
 import os
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any, Final
 from uuid import UUID
@@ -96,7 +97,14 @@ class FollowingEngine(Engine):
         self._settling = trio.Lock()
         self._asked = 0
         self._newest: Barrier | None = None
-        self._loss: DmafsError | None = None  # from when it is known until capture goes on
+        self._loss: LogLostError | None = None
+        """Why capture is lost, until it goes on."""
+        self._told = False
+        self._restarts = 0
+        """How often it has gone on."""
+        self._tries = 0
+        """How often space was asked for in a row."""
+        self._switching = trio.Lock()
         self._doubts: tuple[Ints, Ints] = _NOTHING
         self._doubted = trio.Event()
         self._ended = trio.Event()
@@ -106,8 +114,8 @@ class FollowingEngine(Engine):
         """How many windows were captured."""
         self.make_room: Callable[[int], Awaitable[None]] | None = None
         """Drops what may go when the store is full; set by who can."""
-        self.alarm: Callable[[str], None] = log.error
-        """Tells the administrator; set by who has a way to."""
+        self.alarm: Callable[[str], None] = partial(log.error, "%s")
+        """Tells the administrator; set by who can."""
 
     # -- tasks --------------------------------------------------------------------------------------------------
 
@@ -121,7 +129,7 @@ class FollowingEngine(Engine):
         try:
             await self.call(partial(self.log.begin, journal.position, journal.retained))
         except LogLostError as error:
-            await self._begin_gap(error, patient=False)
+            await self._begin_gap(error)
         await self.call(partial(self.volume.mark_open, boot_id))
         return 0
 
@@ -130,7 +138,7 @@ class FollowingEngine(Engine):
         return [*super().tasks(), self._follow, self._recheck, self._watch]
 
     async def _tick(self) -> None:
-        """Have barriers, whether the ones before were read back already or not: the lag stays short so."""
+        """Have a barrier each tick, whether the one before was read back already or not: the lag stays short so."""
         slots = trio.Semaphore(TICKS_MAX)
         due = trio.current_time()
         async with trio.open_nursery() as nursery:
@@ -143,6 +151,7 @@ class FollowingEngine(Engine):
                     nursery.start_soon(self._tick_once, slots)
 
     async def _tick_once(self, slots: trio.Semaphore) -> None:
+        restarts = self._restarts
         try:
             if self.volume.failure or self._loss is not None:
                 return
@@ -151,7 +160,8 @@ class FollowingEngine(Engine):
                 await self.flush(Flag.TICK)
             await self._keep_log()
         except LogLostError as error:
-            self._lose(error)
+            if restarts == self._restarts:  # else it is about a log that was given up meanwhile
+                self._lose(error)
         except TapError as error:
             log.info("volume %s: %s", self._name, error.message)  # it has a gap, which was told
         except TROUBLE as error:
@@ -169,28 +179,41 @@ class FollowingEngine(Engine):
             await self.call(self.log.keep)
 
     async def _follow(self) -> None:
-        tries = 0
         while True:
             try:
-                if self._loss is not None:
-                    raise self._loss
-                captured = await self._capture()
-            except LogLostError as error:
-                await self._begin_gap(error)
-            except StoreFullError as error:
-                tries += 1
-                if tries > SPACE_TRIES:
-                    await self._discard_log(error)
-                    tries = 0
-                elif self.make_room is not None:
-                    await self.make_room(self._pending_bytes())
+                await self._go_on()
             except TROUBLE as error:
+                if self.volume.failure and isinstance(error, DmafsError):
+                    self._fail_barriers(error)
                 log.error("volume %s: capture failed: %s; trying again", self._name, error)
                 await trio.sleep(RETRY_S)
-            else:
-                tries = 0
-                if captured is None:
-                    await self._idle()
+
+    async def _go_on(self) -> None:
+        """Capture a window if there is one, or do what has to be done before the next one can be."""
+        try:
+            if self._loss is not None:
+                raise self._loss
+            captured = await self._capture()
+        except LogLostError as error:
+            await self._begin_gap(error)
+        except StoreFullError as error:
+            await self._lack_space(error)
+        else:
+            self._tries = 0
+            if captured is None:
+                await self._idle()
+
+    async def _lack_space(self, error: StoreFullError) -> None:
+        """Have room made for what was scanned, or give up the log."""
+        self._tries += 1
+        if self._tries > SPACE_TRIES:
+            await self._discard_log(error)
+            self._tries = 0
+            return
+        if self._tries > 1:
+            await trio.sleep(min(self.tick_s, 1.0))
+        if self.make_room is not None:
+            await self.make_room(self._pending_bytes())
 
     def _pending_bytes(self) -> int:
         scanned = self.log.pending
@@ -238,11 +261,11 @@ class FollowingEngine(Engine):
         """
         if not self.log.can_settle or self._ended.is_set():
             return
+        with self.volume.gate():  # a volume that takes nothing any more never settles
+            pass
         self._asked += 1
         mine = self._asked
         async with self._settling:
-            if self._loss is not None:  # nobody reads the log: who waits for a mark now may hold what the gap needs
-                raise self._gap_error(self._loss)
             barrier = self._newest
             if barrier is None or barrier.covers < mine or mark:
                 barrier = await self._request(mark)
@@ -251,13 +274,15 @@ class FollowingEngine(Engine):
             raise barrier.error
 
     async def _request(self, mark: str) -> Barrier:
-        """Begin a barrier; it covers everybody who has asked until now."""
+        """Begin a barrier; it covers everybody who has asked until now. While capture is lost nobody would end it."""
+        if self._loss is not None:
+            raise self._gap_error(self._loss)
         text = barrier_text(f"{self._token}-{next(self._numbers)}", mark)
         barrier = self._barriers[text] = self._newest = Barrier(self._asked)
         try:
             await self.call(partial(self.log.request, text))
         except BaseException:
-            del self._barriers[text]
+            self._barriers.pop(text, None)  # a gap may have begun
             self._newest = None
             raise
         self._wake.set()
@@ -268,74 +293,68 @@ class FollowingEngine(Engine):
         if not self.log.can_settle or self._ended.is_set():
             super().mark(name)
 
+    def _gap_error(self, error: DmafsError) -> TapError:
+        return TapError(f"volume {self._name}: a gap has begun: {error.message}", hint="try again after the resync")
+
     def _fail_barriers(self, error: DmafsError) -> None:
         for barrier in self._barriers.values():
-            barrier.error = self._gap_error(error)
+            barrier.error = error
             barrier.done.set()
         self._barriers.clear()
         self._newest = None
 
-    def _gap_error(self, error: DmafsError) -> TapError:
-        return TapError(f"volume {self._name}: a gap has begun: {error.message}", hint="try again after the resync")
-
     # -- losses -------------------------------------------------------------------------------------------------
 
-    async def _begin_gap(self, error: DmafsError, *, patient: bool = True) -> None:
-        """Begin a gap at the journal's head, and have capture go on in a new log; a resync ends the gap.
-
-        TapError if there can't be a new log, unless *patient*: then it is tried again and again.
-        """
-        await self._record_gap(error)
-        while True:
-            try:
-                async with self.appending:
-                    place: int = await self.ask(self.log.restart)
-                    self.volume.journal.note_position(place, place)
-                break
-            except TROUBLE as trouble:
-                if not patient:
-                    raise
-                log.error("volume %s: capture can't go on: %s; trying again", self._name, trouble)
-                self._fail_barriers(error)
-                await trio.sleep(RETRY_S)
-        await self._end_loss(error)
+    async def _begin_gap(self, error: DmafsError) -> None:
+        """Begin a gap at the journal's head, and have capture go on in a new log; a resync ends the gap."""
+        async with self._losing(error), self.appending:
+            place: int = await self.ask(self.log.restart)
+            self.volume.journal.note_position(place, place)
 
     async def _discard_log(self, error: DmafsError) -> None:
         """Begin a gap, and throw away what comes into the log until the store has space again."""
-        await self._record_gap(error)
         reserve = self.volume.limits.reserve_bytes
-        while True:
-            async with self.appending:
-                await self.call(self.log.discard)
-                if self.volume.storage.free_bytes() >= 2 * reserve:
+        async with self._losing(error):
+            while True:
+                async with self.appending:
+                    await self.call(self.log.discard)
                     self.volume.journal.note_position(self.log.captured_place, self.log.captured_place)
+                async with self._commit:
+                    await self.commit(Flag.TICK)
+                async with self.appending:
+                    await self.call(partial(self.log.release, self.volume.journal.durable_retained))
+                if self.volume.storage.free_bytes() >= 2 * reserve:
                     break
-            self._fail_barriers(error)
-            if self.make_room is not None:
-                await self.make_room(reserve)
-            await trio.sleep(min(self.tick_s, 1.0))
-        await self._end_loss(error)
+                if self.make_room is not None:
+                    await self.make_room(reserve)
+                await trio.sleep(min(self.tick_s, 1.0))
 
-    async def _record_gap(self, error: DmafsError) -> None:
-        self._loss = error
-        self.alarm(f"volume {self._name}: a gap has begun: {error.message}")
+    @asynccontextmanager
+    async def _losing(self, error: DmafsError) -> AsyncGenerator[None]:
+        """Have a gap begin, or the initial copy anew; what is done within has capture go on.
+
+        Until that is done nothing settles, and nothing is copied: a copy could end without what was lost. After an
+        error all of this is to be done once more.
+        """
+        self._loss = LogLostError(error.message, hint=error.hint)
+        if not self._told:
+            self._told = True
+            self.alarm(f"volume {self._name}: a gap has begun: {error.message}")
+        self.checking.lost()
         self.copy_scope.cancel()
-        self._fail_barriers(error)
-        if self.volume.pointers.now.copied and not needs_resync(self.volume):
-            async with self.appending:
-                self.volume.indicate(Flag.GAP)
-
-    async def _end_loss(self, error: DmafsError) -> None:
-        """Have everything begin anew that relied on what was lost."""
-        self._doubts = _NOTHING
-        self._fail_barriers(error)
-        async with self._commit:
-            await self.commit(Flag.TICK)
-        self.copy_scope.cancel()  # it may have begun again
+        self._fail_barriers(self._gap_error(error))
         async with self.copying:
+            if self.volume.pointers.now.copied and not needs_resync(self.volume):
+                async with self.appending:
+                    self.volume.indicate(Flag.GAP)
+            yield
+            self._doubts = _NOTHING
+            async with self._commit:
+                await self.commit(Flag.TICK)
             if not self.volume.pointers.now.copied:
                 await self.drive(start_again(self.volume))
-        self._loss = None
+        self._loss, self._told = None, False
+        self._restarts += 1
         self.checking.gap_begun()
 
     def _commit_step(self, flag: Flag) -> Work[object]:
@@ -355,18 +374,27 @@ class FollowingEngine(Engine):
         while True:
             await self._doubted.wait()
             self._doubted = trio.Event()
-            doubts, self._doubts = self._doubts, _NOTHING
             if needs_resync(self.volume) or not self.volume.pointers.now.copied:
-                continue  # everything is compared, or copied, anyway
+                await trio.sleep(self.tick_s)  # what is compared or copied before a doubt arises doesn't dispel it
+                self._doubted.set()
+                continue
+            doubts, self._doubts = self._doubts, _NOTHING
+            restarts = self._restarts
             try:
                 steps = self.steps(Throttle())
                 found = await self.examine(compare(self.volume, self.log.primary, doubts, steps, take=self._correct))
             except TROUBLE as error:
                 log.error("volume %s: comparing what is in doubt failed: %s", self._name, error)
+                await trio.sleep(RETRY_S)
+                if restarts == self._restarts:
+                    self._doubt(*doubts)
                 continue
             if found.sectors:
                 size = format_bytes(found.sectors * SECTOR)
                 log.warning("volume %s: %s were corrected after the source", self._name, size)
+            if found.busy_sectors:
+                await trio.sleep(self.tick_s)
+                self._doubt(*doubts)
 
     async def _watch(self) -> None:
         """When the kernel tells of a failed write, have everything compared that was captured around that time."""
@@ -404,7 +432,7 @@ class FollowingEngine(Engine):
     async def attach(self, boot_id: UUID) -> None:
         """Make the device again; nothing if it is there. *boot_id* is the running kernel's."""
         assert isinstance(self.log, DmTap)
-        async with self._settling, self._commit, self.appending:
+        async with self._switching, self._settling, self._commit, self.appending:
             if self.log.mapped is None:
                 await self.drive(attach(self.volume, self.log, boot_id))
                 self._ended = trio.Event()
@@ -412,12 +440,20 @@ class FollowingEngine(Engine):
 
     async def detach(self) -> None:
         """Remove the device, and take in all that it has logged; TapBusyError if somebody uses it."""
-        async with self._settling, self.appending:
-            await self.call(self.log.detach)
-        self._wake.set()
-        await self._ended.wait()
-        await self.flush()
-        await self.call(self.volume.mark_clean)
+        assert isinstance(self.log, DmTap)
+        async with self._switching:
+            async with self._settling, self.appending:
+                if self.log.mapped is None:
+                    return
+                await self.call(self.log.detach)
+            self._wake.set()
+            while not self._ended.is_set():
+                with self.volume.gate(), trio.move_on_after(POLL_MAX_S):  # not for ever if it takes nothing any more
+                    await self._ended.wait()
+            async with self._commit, self.appending:
+                self.volume.indicate()
+                await self.drive(self.volume.settle())
+                await self.call(self.volume.mark_clean)
 
     def device_report(self) -> Report | None:
         """See ``Engine``."""
@@ -428,7 +464,7 @@ class FollowingEngine(Engine):
         assert isinstance(self.log, DmTap)
         if action == "attach":
             await self.attach(this_boot())
-        elif action == "detach" and self.log.mapped is not None:
+        elif action == "detach":
             await self.detach()
         report: Report = await self.ask(self.log.report)
         return report

@@ -37,6 +37,7 @@ class Keeper:
     async def check(self) -> None:
         """Thin, and make room if need be."""
         alarms = self._appliance.alarms
+        self._appliance.clear_gaps()
         try:
             await self._appliance.thin(measured=False)
         except TROUBLE as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Final
 
 import trio
@@ -42,3 +43,21 @@ class Progress:
         """Return the mean rate since the work began or resumed."""
         elapsed = self._latest - self._began
         return (self.done - self.first) * SECTOR / elapsed if elapsed > 0 else 0.0
+
+
+async def together(calls: Iterable[Callable[[], Awaitable[None]]]) -> None:
+    """Do several things at once; the first error of the tree ends the others, and is raised as it is."""
+    problems: list[DmafsError] = []
+    async with trio.open_nursery() as nursery:
+
+        async def do(call: Callable[[], Awaitable[None]]) -> None:
+            try:
+                await call()
+            except DmafsError as error:
+                problems.append(error)
+                nursery.cancel_scope.cancel()
+
+        for call in calls:
+            nursery.start_soon(do, call)
+    if problems:
+        raise problems[0]

@@ -152,11 +152,10 @@ class LoggedTap(ABC):
     # -- what all do alike --------------------------------------------------------------------------------------
 
     def discard(self) -> None:
-        """Throw away what is in the log until now."""
+        """Pass over what is in the log until now."""
         while (scanned := self.pending or self.scan()) is not None:
             self.taken(scanned)
         self.forget_all()
-        self.release(self.captured_place)
 
     def read(self, scanned: Scanned) -> Iterator[list[Extent]]:
         """Yield the events of a window in batches; the data of one is gone when the next one is asked for."""

@@ -22,6 +22,7 @@ Places: each log of the volume, one after the other in the same file, begins at 
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -72,6 +73,8 @@ class LogTap(LoggedTap):
         self._path = Path(volume.info.log)
         self._settle_s = settle_s
         self._clock = clock
+        self._checking = threading.Lock()
+        """Held while what tells this log from another one is used or changed: never for long."""
         self._log: Log | None = None
         self._counts: deque[tuple[float, int]] = deque()  # when the super block was first seen with which number
         self._settled = 0  # so many entries count
@@ -109,13 +112,14 @@ class LogTap(LoggedTap):
         """See ``LoggedTap``. Takes the log that is there now from its beginning: what is in it may be known already."""
         before = self._log
         first = (before.first if before else self.captured_place // STRIDE * STRIDE) + STRIDE
-        log = self._open(first)
-        if before is None or os.path.samestat(_stat(before.file), _stat(log.file)):
-            self._stale = self._super(log)
-        if before is not None:
-            before.file.close()
-        self.forget_all()
-        self._remember(log)
+        with self._checking:
+            log = self._open(first)
+            if before is None or os.path.samestat(_stat(before.file), _stat(log.file)):
+                self._stale = self._super(log)
+            if before is not None:
+                before.file.close()
+            self.forget_all()
+            self._remember(log)
         self.captured_place = first
         return first
 
@@ -154,14 +158,16 @@ class LogTap(LoggedTap):
         """See ``LoggedTap``."""
         log = self._current()
         self.check()
-        self._count(log)
+        with self._checking:
+            self._count(log)
         try:
             window = log.reader.scan(self._settled) if self._settled > log.reader.number else None
         except CorruptionError as error:
             raise self._lost(error.message) from error
         if window is None:
             return None
-        self._remember(log)
+        with self._checking:
+            self._remember(log)
         return Scanned(log, window)
 
     def _count(self, log: Log) -> None:
@@ -185,8 +191,11 @@ class LogTap(LoggedTap):
         return found.entries
 
     def check(self) -> None:
-        """See ``LoggedTap``."""
-        log = self._current()
+        """See ``LoggedTap``. Also while another thread scans, captures or begins anew."""
+        with self._checking:
+            self._check(self._current())
+
+    def _check(self, log: Log) -> None:
         try:
             there = self._path.stat()
         except OSError as error:

@@ -26,8 +26,8 @@ NODE: Final = Path("/dev/mapper/dmafs-disk")
 
 _KEEPS_LOGS: Final = """
 from dmafs.cli.main import entry
-from dmafs.taps.mapped import MappedTap
-MappedTap.punch = lambda *_: None
+from dmafs.taps.dm import DmTap
+DmTap.release = lambda *_: None
 entry()
 """
 

@@ -35,7 +35,7 @@ MAKE: Final = {
     "xfs": ("--unsupported", "-d", "agcount=2", "-l", "size=8m"),  # smaller than mkfs.xfs would have it
 }
 JOURNAL: Final = {"ext4": "delete", "xfs": "wal"}
-LOGS: Final = 'log_size = "24MiB"\n'
+LOGS: Final = 'log_size = "64MiB"\n'
 """The device gets a new log when one is half full, so there are several."""
 TREE: Final = Path(__file__).parents[3]
 PAGE: Final = mmap.PAGESIZE
@@ -151,7 +151,6 @@ def load(kind: str, rig: TapRig) -> Loaded:
                 thread.join()
         assert database.error is None
     rig.mark("end")
-    print(rig.tap_status(), rig.logs())
     return found
 
 
@@ -232,7 +231,7 @@ def test_a_naive_replay_of_the_logs_agrees_at_each_mark(loaded: Loaded) -> None:
             wrong = differing(loaded.rig.at(mark).read_bytes(), disk.image)
             assert not (wrong & ~disk.doubtful).any(), f"{mark}: {(wrong & ~disk.doubtful).sum()} sectors"
             corrected += int(wrong.sum())
-    assert seen == [*loaded.rows, "end"]
+    assert seen == [*loaded.rows, "end"], seen
     assert discards
     print(f"{loaded.kind}: {len(logs)} logs, {len(seen)} marks, {discards} discards, {corrected} sectors corrected")
 
