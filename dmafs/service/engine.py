@@ -170,8 +170,9 @@ class Engine(Driver):
         self._mind_excess()
 
     def flush_step(self, flag: Flag) -> Work[object]:
-        """Flush, as a step of work."""
-        return (yield Await(partial(self.flush, flag)))
+        """Flush, as steps of work. To wait for the tap can be cancelled: nobody may read what it waits for."""
+        yield Await(self.settle, stoppable=True)
+        return (yield Await(partial(self.secure, flag)))
 
     def steps(self, throttle: Throttle) -> Steps:
         """Return what a comparison needs; but for the lock its steps can be cancelled."""
@@ -215,8 +216,7 @@ class Engine(Driver):
             self._committed = upto
 
     async def end_gap(self, is_over: Callable[[], bool]) -> None:
-        """End a gap with everything in it that is complete on the primary, if it *is_over* then."""
-        await self.settle()
+        """End a gap, if it *is_over* when everything in the journal is made durable; the caller has settled."""
         async with self._commit:
             await self.commit(Flag.RESYNCED, only_if=is_over)
 

@@ -150,15 +150,13 @@ class ChainedTap(LoggedTap):
         for log in [each for each in self._opened if each is not self._log and _end(each) <= place]:
             log.file.close()
             self._opened.remove(log)
-        *older, last = sorted(self.log_paths(), key=lambda path: int(path.stem))
-        for path in older:
-            size = path.stat().st_size // SECTOR
-            if int(path.stem) + size <= place:
+        paths = sorted(self.log_paths(), key=lambda path: int(path.stem))  # none after an attach that has failed
+        for path in paths:
+            first, size = int(path.stem), path.stat().st_size // SECTOR
+            if path != paths[-1] and first + size <= place:
                 path.unlink()
-            elif int(path.stem) < place:
-                self.punch(path, place - int(path.stem))
-        if int(last.stem) < place:
-            self.punch(last, min(place - int(last.stem), last.stat().st_size // SECTOR))
+            elif first < place:
+                self.punch(path, min(place - first, size))
 
     @abstractmethod
     def punch(self, path: Path, sectors: int) -> None:

@@ -118,6 +118,7 @@ class Target:
         self.fails = ""
         """Why a flush of the device fails."""
         self._kernel = kernel
+        self.asked = 0
         self._known: int | None = None
         self._directory = directory
         self._begin(first)
@@ -154,6 +155,7 @@ class Target:
 
     def has_written(self) -> bool:
         before, self._known = self._known, self.written
+        self.asked += 1
         return before != self.written
 
     def fsync(self) -> None:

@@ -153,13 +153,13 @@ async def test_a_resync_that_has_found_something_goes_on(engine: Engine, monkeyp
     """A gap that it has begun is ended, whoever goes away."""
     damage(engine, 9, "not captured")
     check = engine.checking.begin(RESYNC)
-    plain_flush = engine.flush
+    plain_secure = engine.secure
 
-    async def flush(flag: Flag = Flag.FLUSH) -> None:
+    async def secure(flag: Flag = Flag.FLUSH) -> None:
         check.abandon()
-        await plain_flush(flag)
+        await plain_secure(flag)
 
-    monkeypatch.setattr(engine, "flush", flush)
+    monkeypatch.setattr(engine, "secure", secure)
     await done(check)
     assert check.found is not None
     assert not needs_resync(engine.volume)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from dmafs.core.storage import RealStorage, open_source
 from dmafs.core.store import open_volume
 from dmafs.core.volume import Volume
 from dmafs.core.work import run
-from dmafs.errors import LogLostError
+from dmafs.errors import DmafsError, LogLostError
 from dmafs.taps.capture import capture
 from dmafs.taps.follower import STRIDE, LogTap
 from dmafs.taps.logformat import Super
@@ -250,3 +251,31 @@ def test_a_log_that_began_anew_while_nobody_followed_is_noticed(bench: Bench) ->
     bench.log.unlink()
     with pytest.raises(LogLostError, match="can't be opened"):
         bench.kill()
+
+
+def test_a_check_may_run_beside_a_restart(bench: Bench) -> None:
+    """Whoever checks sees the old log or the new one, never one that is closed or half known."""
+    bench.log_entries(write(1, fill(1)), FLUSH)
+    assert bench.follow() == 1
+    done = threading.Event()
+    troubles: list[Exception] = []
+
+    def check() -> None:
+        while not done.is_set():
+            try:
+                bench.tap.check()
+            except (OSError, DmafsError) as error:
+                troubles.append(error)
+
+    threads = [threading.Thread(target=check) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for value in range(2, 20):
+        bench.tap.restart()
+        bench.log_entries(write(value, fill(value)), FLUSH)
+        bench.follow()
+    done.set()
+    for thread in threads:
+        thread.join()
+    assert troubles == []
+    assert bench.newest() == bench.disk

@@ -140,7 +140,6 @@ async def test_a_loss_during_a_resync(rig: Rig, follower: FollowingEngine) -> No
         nonlocal rounds
         rounds += 1
         if rounds < 4:
-            await follower.settle()
             fill_log(rig)
             rig.kernel.write(20 + rounds, fill(rounds))
             await until(lambda: len(rig.alarms) == rounds + 1 and follower._loss is None)
@@ -406,12 +405,38 @@ async def test_an_attach_that_fails_leaves_the_engine_as_it_was(rig: Rig, follow
     with pytest.raises(DmafsError, match="is in use"):
         await follower.attach(BOOT)
     await follower.settle()
+    await follower._keep_log()  # there is no log now
     assert rig.is_clean()
     rig.kernel.busy = False
     await follower.attach(BOOT)
     rig.kernel.write(1, fill(1))
     assert await rig.newest() == rig.kernel.disk
     assert rig.volume.journal.gaps == []
+
+
+async def test_the_end_does_not_wait_for_a_barrier(rig: Rig, follower: FollowingEngine) -> None:
+    """Nobody reads it back when the tasks end: a resync that waits for one ends with them, and goes on at the start."""
+    await follower.settle()
+    follower.log.scan = lambda: None  # type: ignore[method-assign]
+    rig.kernel.write(9, fill(99), logged=False)
+    async with follower._commit:
+        await follower.commit(Flag.GAP)
+    follower.checking.gap_begun()
+    await until(lambda: follower.checking.current and follower._barriers)
+    with trio.fail_after(5):
+        await rig.kill()
+    await rig.start()
+    await rig.whole()
+
+
+async def test_work_that_flushes_ends_with_the_tasks(follower: FollowingEngine) -> None:
+    """So does the flush of a copy."""
+    scan = follower.log.scan
+    follower.log.scan = lambda: None  # type: ignore[method-assign]
+    with trio.fail_after(5), trio.move_on_after(0.1) as scope:
+        await follower.drive(follower.flush_step(Flag.TICK), stoppable=True)
+    assert scope.cancelled_caught
+    follower.log.scan = scan  # type: ignore[method-assign]
 
 
 async def test_kills_while_capture_is_lost(rig: Rig) -> None:
