@@ -31,6 +31,9 @@ DmTap.release = lambda *_: None
 entry()
 """
 
+GUEST_S: Final = 1200
+"""No daemon of a guest lives longer."""
+
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 
 
@@ -67,7 +70,7 @@ class TapRig(Rig):
         self.store.mkdir(mode=0o700, exist_ok=True)
         self.configure(configuration)  # before the first log is made
         self.dmafs("create", self.store, "--source", source, "--tap", "dm")
-        self.start(protected=protected)
+        self.start(protected=protected, seconds=GUEST_S)
 
     # -- what stands on the device -----------------------------------------------------------------------------
 
