@@ -279,8 +279,7 @@ class Segment(Columns):
         """
         sectors, count = self._end_of(pending), len(pending)
         records = self._described(extents, self.next_seq + count, sectors)
-        records["time_ns"] = time_ns
-        records["durable"] = durable
+        records["time_ns"], records["durable"] = time_ns, durable
         out = seal_records(records, self.header.salt)
         self._trimmed = False
         self.dat.write([data for _, _, data in extents if data is not None], sectors * SECTOR)
@@ -294,8 +293,8 @@ class Segment(Columns):
         sectors, events = self._end_of(pending), int(np.isin(pending["flags"], EVENT_FLAGS).sum())
         record = np.zeros(1, RECORD_DTYPE)
         record["seq"], record["time_ns"], record["flags"] = self.next_seq + events - 1, time_ns, int(flag)
-        record["start"], record["physical"], record["durable"] = position, sectors, durable
-        record["data_checksum"] = retained
+        record["start"], record["physical"] = position, sectors
+        record["durable"], record["data_checksum"] = durable, retained
         if name:
             text = name.encode().ljust(SECTOR, b"\0")
             assert len(text) == SECTOR

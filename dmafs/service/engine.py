@@ -171,14 +171,14 @@ class Engine(Driver):
 
     def flush_step(self, flag: Flag) -> Work[object]:
         """Flush, as steps of work. To wait for the tap can be cancelled: nobody may read what it waits for."""
-        yield Await(self.settle, stoppable=True)
+        yield Await(self.exhaust if flag == Flag.COPIED else self.settle, stoppable=True)
         return (yield Await(partial(self.secure, flag)))
 
     def steps(self, throttle: Throttle) -> Steps:
         """Return what a comparison needs; but for the lock its steps can be cancelled."""
 
         def settle() -> Work[object]:
-            return (yield Await(self.settle, stoppable=True))
+            return (yield Await(self.exhaust, stoppable=True))
 
         def pause(seconds: float) -> Work[object]:
             return (yield Await(partial(trio.sleep, seconds), stoppable=True))
@@ -229,6 +229,10 @@ class Engine(Driver):
 
     async def settle(self, *, mark: str = "") -> None:
         """Have all writes that are complete on the primary be in the journal: with a pass-through they are."""
+
+    async def exhaust(self) -> None:
+        """Settle; where that can't be had, wait at least for what has been flushed."""
+        await self.settle()
 
     def mark(self, name: str) -> None:
         """Set a named mark now; the caller holds ``appending``, and ``settle`` was told the name."""

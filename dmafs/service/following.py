@@ -40,11 +40,12 @@ from dmafs.core.work import Work
 from dmafs.errors import DmafsError, LogLostError, StoreFullError, TapError
 from dmafs.service.driver import Await
 from dmafs.service.engine import Engine
+from dmafs.service.failures import watch_failures
 from dmafs.service.report import Report
 from dmafs.service.tasks import RETRY_S, TROUBLE
 from dmafs.taps.capture import Captured, LoggedTap, barrier_text, capture
 from dmafs.taps.dm import DmTap, attach
-from dmafs.taps.kernellog import SUPPRESSED_S, KernelLog
+from dmafs.taps.kernellog import SUPPRESSED_S
 from dmafs.units import SECTOR, format_bytes
 
 log = logging.getLogger(__name__)
@@ -102,8 +103,7 @@ class FollowingEngine(Engine):
         self._told = False
         self._restarts = 0
         """How often it has gone on."""
-        self._tries = 0
-        """How often space was asked for in a row."""
+        self._tries = 0  # how often space was asked for in a row
         self._switching = trio.Lock()
         self._doubts: tuple[Ints, Ints] = _NOTHING
         self._doubted = trio.Event()
@@ -273,6 +273,17 @@ class FollowingEngine(Engine):
         if barrier.error is not None:
             raise barrier.error
 
+    async def exhaust(self) -> None:
+        """See ``Engine``. Looks twice, since a flush that is under way may not be counted yet."""
+        await self.settle()
+        for _ in range(0 if self.log.can_settle else 2):
+            count: int = await self.ask(self.log.counted)
+            while True:
+                async with self.appending:
+                    if await self.ask(partial(self.log.is_through, count)):
+                        break
+                await trio.sleep(min(self.tick_s * POLL_SHARE, POLL_MAX_S))
+
     async def _request(self, mark: str) -> Barrier:
         """Begin a barrier; it covers everybody who has asked until now. While capture is lost nobody would end it."""
         if self._loss is not None:
@@ -398,23 +409,12 @@ class FollowingEngine(Engine):
 
     async def _watch(self) -> None:
         """When the kernel tells of a failed write, have everything compared that was captured around that time."""
-        devices: frozenset[str] = await self.ask(self.log.devices)
-        if not devices:
-            return
-        try:
-            messages = KernelLog()
-        except TapError as error:
-            log.warning("volume %s: %s; %s", self._name, error.message, error.hint)
-            return
-        with contextlib.closing(messages):
-            while True:
-                await trio.lowlevel.wait_readable(messages.fileno())
-                if not messages.failed(devices):
-                    continue
-                log.error("volume %s: a write to its source has failed; it is compared with the image", self._name)
-                first = self._heads[0]
-                await trio.sleep(SUPPRESSED_S + 2 * self.tick_s)
-                self._doubt(*self.volume.journal.extents(first, self.volume.journal.head))
+        await watch_failures(self._name, await self.ask(self.log.devices), self._doubt_recent)
+
+    async def _doubt_recent(self) -> None:
+        first = self._heads[0]
+        await trio.sleep(SUPPRESSED_S + 2 * self.tick_s)
+        self._doubt(*self.volume.journal.extents(first, self.volume.journal.head))
 
     def _correct(self, part: Found) -> Work[object]:
         """Journal a difference, unless a sync has meanwhile passed what would say that it is one still."""

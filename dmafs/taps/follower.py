@@ -231,6 +231,15 @@ class LogTap(LoggedTap):
     def release(self, place: int) -> None:
         """See ``LoggedTap``. Whoever writes the log keeps it."""
 
+    def counted(self) -> int:
+        """See ``LoggedTap``."""
+        with self._checking:
+            return self._super(self._current()) or 0
+
+    def is_through(self, count: int) -> bool:
+        """See ``LoggedTap``. What is counted and not flushed waits for its flush, and may be anything until then."""
+        return self.pending is None and self._current().reader.number >= count
+
     def close(self) -> None:
         """See ``LoggedTap``."""
         if self._log is not None:

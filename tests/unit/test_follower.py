@@ -279,3 +279,19 @@ def test_a_check_may_run_beside_a_restart(bench: Bench) -> None:
         thread.join()
     assert troubles == []
     assert bench.newest() == bench.disk
+
+
+def test_what_has_been_flushed_is_waited_for(bench: Bench) -> None:
+    """A copy is of a moment once all is captured that was flushed before its end; what wasn't flushed isn't needed."""
+    assert bench.tap.counted() == 0
+    assert bench.tap.is_through(0)
+    bench.log_entries(write(1, fill(1)), FLUSH)
+    count = bench.tap.counted()
+    assert count == 2
+    assert not bench.tap.is_through(count)
+    bench.follow(after=0)
+    assert not bench.tap.is_through(count), "it may not be whole yet"
+    bench.follow()
+    assert bench.tap.is_through(count)
+    bench.log_entries(write(2, fill(2)), counted=False)
+    assert bench.tap.is_through(bench.tap.counted())

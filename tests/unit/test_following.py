@@ -13,6 +13,7 @@ from dmafs.core.ondisk import Flag
 from dmafs.core.verify import Differences, compare
 from dmafs.core.work import Work
 from dmafs.errors import LogLostError, ReadOnlyError, TapBusyError, TapError
+from dmafs.service import failures as source_failures
 from dmafs.service import following
 from dmafs.service.following import TICKS_MAX, FollowingEngine
 from dmafs.taps.dm import DmTap
@@ -288,7 +289,7 @@ async def test_a_failed_write_is_compared(rig: Rig, monkeypatch: pytest.MonkeyPa
         def close(self) -> None:
             os.close(hear)
 
-    monkeypatch.setattr(following, "KernelLog", Messages)
+    monkeypatch.setattr(source_failures, "KernelLog", Messages)
     monkeypatch.setattr(following, "SUPPRESSED_S", 0.02)
     monkeypatch.setattr(DmTap, "devices", lambda _self: frozenset({"sdz"}))
     engine = await rig.start()
