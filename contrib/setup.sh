@@ -202,6 +202,9 @@ dmafs_vm() {
     _dmafs_system_packages "${DMAFS_VM_PACKAGES[@]}"
     if _dmafs_uml_below /usr || _dmafs_uml_below "$DMAFS_UML/usr"; then return 0; fi
     [ "$(uname -m)" = x86_64 ] || _dmafs_die "no User-Mode Linux for a $(uname -m)" "it is there for x86_64 only"
+    if [ -n "$(ls -A "$DMAFS_UML" 2>/dev/null)" ] && [ ! -d "$DMAFS_UML/usr/lib/uml" ]; then
+        _dmafs_die "$DMAFS_UML is there and is not an unpacked user-mode-linux" "let DMAFS_UML name a folder of its own"
+    fi
     _dmafs_say "getting the guest's kernel, package user-mode-linux, into $DMAFS_UML"
     mkdir -p "$(dirname "$DMAFS_UML")"
     unpacked="$(mktemp -d "$DMAFS_UML.XXXXXX")"
