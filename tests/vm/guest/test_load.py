@@ -6,8 +6,9 @@ The daemons here let go of no log, so that a reader that knows nothing of dmafs 
 from __future__ import annotations
 
 import contextlib
-import random
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -48,37 +49,26 @@ class Database(threading.Thread):
         super().__init__()
         self.committed = 0
         self.stopped = threading.Event()
-        self.error: BaseException | None = None
-        self._path = path
-        self._journal = journal
+        self.failed = False
+        self._command = [sys.executable, "-m", "tests.vm.guest.committer", str(path), journal]
 
     def run(self) -> None:
-        try:
-            with contextlib.closing(sqlite3.connect(self._path, isolation_level=None)) as database:
-                database.execute(f"pragma journal_mode = {self._journal}")
-                database.execute("pragma synchronous = full")
-                database.execute("create table rows (id integer primary key, filler blob)")
-                database.execute("create index fillers on rows (filler)")
-                while not self.stopped.is_set():
-                    self._commit(database)
-        except BaseException as error:
-            self.error = error
-            raise
-
-    def _commit(self, database: sqlite3.Connection) -> None:
-        number = self.committed + 1
-        database.execute("begin")
-        database.execute("insert into rows values (?, ?)", (number, random.randbytes(random.randrange(3000))))
-        database.execute("update rows set filler = ? where id = ?", (random.randbytes(100), number // 2))
-        database.execute("commit")
-        self.committed = number
-        time.sleep(0.01)  # one processor is all there is
+        with subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            while not self.stopped.is_set() and not self.failed:
+                process.stdin.write("\n")
+                process.stdin.flush()
+                self.failed = process.stdout.readline() != f"{self.committed + 1}\n"
+                self.committed += not self.failed
+                time.sleep(0.01)  # one processor is all there is
+            process.stdin.close()
 
     def wait_for(self, more: int) -> int:
         """Wait until so many more rows are committed; return how many there are."""
         wanted = self.committed + more
-        wait_until(lambda: self.error or self.committed >= wanted, f"{more} more rows")
-        assert self.error is None
+        wait_until(lambda: self.failed or self.committed >= wanted, f"{more} more rows")
+        assert not self.failed
         return self.committed
 
 
@@ -146,7 +136,7 @@ def load(kind: str, rig: TapRig) -> Loaded:
             database.stopped.set()
             for thread in (database, *works):
                 thread.join()
-        assert database.error is None
+        assert not database.failed
     rig.mark("end")
     return found
 
