@@ -303,7 +303,10 @@ class CloneMachine(RuleBasedStateMachine):
             self.expected[clone.name].settle(bytes(run(clone.read(0, self.size))))
 
     def _restart(self, *, torn: bool) -> None:
-        self.running = None
+        if self.running is not None:
+            with self.disk.fused(0):  # who is dead cleans nothing up
+                self.running.close()
+            self.running = None
         self.volume.close()
         if torn:
             self._count("torn")

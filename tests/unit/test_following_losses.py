@@ -284,8 +284,8 @@ def full(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Have the store be full as long as the list that is returned has an entry."""
     lasts = [True]
 
-    def require_space(_needed: int) -> None:
-        if lasts:
+    def require_space(needed: int) -> None:
+        if lasts and needed:
             raise StoreFullError("store is full")
 
     monkeypatch.setattr(rig.volume, "require_space", require_space)
