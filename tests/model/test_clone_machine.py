@@ -302,11 +302,13 @@ class CloneMachine(RuleBasedStateMachine):
                 self._adopt(clone)
             self.expected[clone.name].settle(bytes(run(clone.read(0, self.size))))
 
-    def _restart(self, *, torn: bool) -> None:
+    def _die(self) -> None:
         if self.running is not None:
-            with self.disk.fused(0):  # who is dead cleans nothing up
-                self.running.close()
+            self.disk.die(self.running)
             self.running = None
+
+    def _restart(self, *, torn: bool) -> None:
+        self._die()
         self.volume.close()
         if torn:
             self._count("torn")
@@ -353,6 +355,7 @@ class CloneMachine(RuleBasedStateMachine):
         assert there == files | set(self.expected)
 
     def teardown(self) -> None:
+        self._die()
         try:
             if hasattr(self, "volume"):
                 self.volume.close()
