@@ -15,9 +15,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Final
 
+from dmafs.core.digests import BLOCK, BLOCK_SECTORS, any_set
 from dmafs.core.ondisk import Flag
 from dmafs.core.storage import File
-from dmafs.core.sync import any_set
 from dmafs.core.volume import Volume
 from dmafs.core.work import Work
 from dmafs.errors import SourceError
@@ -90,7 +90,9 @@ def _copy_chunk(volume: Volume, primary: File, start: int, stop: int) -> None:
             f"source {primary.name} has {primary.size()} bytes instead of {volume.info.size_sectors * SECTOR}",
             hint="a source must keep its size",
         )
-    for begin, end in primary.data_ranges(start * SECTOR, stop * SECTOR):
+    assert start % BLOCK_SECTORS == _HOLE_GRAIN % BLOCK == 0, "whole blocks: they get digests"
+    for first, last in primary.data_ranges(start * SECTOR, stop * SECTOR):
+        begin, end = first // BLOCK * BLOCK, min(-(-last // BLOCK) * BLOCK, stop * SECTOR)  # blocks have digests
         data = bytearray(end - begin)
         primary.read_into(data, begin)
         for at in range(0, len(data), _HOLE_GRAIN):

@@ -2,74 +2,256 @@
 
 Which seq that is stands in the pointers, not here. The mirror is overwritten only by the initial copy and by a sync
 whose commit record is durable.
+
+Each block of 4 KiB has a digest (digests.py). Data is served only after the whole block was verified once since the
+volume was opened, or since a sync changed it (promise 5). While a sync overwrites, the blocks that it touches are in
+*flux*: what readers may still want of them, the sectors that the sync leaves alone, is served unverified. Blocks that
+are overwritten in part were verified before the sync was committed (``prove``), so nothing damaged gets a new digest.
 """
 
 from __future__ import annotations
 
+import itertools
+import logging
+from collections.abc import Iterator
+from typing import Final
+
 import numpy as np
 
-from dmafs.core.extent import Ints
+from dmafs.core.digests import BLOCK, BLOCK_SECTORS, Digests, Verdicts, digest_of, matches, partial_blocks
+from dmafs.core.extent import Ints, join, united
+from dmafs.core.ondisk import LOST, VolumeInfo
 from dmafs.core.storage import Buffer, Storage
 from dmafs.errors import CorruptionError
 from dmafs.units import SECTOR
 
-NAME = "mirror.img"
+log = logging.getLogger(__name__)
+
+NAME: Final = "mirror.img"
+
+_NOTHING: Final = np.empty(0, np.int64)
+_CHECK_BLOCKS: Final = 256
 
 
 class Mirror:
     """The mirror of one volume; addresses in sectors."""
 
-    def __init__(self, storage: Storage, size_sectors: int) -> None:
-        """Open the image; CorruptionError if it is missing or of another size."""
+    def __init__(self, storage: Storage, info: VolumeInfo) -> None:
+        """Open image and digests; CorruptionError if one is missing or of another size."""
         try:
             self.file = storage.open(NAME)
         except FileNotFoundError:
             raise CorruptionError(f"{NAME} is missing", hint="restore it; all history needs it") from None
-        size = self.file.size()
-        if size != size_sectors * SECTOR:
+        self.size_sectors = info.size_sectors
+        try:
+            size = self.file.size()
+            if size != self.size_sectors * SECTOR:
+                raise CorruptionError(
+                    f"{self.file.name} has {size} bytes instead of {self.size_sectors * SECTOR}",
+                    hint="the file was truncated or extended from outside; restore it",
+                )
+            self.digests = Digests(storage, info.uuid, info.size_sectors)
+        except BaseException:
             self.file.close()
-            raise CorruptionError(
-                f"{self.file.name} has {size} bytes instead of {size_sectors * SECTOR}",
-                hint="the file was truncated or extended from outside; restore it",
-            )
-        self.size_sectors = size_sectors
+            raise
+        self._verdicts = Verdicts()
+        self._flux = self._changing = _NOTHING, _NOTHING
+        self._edges = self._mixed = _NOTHING
+        self._spoiled: set[int] = set()
         self._allocated: tuple[Ints, Ints] | None = None
 
     @staticmethod
-    def create(storage: Storage, size_sectors: int) -> None:
-        """Create an image that is one hole."""
+    def create(storage: Storage, info: VolumeInfo) -> None:
+        """Create an image that is one hole, and its digests."""
         file = storage.create(NAME)
         try:
-            file.truncate(size_sectors * SECTOR)
+            file.truncate(info.size_sectors * SECTOR)
             file.datasync()
         finally:
             file.close()
+        Digests.create(storage, info.uuid, info.size_sectors)
+
+    @property
+    def blocks(self) -> int:
+        """Return the number of blocks; the last one may be shorter."""
+        return -(-self.size_sectors // BLOCK_SECTORS)
+
+    # -- reading ------------------------------------------------------------------------------------------------
 
     def read_into(self, buffer: memoryview | bytearray, start: int, *, nowait: bool = False) -> None:
-        """Fill *buffer* from sector *start* on; with *nowait* BlockingIOError if that has to wait for the disk."""
+        """Fill *buffer* from sector *start* on.
+
+        CorruptionError when a block of it isn't what its digest says; with *nowait* BlockingIOError when that has to
+        wait for the disk.
+        """
+        view = memoryview(buffer)
+        stop = start + len(view) // SECTOR
+        first, last = start // BLOCK_SECTORS, -(-stop // BLOCK_SECTORS)
+        flux = self._flux  # taken before the data: a sync may end in between
+        if self._verdicts.hold(first, last):
+            self._read(view, start, nowait=nowait)
+            return
+        begin = first * BLOCK_SECTORS
+        end = min(last * BLOCK_SECTORS, self.size_sectors)
+        whole = view if (begin, end) == (start, stop) else memoryview(bytearray((end - begin) * SECTOR))
+        self._read(whole, begin, nowait=nowait)
+        bad = self._bad(whole, first, last, flux, nowait=nowait)
+        if bad:
+            raise self._damage(bad)
+        if whole is not view:
+            view[:] = whole[(start - begin) * SECTOR : (stop - begin) * SECTOR]
+
+    def _read(self, buffer: memoryview, start: int, *, nowait: bool = False) -> None:
         if nowait:
             self.file.read_into_nowait(buffer, start * SECTOR)
         else:
             self.file.read_into(buffer, start * SECTOR)
 
-    def write(self, data: Buffer, start: int) -> None:
-        """Overwrite from sector *start* on."""
-        assert start * SECTOR + len(data) <= self.size_sectors * SECTOR
-        self.file.write([data], start * SECTOR)
+    def _bad(
+        self, data: memoryview, first: int, last: int, in_flux: tuple[Ints, Ints], *, nowait: bool = False
+    ) -> list[int]:
+        """Return those of the blocks ``[first, last)``, which have *data*, that aren't what their digests say."""
+        digests = self.digests.read(first, last, nowait=nowait).tolist()
+        flux = _covered(*in_flux, first, last)
+        bad, run = [], first
+        for block, digest in enumerate(digests, first):
+            at = (block - first) * BLOCK
+            trusted = flux is not None and flux[block - first]
+            if trusted or not matches(data[at : at + BLOCK], digest):
+                if run < block:
+                    self._verdicts.add(run, block)
+                run = block + 1
+                bad += [] if trusted else [block]
+        if run < last:
+            self._verdicts.add(run, last)
+        return bad
+
+    def _damage(self, bad: list[int]) -> CorruptionError:
+        what = f"block {bad[0]}" if len(bad) == 1 else f"{len(bad)} blocks from {bad[0]} on"
+        start, stop = bad[0] * BLOCK_SECTORS, min((bad[-1] + 1) * BLOCK_SECTORS, self.size_sectors)
+        return CorruptionError(
+            f"digest of {what} of {self.file.name} doesn't match (extent {start}+{stop - start} sectors)",
+            hint="the storage below the store is damaged; dmafs scrub finds all of it and repairs what it can",
+        )
+
+    def parts(self, start: int, stop: int) -> Iterator[tuple[int, int, memoryview | None]]:
+        """Yield an extent in parts that can be read, with their data, and parts that are damaged, with None."""
+        first, last = start // BLOCK_SECTORS, -(-stop // BLOCK_SECTORS)
+        begin, end = first * BLOCK_SECTORS, min(last * BLOCK_SECTORS, self.size_sectors)
+        flux = self._flux
+        whole = memoryview(bytearray((end - begin) * SECTOR))
+        self._read(whole, begin)
+        bad = np.zeros(last - first, np.bool_)
+        bad[np.array(self._bad(whole, first, last, flux), np.int64) - first] = True
+        edges = [first, *(np.flatnonzero(np.diff(bad)) + first + 1).tolist(), last]
+        for one, other in itertools.pairwise(edges):
+            low, high = max(one * BLOCK_SECTORS, start), min(other * BLOCK_SECTORS, stop)
+            yield low, high, None if bad[one - first] else whole[(low - begin) * SECTOR : (high - begin) * SECTOR]
+
+    # -- the initial copy ---------------------------------------------------------------------------------------
+
+    def forget_from(self, start: int) -> None:
+        """Make everything from sector *start* on a hole: what an interrupted initial copy may have left there."""
+        self.file.zero(start * SECTOR, (self.size_sectors - start) * SECTOR)  # not truncated: the size is never wrong
+        self.digests.put_holes(start // BLOCK_SECTORS, self.blocks)
+        self._allocated = None
+
+    # -- a sync -------------------------------------------------------------------------------------------------
+
+    def prepare(self, starts: Ints, stops: Ints) -> None:
+        """Get ready to overwrite the extents of moves, disjoint but in any order."""
+        order = np.argsort(starts)
+        starts, stops = starts[order], stops[order]
+        self._edges = partial_blocks(starts, stops, self.size_sectors)
+        self._mixed = partial_blocks(*join(starts, stops), self.size_sectors)
+        self._changing = united(starts // BLOCK_SECTORS, -(-stops // BLOCK_SECTORS))
+        self._spoiled = set()
+
+    def prove(self, starts: Ints, stops: Ints) -> None:
+        """Get ready likewise, and verify the blocks that will be overwritten in part.
+
+        What is damaged is marked as lost, durably: the rest of such a block must not get a digest that matches it.
+        """
+        self.prepare(starts, stops)
+        lost = False
+        for block in self._mixed.tolist():
+            if self._verdicts.hold(block, block + 1):
+                continue
+            for _, _, data in self.parts(*self._bounds(block)):
+                if data is None:
+                    log.error("%s", self._damage([block]).message)
+                    self.digests.put(block, LOST)
+                    lost = True
+        if lost:
+            self.digests.datasync()
+
+    def begin(self) -> None:
+        """Begin to overwrite: what is to be changed is in flux."""
+        self._flux = self._changing
+
+    def write(self, data: Buffer, start: int, *, digest: int | None = None) -> None:
+        """Overwrite from sector *start* on; *digest* is the checksum of *data*, if it is known."""
+        view = memoryview(data)
+        stop = start + len(view) // SECTOR
+        assert stop <= self.size_sectors
+        self.file.write([view], start * SECTOR)
         self._allocated = None  # after it: another thread may have asked meanwhile
+        first, last = -(-start // BLOCK_SECTORS), self._whole_blocks(stop)
+        if digest and start == first * BLOCK_SECTORS and last - first == 1 and len(view) == BLOCK:
+            self.digests.put(first, digest)
+            return
+        for block in range(first, last):
+            at = (block * BLOCK_SECTORS - start) * SECTOR
+            self.digests.put(block, digest_of(view[at : at + BLOCK]))
 
     def zero(self, start: int, stop: int) -> None:
         """Make sectors a hole."""
         self.file.zero(start * SECTOR, (stop - start) * SECTOR)
         self._allocated = None
+        first, last = -(-start // BLOCK_SECTORS), self._whole_blocks(stop)
+        if first < last:
+            self.digests.put_holes(first, last)
 
-    def forget_from(self, start: int) -> None:
-        """Make everything from sector *start* on a hole: what an interrupted initial copy may have left there."""
-        self.zero(start, self.size_sectors)  # not by truncating: the size is never wrong, wherever this is cut off
+    def _whole_blocks(self, stop: int) -> int:
+        """Return the end of the blocks that end at sector *stop* or before."""
+        return self.blocks if stop == self.size_sectors else stop // BLOCK_SECTORS
+
+    def lose(self, start: int, stop: int) -> None:
+        """Mark the blocks of sectors as lost: what should be written there is damaged."""
+        for block in range(start // BLOCK_SECTORS, -(-stop // BLOCK_SECTORS)):
+            self.digests.put(block, LOST)
+            self._spoiled.add(block)
+
+    def finish(self) -> None:
+        """Give digests to the blocks that no single move has overwritten as a whole, and make everything durable."""
+        mixed = set(self._mixed.tolist())
+        for block in self._edges.tolist():
+            was_lost = block in mixed and int(self.digests.read(block, block + 1)[0]) == LOST
+            if block not in self._spoiled and not was_lost:
+                begin, end = self._bounds(block)
+                data = memoryview(bytearray((end - begin) * SECTOR))
+                self._read(data, begin)
+                self.digests.put(block, digest_of(data))
+        self.datasync()
+
+    def end(self) -> None:
+        """Have the blocks that were in flux be verified again from now on."""
+        self._verdicts.forget(*self._flux)
+        self._flux = self._changing = _NOTHING, _NOTHING
+        self._edges = self._mixed = _NOTHING
+        self._spoiled = set()
+
+    def _bounds(self, block: int) -> tuple[int, int]:
+        """Return the sectors of a block."""
+        return block * BLOCK_SECTORS, min((block + 1) * BLOCK_SECTORS, self.size_sectors)
 
     def datasync(self) -> None:
-        """Make all writes durable."""
+        """Make all writes durable, and the digests of what was written."""
+        self.digests.flush()
         self.file.datasync()
+        self.digests.datasync()
+
+    # -- the rest -----------------------------------------------------------------------------------------------
 
     def allocated(self) -> tuple[Ints, Ints]:
         """Return the sectors that aren't holes as a disjoint list; kept until the next write. O(holes)."""
@@ -81,9 +263,30 @@ class Mirror:
         return self._allocated
 
     def close(self) -> None:
-        """Close the image."""
+        """Close both files."""
         self.file.close()
+        self.digests.close()
 
     def check(self) -> None:
-        """Assert that the image still has its size."""
+        """Assert that each block that isn't in flux is what its digest says, or known to be lost. Reads everything."""
         assert self.file.size() == self.size_sectors * SECTOR
+        for first in range(0, self.blocks, _CHECK_BLOCKS):
+            last = min(first + _CHECK_BLOCKS, self.blocks)
+            begin, end = first * BLOCK_SECTORS, min(last * BLOCK_SECTORS, self.size_sectors)
+            data = memoryview(bytearray((end - begin) * SECTOR))
+            self._read(data, begin)
+            bad = self._bad(data, first, last, self._flux)
+            digests = self.digests.read(first, last)
+            assert all(digests[block - first] == LOST for block in bad), f"digests of blocks {bad}"
+
+
+def _covered(firsts: Ints, lasts: Ints, first: int, last: int) -> bytearray | None:
+    """Return which of the blocks ``[first, last)`` a disjoint list has, or None if it has none."""
+    low, high = int(lasts.searchsorted(first, "right")), int(firsts.searchsorted(last, "left"))
+    if low >= high:
+        return None
+    mask = bytearray(last - first)
+    for begin, end in zip(firsts[low:high].tolist(), lasts[low:high].tolist(), strict=True):
+        low, high = max(begin - first, 0), min(end, last) - first
+        mask[low:high] = b"\1" * (high - low)
+    return mask

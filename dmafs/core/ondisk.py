@@ -66,6 +66,20 @@ Pointer slot, 512 bytes, at offset 0 and at offset 4096 of ``pointers``; the val
        128    376  zeros
        504      8  checksum of bytes 0-503, seed 0
 
+Digest header, the first 512 bytes of ``digests``; from byte 4096 on there are 8 bytes for each block of 4096 bytes of
+the mirror: the checksum of its data, where that is 0 then 1, or 0 for a block that is all zeros, or LOST::
+
+    offset  bytes  field
+         0      8  magic "DMAFSDIG"
+         8      4  format version
+        12      4  zeros
+        16     16  volume UUID
+        32    472  zeros
+       504      8  checksum of bytes 0-503, seed 0
+
+LOST, 2**64 - 1, is no data's checksum: of what would have it that of 2**64 - 2 is taken instead. It stands, here and in
+the descriptors of backward journals, for data that was found damaged when it had to be moved.
+
 ``volume.json`` has the keys format, uuid, name, size_sectors, source, tap, created_ns, log.
 """
 
@@ -87,7 +101,7 @@ import xxhash
 from dmafs.core.extent import MAX_EXTENT_SECTORS
 from dmafs.errors import CorruptionError, VersionError
 
-FORMAT_VERSION: Final = 3
+FORMAT_VERSION: Final = 4
 HEADER_SIZE: Final = 512
 RECORD_SIZE: Final = 64
 SLOT_SIZE: Final = 512
@@ -99,6 +113,9 @@ NAME_LIMIT: Final = 256
 SIZE_SECTORS_MAX: Final = (2**63 - 1) // 512
 """The largest size whose bytes the operating system can address."""
 
+LOST: Final = 2**64 - 1
+"""The checksum that no data has."""
+
 _HEADER = struct.Struct("<8sII16sQQQQII256sQ168x")
 _RECORD = struct.Struct("<QQQIIQQQ")
 _CHECKSUM = struct.Struct("<Q")
@@ -107,6 +124,8 @@ _HEADER_MAGIC: Final = b"DMAFSEXT"
 _TEMPORARY: Final = 1
 _FROZEN: Final = 2
 _SLOT_MAGIC: Final = b"DMAFSPTR"
+_DIGESTS: Final = struct.Struct("<8sII16s472x")
+_DIGESTS_MAGIC: Final = b"DMAFSDIG"
 
 RECORD_DTYPE: Final = np.dtype(
     [
@@ -150,8 +169,9 @@ _KINDS: Final = frozenset(int(flag) for flag in Flag)
 
 
 def checksum(data: bytes | bytearray | memoryview) -> int:
-    """Return the checksum of an extent's data."""
-    return xxhash.xxh3_64_intdigest(data)
+    """Return the checksum of an extent's data, never LOST."""
+    digest = xxhash.xxh3_64_intdigest(data)
+    return digest if digest != LOST else LOST - 1
 
 
 def new_salt() -> int:
@@ -319,6 +339,24 @@ class Pointers:
         (_, _, flags, uuid, generation, d, m, mt, s, st, o, c, q, qt, boot_id) = _SLOT.unpack_from(data)
         clean, copied = bool(flags & 1), bool(flags & 2)
         return cls(UUID(bytes=uuid), generation, clean, copied, d, m, mt, s, st, o, c, q, qt, UUID(bytes=boot_id))
+
+
+@dataclass(frozen=True, slots=True)
+class DigestHeader:
+    """The header of the mirror's digests; see the table above."""
+
+    uuid: UUID
+
+    def encode(self) -> bytes:
+        """Return the 512 bytes of the header."""
+        body = _DIGESTS.pack(_DIGESTS_MAGIC, FORMAT_VERSION, 0, self.uuid.bytes)
+        return body + _CHECKSUM.pack(checksum(body))
+
+    @classmethod
+    def decode(cls, data: bytes | bytearray, where: str) -> DigestHeader:
+        """Return the header in *data*; CorruptionError or VersionError naming *where* if it is none of ours."""
+        _check_block(data, HEADER_SIZE, _DIGESTS_MAGIC, where)
+        return cls(UUID(bytes=_DIGESTS.unpack_from(data)[3]))
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,9 +13,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from uuid import UUID
 
+from dmafs.core.digests import any_set
 from dmafs.core.ondisk import Flag
 from dmafs.core.storage import File
-from dmafs.core.sync import any_set
 from dmafs.core.verify import Differences, Found, Steps, compare, everything
 from dmafs.core.volume import Volume
 from dmafs.core.work import Work

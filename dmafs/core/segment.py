@@ -16,6 +16,7 @@ One thread appends. Any thread may read extents that were in the columns before 
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Final
 from uuid import UUID
@@ -27,6 +28,7 @@ from dmafs.core.extent import Ints
 from dmafs.core.ondisk import (
     EVENT_FLAGS,
     HEADER_SIZE,
+    LOST,
     RECORD_DTYPE,
     RECORD_SIZE,
     Flag,
@@ -42,6 +44,8 @@ from dmafs.core.storage import Buffer, File, Storage
 from dmafs.errors import CorruptionError
 from dmafs.units import SECTOR
 
+log = logging.getLogger(__name__)
+
 SCAN_BYTES: Final = 4 << 20
 """How much of a descriptor queue is decoded at once: bounds the memory of opening."""
 RUN_SECTORS: Final = (1 << 20) // SECTOR
@@ -50,6 +54,10 @@ RUN_GAP_SECTORS: Final = 16
 """Data that isn't wanted is read along up to this length: 8 KiB cost less than another system call."""
 BATCH_BYTES: Final = 8 << 20
 """What a sync or a drop copies in one step: bounds its memory, and how long it can't be stopped."""
+
+
+class Lost(bytes):
+    """Stands for data that was found damaged: zeros of its length, which are written with a checksum nothing has."""
 
 
 Extent = tuple[int, int, Buffer | None]
@@ -321,7 +329,9 @@ class Segment(Columns):
         records["flags"] = np.where(with_data, int(Flag.DATA), int(Flag.ZERO))
         sectors = np.where(with_data, records["length"], 0).astype(np.uint64)
         records["physical"] = np.uint64(physical) + np.cumsum(sectors) - sectors
-        records["data_checksum"][with_data] = [checksum(data) for _, _, data in extents if data is not None]
+        records["data_checksum"][with_data] = [
+            LOST if isinstance(data, Lost) else checksum(data) for _, _, data in extents if data is not None
+        ]
         return records
 
     def publish(self, batch: Records) -> None:
@@ -401,8 +411,11 @@ class Segment(Columns):
             )
         self.verified[index] = 1
 
-    def read_run(self, indexes: Sequence[int]) -> Iterator[memoryview]:
-        """Yield the verified data of events with data, given by ascending numbers; neighbours are read at once."""
+    def read_run(self, indexes: Sequence[int]) -> Iterator[memoryview | None]:
+        """Yield the verified data of events with data, given by ascending numbers; neighbours are read at once.
+
+        None stands for data that is damaged.
+        """
         at = 0
         while at < len(indexes):
             begin = self.physicals[indexes[at]]
@@ -418,8 +431,13 @@ class Segment(Columns):
             for index in indexes[at:stop]:
                 first = (self.physicals[index] - begin) * SECTOR
                 part = data[first : first + self.lengths[index] * SECTOR]
-                self._compare(index, part)
-                yield part
+                try:
+                    self._compare(index, part)
+                except CorruptionError as error:
+                    log.error("%s", error.message)
+                    yield None
+                else:
+                    yield part
             at = stop
 
     def indicators(self) -> Iterator[Indicator]:

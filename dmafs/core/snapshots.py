@@ -26,6 +26,7 @@ see it means nothing, and is unlinked when the store is opened.
 from __future__ import annotations
 
 import contextlib
+import logging
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from typing import Final
@@ -37,12 +38,14 @@ from dmafs.core.backward import SnapshotMaps
 from dmafs.core.extent import Ints, lacking
 from dmafs.core.limits import IndexLimits
 from dmafs.core.ondisk import HEADER_SIZE, RECORD_SIZE, Header, Kind, Records, new_salt
-from dmafs.core.segment import Segment, parts, read_header
+from dmafs.core.segment import Lost, Segment, parts, read_header
 from dmafs.core.snapshot import DIRECTORY, Snapshot, require_unpinned
 from dmafs.core.storage import Buffer, Storage
 from dmafs.core.work import Work
 from dmafs.errors import CorruptionError, ExistsError, NoSuchSnapshotError
 from dmafs.units import SECTOR
+
+log = logging.getLogger(__name__)
 
 SEQ_END: Final = 2**63
 
@@ -406,11 +409,15 @@ class Snapshots(SnapshotMaps):
 
 
 def _entry(source: Segment, start: int, stop: int, index: int) -> tuple[int, int, Buffer | None]:
-    """Read one piece of an entry of a backward journal, verified."""
+    """Read one piece of an entry of a backward journal, verified; what is damaged is lost in the copy, too."""
     if source.is_zero(index):
         return start, stop - start, None
     data = bytearray((stop - start) * SECTOR)
-    source.read_into(index, start - source.starts[index], memoryview(data))
+    try:
+        source.read_into(index, start - source.starts[index], memoryview(data))
+    except CorruptionError as error:
+        log.error("%s", error.message)
+        return start, stop - start, Lost(len(data))
     return start, stop - start, data
 
 

@@ -6,11 +6,13 @@ there, and where the space that is free wouldn't do for more. A leg is one trans
 save       The sectors that the leg will overwrite and the open snapshot lacks are copied from the mirror to its
            backward journal: data, then descriptors, both durable, and sealed. After a cut here: forgotten. Entries
            saved already stay, and are true, since the mirror is unchanged.
+prove      Blocks of the mirror that the leg will overwrite in part are verified. What is damaged, here or in the
+           forward journal, becomes lost where it goes: marked so, durably, and can't be read there.
 commit     The pointers say durably: a sync to this seq is in progress. After a cut here: done again from overwrite on.
 switch     In memory only: the mirror's own moment is shown through the open snapshot from now on, and readers that
            resolved before are waited for.
-overwrite  The net change is copied from the forward journal to the mirror, durably. After a cut here: done again, the
-           same bytes to the same places.
+overwrite  The net change is copied from the forward journal to the mirror, with its digests, durably. After a cut here:
+           done again, the same bytes to the same places.
 advance    The pointers say durably: mirror and tail are at this seq. After a cut here: segments behind the tail are
            unlinked when the store is opened.
 
@@ -19,6 +21,7 @@ Each overwritten sector that a snapshot needs is copied once, each changed secto
 
 from __future__ import annotations
 
+import logging
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,17 +30,19 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dmafs.core.digests import any_set
 from dmafs.core.extent import Ints, chop, join, net_change, subtract
 from dmafs.core.layers import entries
 from dmafs.core.ondisk import Records
-from dmafs.core.segment import Segment, parts
+from dmafs.core.segment import Extent, Lost, Segment, parts
 from dmafs.core.snapshot import Snapshot
-from dmafs.core.storage import Buffer
 from dmafs.core.volume import Volume
 from dmafs.core.vrmo import backward_reference
 from dmafs.core.work import Work
-from dmafs.errors import NoSuchPointError
+from dmafs.errors import CorruptionError, NoSuchPointError
 from dmafs.units import SECTOR
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +203,8 @@ def _leg(volume: Volume, plan: SyncPlan) -> Work[None]:
     """Carry out a plan, or give it up before the commit if an image on the way was opened meanwhile."""
     if plan.snapshot is not None:
         yield from _save(volume, plan, plan.snapshot)
+    with volume.gate():
+        yield partial(volume.mirror.prove, *plan.moves[:2])
     if volume.pinned_between(plan.base, plan.target) or volume.snapshots.seqs_between(plan.base, plan.target):
         return  # the next leg will stop there
     if plan.target > volume.sync_limit:
@@ -228,7 +235,8 @@ def _save(volume: Volume, plan: SyncPlan, snapshot: Snapshot) -> Work[None]:
     for begin, end in parts(plan.save_starts, plan.save_stops):
 
         def write(part: list[tuple[int, int]] = extents[begin:end]) -> Records:
-            return segment.write_batch([_saved(volume, start, stop) for start, stop in part], plan.target_time_ns)
+            saved = [one for start, stop in part for one in _saved(volume, start, stop)]
+            return segment.write_batch(saved, plan.target_time_ns)
 
         with volume.gate():
             batch: Records = yield write
@@ -253,21 +261,24 @@ def finish(volume: Volume) -> Work[None]:
     save, moves = yield partial(movelists, *extents, None)
     moves = moves[0], moves[1], moves[2] + now.mirror_seq + 1
     plan = SyncPlan(now.mirror_seq, now.sync_target, now.sync_time_ns, None, save[0], save[1], moves)
+    yield partial(volume.mirror.prepare, *moves[:2])
     yield from _apply(volume, plan)
 
 
 def _apply(volume: Volume, plan: SyncPlan) -> Work[None]:
     """Overwrite the mirror, advance the pointers, and let go of what is behind the tail."""
+    volume.mirror.begin()
     for first, last in parts(plan.moves[0], plan.moves[1]):
         moves = [column[first:last].tolist() for column in plan.moves]
         with volume.gate():
             yield partial(_overwrite, volume, moves)
     with volume.gate(fatal=True):
-        yield volume.mirror.datasync
+        yield volume.mirror.finish
     with volume.gate(fatal=True):
         yield lambda: volume.pointers.update(
             mirror_seq=plan.target, mirror_time_ns=plan.target_time_ns, sync_target=0, sync_time_ns=0
         )
+    volume.mirror.end()
     volume.live.vrmo.reset()
     for image in volume.images():
         if image.seq >= plan.target:
@@ -278,16 +289,20 @@ def _apply(volume: Volume, plan: SyncPlan) -> Work[None]:
     yield from volume.release(plan.target)
 
 
-def _saved(volume: Volume, start: int, stop: int) -> tuple[int, int, Buffer | None]:
-    """Read one extent of the mirror; zeros are kept as an extent without data."""
-    data = bytearray((stop - start) * SECTOR)
-    volume.mirror.read_into(data, start)
-    return start, stop - start, data if any_set(data) else None
-
-
-def any_set(data: bytearray | memoryview) -> bool:
-    """Say whether a byte of whole sectors isn't zero; most often the first few tell."""
-    return data[0] != 0 or bool(np.frombuffer(data, np.uint64).any())
+def _saved(volume: Volume, start: int, stop: int) -> list[Extent]:
+    """Read one extent of the mirror; zeros are kept as an extent without data, what is damaged as lost."""
+    data = memoryview(bytearray((stop - start) * SECTOR))
+    try:
+        volume.mirror.read_into(data, start)
+    except CorruptionError as error:
+        log.error("volume %s: %s", volume.info.name, error.message)
+        found = list(volume.mirror.parts(start, stop))
+    else:
+        found = [(start, stop, data)]
+    return [
+        (begin, end - begin, Lost((end - begin) * SECTOR) if part is None else part if any_set(part) else None)
+        for begin, end, part in found
+    ]
 
 
 def _overwrite(volume: Volume, moves: list[list[int]]) -> None:
@@ -303,12 +318,20 @@ def _overwrite(volume: Volume, moves: list[list[int]]) -> None:
             continue
         if index != current:
             data, current = next(run), index
-        skip = (start - segment.starts[index]) * SECTOR
-        volume.mirror.write(data[skip : skip + (stop - start) * SECTOR], start)
+        if data is None:
+            volume.mirror.lose(start, stop)
+        elif stop - start == segment.lengths[index]:
+            volume.mirror.write(data, start, digest=segment.checksums[index])
+        else:
+            skip = (start - segment.starts[index]) * SECTOR
+            volume.mirror.write(data[skip : skip + (stop - start) * SECTOR], start)
 
 
-def _data_of(segment: Segment, seqs: list[int]) -> Iterator[memoryview]:
-    """Yield the data of those of *seqs*, which ascend, that are in a segment and have data, each once."""
+def _data_of(segment: Segment, seqs: list[int]) -> Iterator[memoryview | None]:
+    """Yield the data, or None where it is damaged, of those of *seqs* that a segment has with data, each once.
+
+    They ascend.
+    """
     first, end = segment.header.first, segment.next_seq
     indexes = dict.fromkeys(seq - first for seq in seqs[bisect_left(seqs, first) : bisect_left(seqs, end)])
     return segment.read_run([index for index in indexes if not segment.is_zero(index)])

@@ -70,7 +70,7 @@ class Volume:
         with contextlib.ExitStack() as undo:
             self.pointers = PointerFile(storage, self.info.uuid)
             undo.callback(self.pointers.close)
-            self.mirror = Mirror(storage, self.info.size_sectors)
+            self.mirror = Mirror(storage, self.info)
             undo.callback(self.mirror.close)
             self.snapshots = Snapshots(storage, self.info.uuid, self.limits.index)
             undo.callback(self.snapshots.close)
@@ -116,7 +116,7 @@ class Volume:
         info = VolumeInfo(uuid4(), name, size_sectors, str(source), tap, created_ns, log_path)
         for directory in (forward.DIRECTORY, backward.DIRECTORY, writable.DIRECTORY):
             storage.make_directory(directory)
-        Mirror.create(storage, size_sectors)
+        Mirror.create(storage, info)
         PointerFile.create(storage, Pointers(info.uuid, clean=True))
         storage.sync_directory("")
         write_whole(storage, INFO_NAME, info.encode())

@@ -24,6 +24,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from dmafs.core import copy, extent, layers, sync, vrmo
 from dmafs.core import segment as segments
+from dmafs.core.digests import BLOCK
 from dmafs.core.extent import Ints
 from dmafs.core.image import Image
 from dmafs.core.limits import IndexLimits, SegmentLimits, VolumeLimits
@@ -119,9 +120,9 @@ class Model(RuleBasedStateMachine):
             (vrmo, "PAGES", 64),
             (layers, "FAN_OUT", fan_out),
             (layers, "GROWN_ENTRIES", 3),
-            (copy, "CHUNK_SECTORS", 7),
-            (copy, "SAVE_SECTORS", 14),
-            (copy, "_HOLE_GRAIN", 2 * SECTOR),
+            (copy, "CHUNK_SECTORS", 8),
+            (copy, "SAVE_SECTORS", 16),
+            (copy, "_HOLE_GRAIN", BLOCK),
             (segments, "BATCH_BYTES", 6 * SECTOR),
             (sync, "chop", functools.partial(extent.chop, limit=5)),
             (sync, "room", lambda _: room * SECTOR),

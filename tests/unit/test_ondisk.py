@@ -96,7 +96,7 @@ def tables() -> dict[str, list[tuple[int, int, str]]]:
     found: dict[str, list[tuple[int, int, str]]] = {}
     title = ""
     for line in (ondisk.__doc__ or "").splitlines():
-        if line.startswith(("Segment header", "Descriptor record", "Pointer slot")):
+        if line.startswith(("Segment header", "Descriptor record", "Pointer slot", "Digest header")):
             title = " ".join(line.split()[:2]).rstrip(",")
         if match := re.match(r"^ +(\d+) +(\d+)  (\S.*)$", line):
             found.setdefault(title, []).append((int(match[1]), int(match[2]), match[3]))
@@ -105,7 +105,12 @@ def tables() -> dict[str, list[tuple[int, int, str]]]:
 
 @pytest.mark.parametrize(
     ("title", "size"),
-    [("Segment header", HEADER_SIZE), ("Descriptor record", RECORD_SIZE), ("Pointer slot", SLOT_SIZE)],
+    [
+        ("Segment header", HEADER_SIZE),
+        ("Descriptor record", RECORD_SIZE),
+        ("Pointer slot", SLOT_SIZE),
+        ("Digest header", 512),
+    ],
 )
 def test_tables_cover_every_byte_once(title: str, size: int) -> None:
     """The fields of each table follow each other without gap or overlap and fill the whole."""
@@ -119,7 +124,7 @@ def test_tables_cover_every_byte_once(title: str, size: int) -> None:
 def test_sizes_are_the_documented_ones() -> None:
     """Headers and slots have one sector, records 64 bytes; the slots of a pointer file lie in different pages."""
     assert (HEADER_SIZE, RECORD_SIZE, SLOT_SIZE, SLOT_OFFSETS, POINTERS_SIZE) == (512, 64, 512, (0, 4096), 8192)
-    assert FORMAT_VERSION == 3
+    assert FORMAT_VERSION == 4
 
 
 def number(data: bytes, offset: int, length: int) -> int:
@@ -417,14 +422,14 @@ def test_wrong_version_is_named(kind: Any, fix: Any) -> None:
     """A header or slot of another version gives a VersionError with file and both versions, whatever its checksum."""
     one = Header(Kind.FORWARD, UUID(int=1), 1, 1) if kind is Header else Pointers(UUID(int=1))
     data = one.encode()
-    with pytest.raises(VersionError, match=r"some/file has format version 4, this program knows 3"):
-        kind.decode(fix(data[:8] + b"\x04" + data[9:]), "some/file")
+    with pytest.raises(VersionError, match=rf"version 238, this program knows {FORMAT_VERSION}"):
+        kind.decode(fix(data[:8] + b"\xee" + data[9:]), "some/file")
 
 
 def test_wrong_version_of_info_is_named() -> None:
     """volume.json of another version gives a VersionError, whatever else is in it."""
-    with pytest.raises(VersionError, match=r"some/file has format version 4"):
-        VolumeInfo.decode(b'{"format": 4, "new": 1}', "some/file")
+    with pytest.raises(VersionError, match=r"some/file has format version 238"):
+        VolumeInfo.decode(b'{"format": 238, "new": 1}', "some/file")
 
 
 @pytest.mark.parametrize("change", [(12, 4), (12, 0), (64, 4), (68, 255), (69, 2), (72, 0xFF)])
