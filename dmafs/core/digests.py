@@ -12,6 +12,7 @@ then written in the order of blocks. One thread puts and flushes; any thread may
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Final
 from uuid import UUID
 
@@ -78,6 +79,7 @@ class Digests:
         except BaseException:
             self.file.close()
             raise
+        self._blocks = -(-size_sectors // BLOCK_SECTORS)
         self._pending: dict[int, int] = {}
 
     def _require_ours(self, uuid: UUID, size_sectors: int) -> None:
@@ -115,6 +117,19 @@ class Digests:
         else:
             self.file.read_into(data, TABLE_OFFSET + first * _ENTRY)
         return np.frombuffer(data, "<u8")
+
+    def window(self) -> Callable[[int], int]:
+        """Return a look-up of digests for many blocks in ascending order, which reads the table by windows."""
+        at, table = -1, np.empty(0, np.uint64)
+
+        def digest(block: int) -> int:
+            nonlocal at, table
+            if block // _WINDOW != at:
+                at = block // _WINDOW
+                table = self.read(at * _WINDOW, min((at + 1) * _WINDOW, self._blocks))
+            return int(table[block - at * _WINDOW])
+
+        return digest
 
     def put(self, block: int, digest: int) -> None:
         """Set the digest of a block."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Final
 
 import numpy as np
@@ -134,19 +134,31 @@ class Mirror:
             hint="the storage below the store is damaged; dmafs scrub finds all of it and repairs what it can",
         )
 
-    def parts(self, start: int, stop: int) -> Iterator[tuple[int, int, memoryview | None]]:
-        """Yield an extent in parts that can be read, with their data, and parts that are damaged, with None."""
-        first, last = start // BLOCK_SECTORS, -(-stop // BLOCK_SECTORS)
-        begin, end = first * BLOCK_SECTORS, min(last * BLOCK_SECTORS, self.size_sectors)
-        flux = self._flux
-        whole = memoryview(bytearray((end - begin) * SECTOR))
-        self._read(whole, begin)
-        bad = np.zeros(last - first, np.bool_)
-        bad[np.array(self._bad(whole, first, last, flux), np.int64) - first] = True
-        edges = [first, *(np.flatnonzero(np.diff(bad)) + first + 1).tolist(), last]
-        for one, other in itertools.pairwise(edges):
-            low, high = max(one * BLOCK_SECTORS, start), min(other * BLOCK_SECTORS, stop)
-            yield low, high, None if bad[one - first] else whole[(low - begin) * SECTOR : (high - begin) * SECTOR]
+    def read_run(self, extents: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int, memoryview | None]]:
+        """Yield extents, which ascend, in parts: those that can be read with their data, damaged ones with None.
+
+        For what a sync does before it is committed: nothing is in flux.
+        """
+        assert not len(self._flux[0])
+        digests = self.digests.window()
+        for start, stop in extents:
+            first, last = start // BLOCK_SECTORS, -(-stop // BLOCK_SECTORS)
+            begin, end = first * BLOCK_SECTORS, min(last * BLOCK_SECTORS, self.size_sectors)
+            whole = memoryview(bytearray((end - begin) * SECTOR))
+            self.file.read_into(whole, begin * SECTOR)
+            bad = [
+                block
+                for at, block in enumerate(range(first, last))
+                if not matches(whole[at * BLOCK : (at + 1) * BLOCK], digests(block))
+            ]
+            if bad:
+                log.error("%s", self._damage(bad).message)
+                yield from _split(start, stop, whole, set(bad))
+            elif (begin, end) == (start, stop):
+                yield start, stop, whole
+            else:
+                self._verdicts.add(first, last)  # it will be proved next
+                yield start, stop, whole[(start - begin) * SECTOR : (stop - begin) * SECTOR]
 
     # -- the initial copy ---------------------------------------------------------------------------------------
 
@@ -173,15 +185,10 @@ class Mirror:
         What is damaged is marked as lost, durably: the rest of such a block must not get a digest that matches it.
         """
         self.prepare(starts, stops)
-        lost = False
-        for block in self._mixed.tolist():
-            if self._verdicts.hold(block, block + 1):
-                continue
-            for _, _, data in self.parts(*self._bounds(block)):
-                if data is None:
-                    log.error("%s", self._damage([block]).message)
-                    self.digests.put(block, LOST)
-                    lost = True
+        unproved = [block for block in self._mixed.tolist() if not self._verdicts.hold(block, block + 1)]
+        lost = [begin // BLOCK_SECTORS for begin, _, data in self.read_run(map(self._bounds, unproved)) if data is None]
+        for block in lost:
+            self.digests.put(block, LOST)
         if lost:
             self.digests.datasync()
 
@@ -278,6 +285,16 @@ class Mirror:
             bad = self._bad(data, first, last, self._flux)
             digests = self.digests.read(first, last)
             assert all(digests[block - first] == LOST for block in bad), f"digests of blocks {bad}"
+
+
+def _split(start: int, stop: int, whole: memoryview, bad: set[int]) -> Iterator[tuple[int, int, memoryview | None]]:
+    """Yield an extent in parts of good and of *bad* blocks; *whole* has all of its blocks."""
+    first, last = start // BLOCK_SECTORS, -(-stop // BLOCK_SECTORS)
+    for damaged, blocks in itertools.groupby(range(first, last), bad.__contains__):
+        part = list(blocks)
+        low, high = max(part[0] * BLOCK_SECTORS, start), min((part[-1] + 1) * BLOCK_SECTORS, stop)
+        at = first * BLOCK_SECTORS
+        yield low, high, None if damaged else whole[(low - at) * SECTOR : (high - at) * SECTOR]
 
 
 def _covered(firsts: Ints, lasts: Ints, first: int, last: int) -> bytearray | None:

@@ -21,7 +21,6 @@ Each overwritten sector that a snapshot needs is copied once, each changed secto
 
 from __future__ import annotations
 
-import logging
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -33,16 +32,15 @@ import numpy as np
 from dmafs.core.digests import any_set
 from dmafs.core.extent import Ints, chop, join, net_change, subtract
 from dmafs.core.layers import entries
+from dmafs.core.mirror import Mirror
 from dmafs.core.ondisk import Records
 from dmafs.core.segment import Extent, Lost, Segment, parts
 from dmafs.core.snapshot import Snapshot
 from dmafs.core.volume import Volume
 from dmafs.core.vrmo import backward_reference
 from dmafs.core.work import Work
-from dmafs.errors import CorruptionError, NoSuchPointError
+from dmafs.errors import NoSuchPointError
 from dmafs.units import SECTOR
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,8 +233,7 @@ def _save(volume: Volume, plan: SyncPlan, snapshot: Snapshot) -> Work[None]:
     for begin, end in parts(plan.save_starts, plan.save_stops):
 
         def write(part: list[tuple[int, int]] = extents[begin:end]) -> Records:
-            saved = [one for start, stop in part for one in _saved(volume, start, stop)]
-            return segment.write_batch(saved, plan.target_time_ns)
+            return segment.write_batch(_saved(volume.mirror, part), plan.target_time_ns)
 
         with volume.gate():
             batch: Records = yield write
@@ -289,19 +286,11 @@ def _apply(volume: Volume, plan: SyncPlan) -> Work[None]:
     yield from volume.release(plan.target)
 
 
-def _saved(volume: Volume, start: int, stop: int) -> list[Extent]:
-    """Read one extent of the mirror; zeros are kept as an extent without data, what is damaged as lost."""
-    data = memoryview(bytearray((stop - start) * SECTOR))
-    try:
-        volume.mirror.read_into(data, start)
-    except CorruptionError as error:
-        log.error("volume %s: %s", volume.info.name, error.message)
-        found = list(volume.mirror.parts(start, stop))
-    else:
-        found = [(start, stop, data)]
+def _saved(mirror: Mirror, extents: list[tuple[int, int]]) -> list[Extent]:
+    """Read extents of the mirror; zeros are kept as an extent without data, what is damaged as lost."""
     return [
-        (begin, end - begin, Lost((end - begin) * SECTOR) if part is None else part if any_set(part) else None)
-        for begin, end, part in found
+        (start, stop - start, Lost((stop - start) * SECTOR) if data is None else data if any_set(data) else None)
+        for start, stop, data in mirror.read_run(extents)
     ]
 
 

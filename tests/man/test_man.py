@@ -313,7 +313,7 @@ def documented_tables() -> dict[str, list[tuple[int, int]]]:
     found: dict[str, list[tuple[int, int]]] = {}
     title = ""
     for line in (ondisk.__doc__ or "").splitlines():
-        if heading := re.match(r"(Segment header|Descriptor record|Pointer slot)", line):
+        if heading := re.match(r"(Segment header|Descriptor record|Pointer slot|Digest header)", line):
             title = heading[1]
         if cells := re.match(r" +(\d+) +(\d+)  \S", line):
             found.setdefault(title, []).append((int(cells[1]), int(cells[2])))
@@ -324,6 +324,7 @@ TABLES = [
     ("Segment header", "Segment header", ondisk._HEADER, ondisk.HEADER_SIZE),
     ("Descriptor records", "Descriptor record", ondisk._RECORD, ondisk.RECORD_SIZE),
     ("Pointer slots", "Pointer slot", ondisk._SLOT, ondisk.SLOT_SIZE),
+    ("Digest table", "Digest header", ondisk._DIGESTS, ondisk.HEADER_SIZE),
 ]
 
 
