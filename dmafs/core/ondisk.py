@@ -20,7 +20,8 @@ Segment header, the first 512 bytes of each ``.ext`` file::
         72    256  name, UTF-8, padded with zeros
        328      8  instant: canonical time_ns of the moment across all volumes that it was taken with (backward), 0
                      (forward)
-       336    168  zeros
+       336      8  sealed: how many entries are durable (backward), 0 (forward, clone); the only field that changes
+       344    160  zeros
        504      8  checksum of bytes 0-503, seed 0
 
 Descriptor record, 64 bytes each from offset 512 on (fig. 7, queue 701; fig. 13, queue 1300)::
@@ -37,7 +38,7 @@ Descriptor record, 64 bytes each from offset 512 on (fig. 7, queue 701; fig. 13,
         40      8  checksum of the data; of a sync indicator without a name: from where on the log of the tap is
                      still needed; else 0
         48      8  durable: journal and primary were durable up to this seq when the record was written;
-                     in a backward journal, in the tick that seals it: the number of entries before;
+                     in a backward journal, in the tick behind what belongs together: the number of entries before;
                      in a clone: the number of records that were durable when it was written
         56      8  checksum of bytes 0-55, seed: the file's salt
 
@@ -116,7 +117,7 @@ SIZE_SECTORS_MAX: Final = (2**63 - 1) // 512
 LOST: Final = 2**64 - 1
 """The checksum that no data has."""
 
-_HEADER = struct.Struct("<8sII16sQQQQII256sQ168x")
+_HEADER = struct.Struct("<8sII16sQQQQII256sQQ160x")
 _RECORD = struct.Struct("<QQQIIQQQ")
 _CHECKSUM = struct.Struct("<Q")
 _SLOT = struct.Struct("<8sII16sQQQQQQQQQQ16s376x")
@@ -193,6 +194,7 @@ class Header:
     name: str = ""
     frozen: bool = False
     instant_ns: int = 0
+    sealed: int = 0
 
     def encode(self) -> bytes:
         """Return the 512 bytes of the header."""
@@ -211,6 +213,7 @@ class Header:
             len(name),
             name,
             self.instant_ns,
+            self.sealed,
         )
         return body + _CHECKSUM.pack(checksum(body))
 
@@ -218,13 +221,15 @@ class Header:
     def decode(cls, data: bytes | bytearray, where: str) -> Header:
         """Return the header in *data*; CorruptionError or VersionError naming *where* if it is none of ours."""
         _check_block(data, HEADER_SIZE, _HEADER_MAGIC, where)
-        (_, _, kind, uuid, salt, first, seq, time_ns, flags, length, name, instant_ns) = _HEADER.unpack_from(data)
+        (_, _, kind, uuid, salt, first, seq, time_ns, flags, length, name, instant, sealed) = _HEADER.unpack_from(data)
         try:
             if flags > _TEMPORARY | _FROZEN or length > NAME_LIMIT:
                 raise ValueError
             temporary, frozen = bool(flags & _TEMPORARY), bool(flags & _FROZEN)
             name = name[:length].decode()
-            return cls(Kind(kind), UUID(bytes=uuid), salt, first, seq, time_ns, temporary, name, frozen, instant_ns)
+            return cls(
+                Kind(kind), UUID(bytes=uuid), salt, first, seq, time_ns, temporary, name, frozen, instant, sealed
+            )
         except ValueError as error:
             raise CorruptionError(f"header of {where} has a field out of range", hint="the file is foreign") from error
 

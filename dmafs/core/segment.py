@@ -16,6 +16,7 @@ One thread appends. Any thread may read extents that were in the columns before 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 from collections.abc import Iterator, Sequence
 from typing import Final
@@ -23,12 +24,12 @@ from uuid import UUID
 
 import numpy as np
 
+from dmafs.core.batch import Extent, described, end_of, name_of, name_sector
 from dmafs.core.columns import Columns, Indicator
 from dmafs.core.extent import Ints
 from dmafs.core.ondisk import (
     EVENT_FLAGS,
     HEADER_SIZE,
-    LOST,
     RECORD_DTYPE,
     RECORD_SIZE,
     Flag,
@@ -54,14 +55,6 @@ RUN_GAP_SECTORS: Final = 16
 """Data that isn't wanted is read along up to this length: 8 KiB cost less than another system call."""
 BATCH_BYTES: Final = 8 << 20
 """What a sync or a drop copies in one step: bounds its memory, and how long it can't be stopped."""
-
-
-class Lost(bytes):
-    """Stands for data that was found damaged: zeros of its length, which are written with a checksum nothing has."""
-
-
-Extent = tuple[int, int, Buffer | None]
-"""Start, length in sectors, and data, or None for zeros."""
 
 
 class Segment(Columns):
@@ -244,8 +237,7 @@ class Segment(Columns):
         """Append a sync indicator; a name is kept as one sector of data. A mark doesn't say what is *retained*."""
         digest, length = 0, 0
         if name:
-            text = name.encode().ljust(SECTOR, b"\0")
-            assert len(text) == SECTOR
+            text = name_sector(name)
             digest, length = checksum(text), 1
             self.dat.write([text], self.data_sectors * SECTOR)
         record = encode_record(
@@ -271,7 +263,7 @@ class Segment(Columns):
         if not self._trimmed:
             self.trim()
         self._trimmed = False
-        records = self._described(extents, self.next_seq, self.data_sectors)
+        records = described(extents, self.next_seq, self.data_sectors)
         records["time_ns"] = time_ns
         out = seal_records(records, self.header.salt)
         self.dat.write([data for _, _, data in extents if data is not None], self.data_sectors * SECTOR)
@@ -285,8 +277,8 @@ class Segment(Columns):
 
         Neither durable nor published. May run in a thread, while nothing is appended.
         """
-        sectors, count = self._end_of(pending), len(pending)
-        records = self._described(extents, self.next_seq + count, sectors)
+        sectors, count = end_of(pending, self.data_sectors), len(pending)
+        records = described(extents, self.next_seq + count, sectors)
         records["time_ns"], records["durable"] = time_ns, durable
         out = seal_records(records, self.header.salt)
         self._trimmed = False
@@ -298,41 +290,18 @@ class Segment(Columns):
         self, pending: Records, flag: Flag, time_ns: int, *, durable: int, position: int, retained: int, name: str
     ) -> Records:
         """Write a sync indicator likewise; see ``append_indicator``. No extent may follow it."""
-        sectors, events = self._end_of(pending), int(np.isin(pending["flags"], EVENT_FLAGS).sum())
+        sectors, events = end_of(pending, self.data_sectors), int(np.isin(pending["flags"], EVENT_FLAGS).sum())
         record = np.zeros(1, RECORD_DTYPE)
         record["seq"], record["time_ns"], record["flags"] = self.next_seq + events - 1, time_ns, int(flag)
         record["start"], record["physical"] = position, sectors
         record["durable"], record["data_checksum"] = durable, retained
         if name:
-            text = name.encode().ljust(SECTOR, b"\0")
-            assert len(text) == SECTOR
+            text = name_sector(name)
             record["length"], record["data_checksum"] = 1, checksum(text)
             self.dat.write([text], sectors * SECTOR)
         out = seal_records(record, self.header.salt)
         self.ext.write([out], self.ext_size + len(pending) * RECORD_SIZE)
         return np.concatenate([pending, record])
-
-    def _end_of(self, pending: Records) -> int:
-        """Return where the data behind that of *pending* goes."""
-        if not len(pending):
-            return self.data_sectors
-        with_data = np.isin(pending["flags"], (int(Flag.DATA), int(Flag.MARK)))
-        return int((pending["physical"] + np.where(with_data, pending["length"], 0)).max())
-
-    def _described(self, extents: Sequence[Extent], seq: int, physical: int) -> Records:
-        """Return records of extents, the first with that seq and physical sector."""
-        records = np.zeros(len(extents), RECORD_DTYPE)
-        with_data = np.array([data is not None for _, _, data in extents], bool)
-        records["seq"] = np.arange(seq, seq + len(extents))
-        records["start"] = [start for start, _, _ in extents]
-        records["length"] = [length for _, length, _ in extents]
-        records["flags"] = np.where(with_data, int(Flag.DATA), int(Flag.ZERO))
-        sectors = np.where(with_data, records["length"], 0).astype(np.uint64)
-        records["physical"] = np.uint64(physical) + np.cumsum(sectors) - sectors
-        records["data_checksum"][with_data] = [
-            LOST if isinstance(data, Lost) else checksum(data) for _, _, data in extents if data is not None
-        ]
-        return records
 
     def publish(self, batch: Records) -> None:
         """Add what ``write_batch`` wrote to the columns."""
@@ -340,25 +309,27 @@ class Segment(Columns):
         self._trimmed = True
 
     def seal(self) -> None:
-        """Append a record that calls all published batches durable; it is durable itself after the next datasync.
+        """Have a marker and the header say that all published batches are durable; itself after the next datasync.
 
-        From then on a batch that can't be read is damage, and not the torn end of an unclean stop.
+        From then on a batch that can't be read is damage, and not the torn end of an unclean stop, also where the end
+        of a file is missing.
         """
         assert self.unsealed
         self.append_indicator(Flag.TICK, time_ns=self.times[-1], durable=self.next_seq - 1)
-        self.claimed_durable = self.next_seq - 1
+        self.header = dataclasses.replace(self.header, sealed=len(self))
+        self.ext.write([self.header.encode()], 0)
 
     @property
     def unsealed(self) -> bool:
-        """Say whether there are entries that no record calls durable."""
-        return self.claimed_durable < self.next_seq - 1
+        """Say whether there are entries that the header doesn't call durable."""
+        return self.header.sealed < len(self)
 
     def require_sealed(self) -> None:
-        """Raise CorruptionError if records are missing that were sealed."""
-        claimed = max(self.claimed_durable, self.claims_beyond_end())
-        if claimed >= self.next_seq:
+        """Raise CorruptionError if entries are missing that were sealed."""
+        if self.header.sealed > len(self):
             raise CorruptionError(
-                f"{self.ext.name} or its data ends at entry {self.next_seq - 1}, but {claimed} had been made durable",
+                f"{self.ext.name} or its data ends at entry {len(self)}, "
+                f"but {self.header.sealed} had been made durable",
                 hint="the storage below the store is damaged; moments that need this file can't be read",
             )
 
@@ -456,7 +427,7 @@ class Segment(Columns):
                     f"checksum of a mark in {self.dat.name} at byte {physical * SECTOR} doesn't match",
                     hint="the storage below the store is damaged",
                 )
-            name = text.rstrip(b"\0").decode()
+            name = name_of(text)
         flag = Flag(self.indicator_flags[index])
         return Indicator(self.indicator_seqs[index], self.indicator_times[index], flag, name)
 

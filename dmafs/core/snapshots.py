@@ -11,9 +11,9 @@ Dropping one merges into the next older one what that doesn't hold itself; with 
 2. its entries that the next older snapshot lacks are appended to that one, durably;
 3. its files are unlinked.
 
-Entries are *sealed* when all of a merge or of a leg of a sync are durable: a record that calls them so. What is missing
-before the last seal is damage and an error, since without it wrong data from the mirror would be served; what is
-missing behind it had not been needed yet.
+Entries are *sealed* when all of a merge or of a leg of a sync are durable: the header says how many. If one of them is
+missing that is damage and an error, since without it wrong data from the mirror would be served, also where the end of
+a file is missing; what is missing behind them had not been needed yet.
 
 Doing step 2 twice adds nothing, since the first time's entries are held then. An image that is held open keeps its
 snapshot in state ``.gone`` until the last close. Snapshots marked temporary exist only for a held image, and are
@@ -35,10 +35,11 @@ from uuid import UUID
 import numpy as np
 
 from dmafs.core.backward import SnapshotMaps
+from dmafs.core.batch import Lost
 from dmafs.core.extent import Ints, lacking
 from dmafs.core.limits import IndexLimits
 from dmafs.core.ondisk import HEADER_SIZE, RECORD_SIZE, Header, Kind, Records, new_salt
-from dmafs.core.segment import Lost, Segment, parts, read_header
+from dmafs.core.segment import Segment, parts, read_header
 from dmafs.core.snapshot import DIRECTORY, Snapshot, require_unpinned
 from dmafs.core.storage import Buffer, Storage
 from dmafs.core.work import Work

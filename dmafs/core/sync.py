@@ -29,12 +29,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dmafs.core.batch import Extent, Lost
 from dmafs.core.digests import any_set
 from dmafs.core.extent import Ints, chop, join, net_change, subtract
 from dmafs.core.layers import entries
 from dmafs.core.mirror import Mirror
 from dmafs.core.ondisk import Records
-from dmafs.core.segment import Extent, Lost, Segment, parts
+from dmafs.core.segment import Segment, parts
 from dmafs.core.snapshot import Snapshot
 from dmafs.core.volume import Volume
 from dmafs.core.vrmo import backward_reference

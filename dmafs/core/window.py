@@ -12,10 +12,11 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
+from dmafs.core.batch import Extent
 from dmafs.core.extent import Ints
 from dmafs.core.limits import SegmentLimits
 from dmafs.core.ondisk import EVENT_FLAGS, RECORD_DTYPE, Flag, Records
-from dmafs.core.segment import Extent, Segment
+from dmafs.core.segment import Segment
 from dmafs.units import SECTOR
 
 NOTED_SECTORS: Final = (1 << 20) // SECTOR

@@ -31,8 +31,8 @@ from typing import Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from dmafs.core.batch import Extent
 from dmafs.core.extent import Ints, chop, net_change, united
-from dmafs.core.segment import Extent
 from dmafs.core.storage import File
 from dmafs.taps.logformat import LogFlag
 from dmafs.taps.logreader import LoggedWindow

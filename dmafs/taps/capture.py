@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 from typing import Final, NamedTuple
 from urllib.parse import quote, unquote
 
+from dmafs.core.batch import Extent
 from dmafs.core.extent import Ints
 from dmafs.core.ondisk import Flag
-from dmafs.core.segment import Extent
 from dmafs.core.storage import File, RealFile
 from dmafs.core.volume import Volume
 from dmafs.core.window import Window

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from dmafs.core.batch import Extent
 from dmafs.core.journal import ForwardJournal
 from dmafs.core.limits import SegmentLimits
 from dmafs.core.ondisk import RECORD_SIZE, Flag
 from dmafs.core.recovery import DIRECTORY
-from dmafs.core.segment import Extent
 from dmafs.core.storage import RealStorage
 from dmafs.core.volume import Volume
 from dmafs.core.work import run
