@@ -21,12 +21,12 @@ class SegmentLimits:
 
 @dataclass(frozen=True, slots=True)
 class IndexLimits:
-    """The bounds of what is kept in memory of journals that are closed."""
+    """The bounds of what is kept in memory of journals that are closed: of the forward and of the backward one each."""
 
     bytes: int = 128 << 20
-    """Merged layers, of the forward and of the backward journal each."""
+    """Merged layers."""
     journals: int = 1024
-    """Snapshots whose descriptors are in memory, and their two files open."""
+    """Snapshots, or sealed segments, whose descriptors are in memory, and their two files open."""
     records: int = 1 << 21
     """Descriptors of all these together, at some 50 bytes."""
 

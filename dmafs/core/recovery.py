@@ -1,157 +1,227 @@
-"""Recovery of the forward journal: which segments there are, and what of them counts.
+"""Recovery: what may be found when a volume is opened, and what is done then. Every case has a label.
 
-No file is changed before it is known that nothing durable is missing: damage is reported each time. What is cut off is
-truncated durably before anything is appended.
+Each table says under what conditions a row is the one that counts; ``-`` is any. Exactly one row of a table fits what
+is found. ``case`` logs the labels as they are met, at level debug.
+
+*claimed* is the seq up to which something says that the journal was durable: the pointers, a record, a seal. *Refused*
+means that the volume isn't opened, and that no file is changed: whatever is refused is refused each time.
+
+Names in ``forward/``, ``file_case``::
+
+    row  ours  ext  what is done
+    R1   no    -    refused: it is somebody else's
+    R2   yes   no   data without descriptors: unlinked, unless a segment is damaged, whose data it may be
+    R3   yes   yes  a segment
+
+Segments, in the order of their seqs, ``segment_case``. *needed*: no later one begins at or before the first event
+behind the tail. *header*: blank is too short or all zeros. *follows*: it begins where the one before ends, the first
+one at or before the event behind the tail. *later*: it isn't the last one. *sealed*: it has a valid seal. *whole*: its
+records and data reach the next segment. *durable*: how much is claimed of what is missing here (with a header that
+isn't good all of it, if it doesn't follow what is before it): none, some, or all up to the next segment::
+
+    row  needed  header   follows  later  sealed  whole  durable  what is done
+    R4   no      -        -        -      -       -      -        in the mirror: unlinked
+    R5   yes     blank    -        -      -       -      none     the journal ends before it: unlinked
+    R6   yes     damaged  -        -      -       -      none     refused: it had been written
+    R7   yes     bad      yes      yes    -       -      all      damaged: who needs it gets the error
+    R8   yes     bad      no       yes    -       -      all      refused
+    R9   yes     bad      -        no     -       -      all      refused
+    R10  yes     bad      -        -      -       -      some     refused
+    R11  yes     good     no       -      -       -      none     behind a torn end or a lost name: unlinked
+    R12  yes     good     no       -      -       -      lost     refused: what is before it is missing
+    R13  yes     good     yes      yes    yes     -      -        known by its seal, its descriptors aren't read
+    R14  yes     good     yes      yes    no      yes    -        read, and sealed with the next flush
+    R15  yes     good     yes      yes    no      no     all      damaged: who needs it gets the error
+    R16  yes     good     yes      yes    no      no     some     refused
+    R17  yes     good     yes      yes    no      no     none     the torn end: read, what is behind it doesn't follow
+    R18  yes     good     yes      no     -       -      none     the end: read
+    R19  yes     good     yes      no     -       -      lost     refused
+
+(*bad* is blank or damaged, *lost* is some or all.)
+
+Then the end of what counts, ``end_case``. *ends*: before what is claimed, or there; or all of it behind a tail that
+nothing is claimed behind. *last*: the last segment that counts; damaged also if that one is which has the last place in
+the log. *windowed*: the events come from a log::
+
+    row  ends    last     windowed  what is done
+    R20  before  -        -         refused
+    R21  behind  -        yes       refused: the place in the log is unknown
+    R22  behind  -        no        all segments unlinked: a release was cut off
+    R23  there   none     -         empty
+    R24  there   open     -         goes on where it ends; what is behind it in the files is cut off
+    R25  there   sealed   -         its successor had nothing in it: read, the seal is cut off, goes on
+    R26  there   damaged  -         refused
+
+And what had not been durable behind *claimed*, ``tail_case``. *torn*: some data there isn't what its checksum says.
+*unclosed*: there are events behind the last indicator::
+
+    row  torn  windowed  unclosed  what is done
+    R27  yes   -         -         cut off from there on, then as below
+    R28  no    yes       yes       cut off behind the indicator: that window is read from the log again
+    R29  no    yes       no        nothing
+    R30  no    no        -         nothing
+
+Names in ``backward/``, ``snapshot_case``. *beside*: for data descriptors, for a pin a snapshot that users see::
+
+    row  suffix   beside  what is done
+    R31  ext      -       a snapshot; a temporary one is dropped, unless a clone is made of it
+    R32  gone     -       its drop is finished, unless a clone is made of it
+    R33  new      -       half made: unlinked
+    R34  dat      yes     its data
+    R35  dat      no      left over: unlinked
+    R36  pin      yes     that snapshot is pinned
+    R37  pin      no      means nothing: unlinked
+    R38  foreign  -       refused: it is somebody else's
+
+Entries of a snapshot are read when they are needed, ``entries_case``. *readable*: how many are, of those that the
+header calls durable::
+
+    row  readable  what is done
+    R39  fewer     damaged: who needs it gets the error
+    R40  all       what is behind them and can't be read is cut off before anything is appended
+
+Pointers, ``pointers_case``. *slots*: valid ones. *snapshot*: the open one that they name. *target*: a sync had been
+committed::
+
+    row  slots  snapshot  target  what is done
+    R41  none   -         -       refused
+    R42  some   missing   -       refused: moments before the mirror need it
+    R43  some   whole     yes     the mirror is overwritten again, then the pointers advance
+    R44  some   whole     no      nothing: what a sync that wasn't committed has saved is true
+
+(*whole* is there, or none is named.) Last, by the daemon, ``stop_case``, once events behind what is durable are on the
+primary again. *kernel*: the one that the volume was opened under. *gap*: one lasts. *copied*: so is the primary::
+
+    row  clean  kernel  gap  copied  what is done
+    R45  yes    -       -    -       nothing
+    R46  no     same    -    -       nothing: the page cache has kept what was written
+    R47  no     other   yes  -       the resync begins anew
+    R48  no     other   no   yes     a gap begins, and a resync
+    R49  no     other   no   no      the initial copy begins anew
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Sequence
-from typing import Final
-from uuid import UUID
+import logging
+from typing import Final, Literal, NamedTuple
 
-from dmafs.core.ondisk import HEADER_SIZE, Kind
-from dmafs.core.segment import Segment
-from dmafs.core.storage import Storage
-from dmafs.errors import CorruptionError
+log = logging.getLogger(__name__)
 
 DIRECTORY: Final = "forward"
-_STEM_DIGITS: Final = 20  # of 2**64 - 1, so that names sort as seqs do
+STEM_DIGITS: Final = 20  # of 2**64 - 1, so that names sort as seqs do
+
+Header = Literal["blank", "damaged", "good"]
+Durable = Literal["none", "some", "all"]
+
+REFUSED: Final = frozenset(
+    {"R1", "R6", "R8", "R9", "R10", "R12", "R16", "R19", "R20", "R21", "R26", "R38", "R41", "R42"}
+)
+"""The rows that say so."""
 
 
 def stem(first: int) -> str:
     """Return the name, without suffix, of the segment that begins with seq *first*."""
-    return f"{DIRECTORY}/{first:0{_STEM_DIGITS}d}"
+    return f"{DIRECTORY}/{first:0{STEM_DIGITS}d}"
 
 
-def last_indicated(segments: Sequence[Segment]) -> int:
-    """Return the number of the last segment that has an indicator, or -1."""
-    numbers = range(len(segments) - 1, -1, -1)
-    return next((number for number in numbers if len(segments[number].indicator_seqs)), -1)
+def case(label: str, what: str) -> str:
+    """Log that a row counts for something, and return its label."""
+    log.debug("recovery %s: %s", label, what)
+    return label
 
 
-class Recovery:
-    """The segments of a journal as they are found, in order."""
+class FoundSegment(NamedTuple):
+    """The conditions of the table of segments."""
 
-    def __init__(self, storage: Storage, uuid: UUID, tail: int, tail_time_ns: int, *, windowed: bool = False) -> None:
-        """Begin at the *tail*: events up to it are in the mirror.
+    needed: bool
+    header: Header
+    follows: bool
+    later: bool
+    sealed: bool
+    whole: bool
+    durable: Durable
 
-        Of a *windowed* journal the segment of event *tail* is needed, too: where nothing behind counts, it has the last
-        indicator.
-        """
-        self._storage = storage
-        self._uuid = uuid
-        self._tail, self._tail_time_ns = tail, tail_time_ns
-        self._first = tail if windowed else tail + 1  # the first event that is needed
-        self.segments: list[Segment] = []
-        self.head, self.head_time_ns = tail, tail_time_ns
-        self._leftovers: list[str] = []  # stems of files that don't count, unlinked once the rest is known to be whole
 
-    def read(self, durable: int) -> int:
-        """Read everything behind the tail and cut off a torn end; return up to which seq it had been made durable."""
-        stems = self._stems()
-        firsts = [int(stem) for stem in stems]
-        live = max(bisect_right(firsts, self._first) - 1, 0)
-        self._leftovers += stems[:live]  # wholly behind the tail: a release that was cut off
-        claimed = durable
-        for stem in stems[live:]:
-            claimed = max(claimed, self._recover_segment(stem, claimed))
-        if self.head < claimed:
-            raise CorruptionError(
-                f"forward journal ends at seq {self.head}, but everything up to seq {claimed} had been made durable",
-                hint="a segment is missing or damaged; the newest history is lost, resync from the primary",
-            )
-        for stem in self._leftovers:
-            self._remove_stem(stem)
-        self._drop_torn(claimed)
-        return claimed
+def file_case(*, ours: bool, ext: bool) -> str:
+    """Return the row for a name in ``forward/``."""
+    return ("R3" if ext else "R2") if ours else "R1"
 
-    def drop_unclosed(self) -> None:
-        """Cut behind the last indicator: the rest of that window is in the log still."""
-        number = last_indicated(self.segments)
-        keep = max(self._tail, self.segments[number].indicator_seqs[-1] if number >= 0 else 0)
-        self._remove_from(max(number, 0) + 1)
-        if self.segments and self.segments[-1].next_seq > keep + 1:
-            self.segments[-1].cut(max(keep + 1, self.segments[-1].header.first))
-        self.head = keep
-        times = [time for each in self.segments for time in (*each.times[-1:], *each.indicator_times[-1:])]
-        self.head_time_ns = max(times, default=self._tail_time_ns)
 
-    def _remove_from(self, number: int) -> None:
-        for segment in self.segments[number:]:
-            segment.remove()
-            segment.close()
-        del self.segments[number:]
+def segment_case(found: FoundSegment) -> str:
+    """Return the row for a segment."""
+    if not found.needed:
+        return "R4"
+    if found.header != "good":
+        return _unreadable_case(found)
+    if not found.follows:
+        return "R11" if found.durable == "none" else "R12"
+    if not found.later:
+        return "R18" if found.durable == "none" else "R19"
+    if found.sealed or found.whole:
+        return "R13" if found.sealed else "R14"
+    return {"all": "R15", "some": "R16", "none": "R17"}[found.durable]
 
-    def _stems(self) -> list[str]:
-        """Return the names of all segments without suffix, ascending; data without descriptors is a leftover."""
-        stems: dict[str, set[str]] = {".ext": set(), ".dat": set()}
-        for name in self._storage.names(DIRECTORY):
-            stem, suffix = name[:-4], name[-4:]
-            if suffix not in stems or len(stem) != _STEM_DIGITS or not (stem.isascii() and stem.isdigit()):
-                raise CorruptionError(f"{DIRECTORY}/{name} is no file of ours", hint="move it out of the store")
-            stems[suffix].add(stem)
-        self._leftovers = sorted(stems[".dat"] - stems[".ext"])
-        return sorted(stems[".ext"])
 
-    def _recover_segment(self, stem: str, durable: int) -> int:
-        """Read one segment; return the highest seq that its records call durable.
+def _unreadable_case(found: FoundSegment) -> str:
+    if found.durable == "none":
+        return "R5" if found.header == "blank" else "R6"
+    if found.durable == "some":
+        return "R10"
+    if not found.later:
+        return "R9"
+    return "R7" if found.follows else "R8"
 
-        A segment that doesn't follow the one before is behind a torn end: it is only asked what it calls durable.
-        """
-        try:
-            segment = Segment.open(self._storage, f"{DIRECTORY}/{stem}", Kind.FORWARD, self._uuid)
-        except CorruptionError:
-            if self.head < durable or not self._is_blank(stem):
-                raise
-            self._leftovers.append(stem)  # created after the last durable moment, not even its header was written
-            return 0
-        claimed = max(segment.claimed_durable, segment.claims_beyond_end())
-        if segment.header.first != int(stem):
-            segment.close()
-            raise CorruptionError(
-                f"{segment.ext.name} begins at seq {segment.header.first}", hint="the file was renamed"
-            )
-        first_is_right = (
-            segment.header.first <= self.head + 1 if not self.segments else (segment.header.first == self.head + 1)
-        )
-        if not first_is_right:
-            segment.close()
-            if segment.header.first - 1 <= max(claimed, durable):
-                raise CorruptionError(
-                    f"forward journal has no events {self.head + 1} to {segment.header.first - 1}",
-                    hint=f"a segment before {segment.ext.name} is missing or damaged",
-                )
-            self._leftovers.append(stem)
-            return claimed
-        self.segments.append(segment)
-        self.head = segment.next_seq - 1
-        times = [segment.times[-1:], segment.indicator_times[-1:]]
-        self.head_time_ns = max(self.head_time_ns, *(time[0] for time in times if time), 0)
-        return claimed
 
-    def _is_blank(self, stem: str) -> bool:
-        """Say whether the header of a segment was never durable: nothing else in it was then, either."""
-        file = self._storage.open(f"{DIRECTORY}/{stem}.ext")
-        try:
-            data = bytearray(min(file.size(), HEADER_SIZE))
-            file.read_into(data, 0)
-        finally:
-            file.close()
-        return len(data) < HEADER_SIZE or not any(data)
+def end_case(
+    *,
+    ends: Literal["before", "behind", "there"],
+    last: Literal["none", "open", "sealed", "damaged"],
+    windowed: bool,
+) -> str:
+    """Return the row for the end of what counts."""
+    if ends == "before":
+        return "R20"
+    if ends == "behind":
+        return "R21" if windowed else "R22"
+    return {"none": "R23", "open": "R24", "sealed": "R25", "damaged": "R26"}[last]
 
-    def _drop_torn(self, durable: int) -> None:
-        """Cut at the first event that isn't durable and whose data isn't what its checksum says."""
-        for number, segment in enumerate(self.segments):
-            if segment.next_seq - 1 < durable and number < len(self.segments) - 1:
-                continue
-            if segment.cut_torn(durable):
-                self._remove_from(number + 1)
-                self.head = segment.next_seq - 1
-                return
 
-    def _remove_stem(self, stem: str) -> None:
-        for suffix in (".ext", ".dat"):
-            if self._storage.exists(f"{DIRECTORY}/{stem}{suffix}"):
-                self._storage.unlink(f"{DIRECTORY}/{stem}{suffix}")
+def tail_case(*, torn: bool, windowed: bool, unclosed: bool) -> str:
+    """Return the row for what had not been durable."""
+    if torn:
+        return "R27"
+    return ("R28" if unclosed else "R29") if windowed else "R30"
+
+
+def snapshot_case(*, suffix: Literal["ext", "gone", "new", "dat", "pin", "foreign"], beside: bool) -> str:
+    """Return the row for a name in ``backward/``."""
+    if suffix == "dat":
+        return "R34" if beside else "R35"
+    if suffix == "pin":
+        return "R36" if beside else "R37"
+    return {"ext": "R31", "gone": "R32", "new": "R33", "foreign": "R38"}[suffix]
+
+
+def entries_case(*, readable: Literal["fewer", "all"]) -> str:
+    """Return the row for the entries of a snapshot."""
+    return "R39" if readable == "fewer" else "R40"
+
+
+def pointers_case(*, slots: Literal["none", "some"], snapshot: Literal["missing", "whole"], target: bool) -> str:
+    """Return the row for the pointers."""
+    if slots == "none":
+        return "R41"
+    if snapshot == "missing":
+        return "R42"
+    return "R43" if target else "R44"
+
+
+def stop_case(*, clean: bool, kernel: Literal["same", "other"], gap: bool, copied: bool) -> str:
+    """Return the row for how the volume was left."""
+    if clean:
+        return "R45"
+    if kernel == "same":
+        return "R46"
+    if gap:
+        return "R47"
+    return "R48" if copied else "R49"

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import logging
 from collections.abc import Iterator, Sequence
 from typing import Final
@@ -24,8 +25,7 @@ from uuid import UUID
 
 import numpy as np
 
-from dmafs.core.batch import Extent, described, end_of, name_of, name_sector
-from dmafs.core.columns import Columns, Indicator
+from dmafs.core.batch import Extent, described, end_of, name_sector
 from dmafs.core.extent import Ints
 from dmafs.core.ondisk import (
     EVENT_FLAGS,
@@ -41,33 +41,28 @@ from dmafs.core.ondisk import (
     encode_record,
     seal_records,
 )
+from dmafs.core.pair import Pair
+from dmafs.core.seal import LANDMARKS, Seal, Summary, digest_of, encode, landmarks_of
 from dmafs.core.storage import Buffer, File, Storage
-from dmafs.errors import CorruptionError
+from dmafs.errors import CorruptionError, DmafsError
 from dmafs.units import SECTOR
 
 log = logging.getLogger(__name__)
 
 SCAN_BYTES: Final = 4 << 20
 """How much of a descriptor queue is decoded at once: bounds the memory of opening."""
-RUN_SECTORS: Final = (1 << 20) // SECTOR
-"""How much data of neighbouring events is read at once."""
-RUN_GAP_SECTORS: Final = 16
-"""Data that isn't wanted is read along up to this length: 8 KiB cost less than another system call."""
 BATCH_BYTES: Final = 8 << 20
 """What a sync or a drop copies in one step: bounds its memory, and how long it can't be stopped."""
 
 
-class Segment(Columns):
+class Segment(Pair):
     """One ``.ext``/``.dat`` pair, with its descriptors in memory. Made by ``create`` or ``open``."""
 
     def __init__(self, storage: Storage, stem: str, header: Header, ext: File, dat: File) -> None:
         """Take ownership of two open files."""
-        super().__init__(header.first)
+        super().__init__(header, ext, dat)
         self._storage = storage
         self.stem = stem
-        self.header = header
-        self.ext = ext
-        self.dat = dat
         self._trimmed = False
 
     @classmethod
@@ -88,8 +83,13 @@ class Segment(Columns):
         return segment
 
     @classmethod
-    def open(cls, storage: Storage, stem: str, kind: Kind, uuid: UUID, *, suffix: str = ".ext") -> Segment:
-        """Open the pair and read its descriptors up to the first invalid record. O(records)."""
+    def open(
+        cls, storage: Storage, stem: str, kind: Kind, uuid: UUID, *, suffix: str = ".ext", seal: Seal | None = None
+    ) -> Segment:
+        """Open the pair and read its descriptors: those that a *seal* is of, else up to the first invalid one.
+
+        O(records). CorruptionError where it isn't ours, a file is missing, or the descriptors aren't what was sealed.
+        """
         try:
             ext = storage.open(stem + suffix)
         except FileNotFoundError:
@@ -102,17 +102,15 @@ class Segment(Columns):
         try:
             header = read_header(ext, kind, uuid)
             segment = cls(storage, stem, header, ext, dat)
-            segment._scan()
+            if seal is None:
+                segment._scan()
+            else:
+                segment._take_sealed(seal)
         except BaseException:
             ext.close()
             dat.close()
             raise
         return segment
-
-    @property
-    def ext_size(self) -> int:
-        """Return the number of bytes of the descriptor queue that count."""
-        return HEADER_SIZE + self.records * RECORD_SIZE
 
     # -- reading the descriptor queue ---------------------------------------------------------------------------
 
@@ -128,6 +126,20 @@ class Segment(Columns):
                 break
         if self.data_sectors * SECTOR > self.dat.size():
             self._cut_to_data()
+
+    def _take_sealed(self, seal: Seal) -> None:
+        count = seal.summary.records * RECORD_SIZE
+        parts = []
+        for begin in range(0, count, SCAN_BYTES):
+            parts.append(bytearray(min(SCAN_BYTES, count - begin)))
+            self.ext.read_into(parts[-1], HEADER_SIZE + begin)
+        if digest_of(parts, self.header.salt) != seal.digest:
+            raise CorruptionError(
+                f"checksum of the descriptors in {self.ext.name} doesn't match",
+                hint="the storage below the store is damaged; moments that need this file can't be read",
+            )
+        for part in parts:
+            self.absorb(np.frombuffer(part, RECORD_DTYPE))
 
     def _cut_to_data(self) -> None:
         """Forget what lies past the end of the data file, in memory only.
@@ -333,115 +345,64 @@ class Segment(Columns):
                 hint="the storage below the store is damaged; moments that need this file can't be read",
             )
 
+    def finish(self, certain: int) -> Seal | None:
+        """Write the seal of a full segment of the forward journal, durably, and return it. May run in a thread.
+
+        All of the segment is durable, the journal up to *certain*, and nothing will be appended. None, and nothing is
+        changed, if there is no space, or the file isn't what is in memory: who reads it then will find out.
+        """
+        try:
+            text, seal = self._sealed(certain)
+        except DmafsError as error:
+            log.error("segment %s can't be sealed: %s", self.ext.name, error.message)
+            return None
+        try:
+            self.ext.write([text], self.ext_size)
+        except OSError as error:
+            if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
+                raise
+            self.ext.truncate(self.ext_size)
+            return None
+        self.ext.datasync()
+        return seal
+
+    def _sealed(self, certain: int) -> tuple[bytes, Seal]:
+        """Return the seal, in bytes too, of what the files hold; CorruptionError if that isn't what is in memory."""
+        data = bytearray(self.records * RECORD_SIZE)
+        self.ext.read_into(data, HEADER_SIZE)
+        records = decode_records(data, self.header.salt, next_seq=self.header.first)
+        if len(records) < self.records:
+            raise CorruptionError(
+                f"record {len(records)} of it isn't what was written", hint="the storage below the store is damaged"
+            )
+        indicators = [self.indicator(number) for number in self._landmarks()]
+        names = [name_sector(one.name) for one in indicators if one.name]
+        summary = Summary(
+            records=self.records,
+            next_seq=self.next_seq,
+            data_sectors=self.data_sectors,
+            first_time_ns=self.times[0] if self.times else 0,
+            last_time_ns=max([*self.times[-1:], *self.indicator_times[-1:]], default=0),
+            certain=certain,
+            indicators=len(self.indicator_seqs),
+            first_indicator=self.indicator_seqs[0] if self.indicator_seqs else 0,
+            position=self.indicator_positions[-1] if self.indicator_positions else 0,
+            retained=next((value for value in reversed(self.indicator_retained) if value), 0),
+        )
+        digest = digest_of([data], self.header.salt)
+        text = encode(summary, landmarks_of(records), names, self.header.salt, digest)
+        return text, Seal(summary, tuple(indicators), digest)
+
+    def _landmarks(self) -> list[int]:
+        """Return the numbers of the indicators that a seal keeps."""
+        return sorted({*self.indicators_of(*LANDMARKS), len(self.indicator_seqs) - 1} - {-1})
+
     def datasync(self) -> None:
         """Make everything appended durable, data first. May run in a thread."""
         self.dat.datasync()
         self.ext.datasync()
 
-    # -- reading ------------------------------------------------------------------------------------------------
-
-    def read_into(self, index: int, skip: int, buffer: memoryview, *, nowait: bool = False) -> None:
-        """Fill *buffer* from event number *index*, beginning *skip* sectors into it.
-
-        Raises CorruptionError when the event's data doesn't match its checksum; with *nowait* BlockingIOError when
-        the data isn't in the page cache.
-        """
-        if self.is_zero(index):
-            buffer[:] = bytes(len(buffer))
-        elif self.verified[index]:
-            offset = (self.physicals[index] + skip) * SECTOR
-            if nowait:
-                self.dat.read_into_nowait(buffer, offset)
-            else:
-                self.dat.read_into(buffer, offset)
-        else:
-            whole = self.verify(index, nowait=nowait)
-            buffer[:] = memoryview(whole)[skip * SECTOR : skip * SECTOR + len(buffer)]
-
-    def verify(self, index: int, *, nowait: bool = False) -> bytearray:
-        """Read all data of event number *index*, check it (promise 5) and return it."""
-        whole = bytearray(self.lengths[index] * SECTOR)
-        if self.is_zero(index):
-            return whole
-        offset = self.physicals[index] * SECTOR
-        if nowait:
-            self.dat.read_into_nowait(whole, offset)
-        else:
-            self.dat.read_into(whole, offset)
-        self._compare(index, whole)
-        return whole
-
-    def _compare(self, index: int, data: bytearray | memoryview) -> None:
-        """Compare the data of event number *index* with its checksum; CorruptionError if it doesn't match."""
-        if checksum(data) != self.checksums[index]:
-            start, offset = self.starts[index], self.physicals[index] * SECTOR
-            raise CorruptionError(
-                f"checksum of {self.dat.name} at byte {offset} doesn't match "
-                f"(extent {start}+{self.lengths[index]} sectors, seq {self.header.first + index})",
-                hint="the storage below the store is damaged; moments that need this extent can't be read",
-            )
-        self.verified[index] = 1
-
-    def read_run(self, indexes: Sequence[int]) -> Iterator[memoryview | None]:
-        """Yield the verified data of events with data, given by ascending numbers; neighbours are read at once.
-
-        None stands for data that is damaged.
-        """
-        at = 0
-        while at < len(indexes):
-            begin = self.physicals[indexes[at]]
-            stop, end = at, begin
-            while stop < len(indexes):
-                physical = self.physicals[indexes[stop]]
-                after = physical + self.lengths[indexes[stop]]
-                if stop > at and (physical > end + RUN_GAP_SECTORS or after > begin + RUN_SECTORS):
-                    break
-                stop, end = stop + 1, after
-            data = memoryview(bytearray((end - begin) * SECTOR))
-            self.dat.read_into(data, begin * SECTOR)
-            for index in indexes[at:stop]:
-                first = (self.physicals[index] - begin) * SECTOR
-                part = data[first : first + self.lengths[index] * SECTOR]
-                try:
-                    self._compare(index, part)
-                except CorruptionError as error:
-                    log.error("%s", error.message)
-                    yield None
-                else:
-                    yield part
-            at = stop
-
-    def indicators(self) -> Iterator[Indicator]:
-        """Yield all indicators in order."""
-        return (self.indicator(index) for index in range(len(self.indicator_seqs)))
-
-    def indicator(self, index: int) -> Indicator:
-        """Return one indicator."""
-        name = ""
-        if index in self.mark_places:
-            physical, length, digest = self.mark_places[index]
-            text = bytearray(length * SECTOR)
-            self.dat.read_into(text, physical * SECTOR)
-            if length and checksum(text) != digest:
-                raise CorruptionError(
-                    f"checksum of a mark in {self.dat.name} at byte {physical * SECTOR} doesn't match",
-                    hint="the storage below the store is damaged",
-                )
-            name = name_of(text)
-        flag = Flag(self.indicator_flags[index])
-        return Indicator(self.indicator_seqs[index], self.indicator_times[index], flag, name)
-
-    def marks(self) -> Iterator[Indicator]:
-        """Yield the named marks."""
-        for index in list(self.mark_places):
-            yield self.indicator(index)
-
     # -- housekeeping -------------------------------------------------------------------------------------------
-
-    def close(self) -> None:
-        """Close both files."""
-        self.ext.close()
-        self.dat.close()
 
     def remove(self) -> None:
         """Unlink both files, the descriptors first: data without descriptors is a leftover, not damage.

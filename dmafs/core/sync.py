@@ -32,6 +32,7 @@ import numpy as np
 from dmafs.core.batch import Extent, Lost
 from dmafs.core.digests import any_set
 from dmafs.core.extent import Ints, chop, join, net_change, subtract
+from dmafs.core.forward import Reader
 from dmafs.core.layers import entries
 from dmafs.core.mirror import Mirror
 from dmafs.core.ondisk import Records
@@ -174,7 +175,7 @@ def _with_room(volume: Volume, stop: int) -> int:
 def plan_leg(volume: Volume, target: int) -> Work[SyncPlan]:
     """Return what a leg to *target* has to do; changes nothing. O(n log n) of its events and the open snapshot."""
     base = volume.pointers.now.mirror_seq
-    starts, stops = volume.journal.extents(base, target)
+    starts, stops = yield from volume.journal.gather(base, target)
     snapshot = volume.snapshots.open_at(base) if base >= volume.pointers.now.origin_seq else None
     held = (yield from volume.snapshots.load(snapshot)).extents() if snapshot else None
     time_ns = volume.time_of(target)
@@ -255,7 +256,7 @@ def _save(volume: Volume, plan: SyncPlan, snapshot: Snapshot) -> Work[None]:
 def finish(volume: Volume) -> Work[None]:
     """Do a committed sync again from its overwriting on: after a cut, or when the store was full."""
     now = volume.pointers.now
-    extents = volume.journal.extents(now.mirror_seq, now.sync_target)
+    extents = yield from volume.journal.gather(now.mirror_seq, now.sync_target)
     save, moves = yield partial(movelists, *extents, None)
     moves = moves[0], moves[1], moves[2] + now.mirror_seq + 1
     plan = SyncPlan(now.mirror_seq, now.sync_target, now.sync_time_ns, None, save[0], save[1], moves)
@@ -266,10 +267,14 @@ def finish(volume: Volume) -> Work[None]:
 def _apply(volume: Volume, plan: SyncPlan) -> Work[None]:
     """Overwrite the mirror, advance the pointers, and let go of what is behind the tail."""
     volume.mirror.begin()
-    for first, last in parts(plan.moves[0], plan.moves[1]):
-        moves = [column[first:last].tolist() for column in plan.moves]
-        with volume.gate():
-            yield partial(_overwrite, volume, moves)
+    reader = volume.journal.reader()
+    try:
+        for first, last in parts(plan.moves[0], plan.moves[1]):
+            moves = [column[first:last].tolist() for column in plan.moves]
+            with volume.gate():
+                yield partial(_overwrite, volume, reader, moves)
+    finally:
+        reader.close()
     with volume.gate(fatal=True):
         yield volume.mirror.finish
     with volume.gate(fatal=True):
@@ -295,12 +300,12 @@ def _saved(mirror: Mirror, extents: list[tuple[int, int]]) -> list[Extent]:
     ]
 
 
-def _overwrite(volume: Volume, moves: list[list[int]]) -> None:
+def _overwrite(volume: Volume, reader: Reader, moves: list[list[int]]) -> None:
     """Copy moves (starts, stops, seqs) from the forward journal to the mirror, each event's data checked once."""
     segment: Segment | None = None
     for start, stop, seq in zip(*moves, strict=True):
         if segment is None or seq >= segment.next_seq:
-            segment = volume.journal.segment_of(seq)
+            segment = reader.segment_of(seq)
             run, current = _data_of(segment, moves[2]), -1
         index = seq - segment.header.first
         if segment.is_zero(index):

@@ -79,7 +79,7 @@ class Volume:
                 self.info.uuid,
                 self.limits.segments,
                 clock,
-                index_bytes=self.limits.index.bytes,
+                index=self.limits.index,
                 windowed=self.info.tap != "fuse",
             )
             undo.callback(self.journal.close)
@@ -324,13 +324,14 @@ class Volume:
         """Return the journal (None if it isn't in memory) and the entry number that a reference with data means."""
         if reference >= BACKWARD:
             return self.snapshots.descriptor_nowait(reference)
-        segment = self.journal.segment_of(reference)
-        return segment, reference - segment.header.first
+        return self.journal.descriptor_nowait(reference)
 
     def load(self, reference: int) -> Work[None]:
         """Bring the journal that a reference names into memory, if it still means anything."""
         if reference >= BACKWARD:
             yield from self.snapshots.load_of(reference)
+        else:
+            yield from self.journal.load_of(reference)
 
     def images(self) -> list[Image]:
         """Return all images in memory but the live one."""
@@ -428,21 +429,29 @@ class Volume:
 
     # -- housekeeping -------------------------------------------------------------------------------------------
 
+    def excess(self) -> bool:
+        """Say whether more journals are in memory than the limits allow."""
+        return self.snapshots.excess() or self.journal.excess()
+
     def take_garbage(self) -> list[Segment]:
-        """Return the journals that needn't be in memory any more, for the caller to close when all readers are done."""
+        """Return the journals that needn't be in memory any more, for the caller to close when all readers are done.
+
+        No sync is under way then.
+        """
         opened = self.snapshots.open_at(self.pointers.now.mirror_seq)
         self._garbage += self.snapshots.unload(keep=opened, everything=False)
+        self._garbage += self.journal.unload()
         garbage, self._garbage = self._garbage, []
         return garbage
 
     def release(self, tail: int) -> Work[None]:
         """Let go of the forward journal up to *tail*, which the pointers say durably."""
         released = self.journal.release(tail)
-        self._garbage += released
+        self._garbage += [part.segment for part in released if part.segment is not None]
 
         def remove() -> None:
-            for segment in released:
-                segment.remove()
+            for part in released:
+                part.remove(self.storage)
 
         with self.gate():
             yield remove

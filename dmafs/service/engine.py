@@ -268,7 +268,7 @@ class Engine(Driver):
 
     def _mind_excess(self) -> None:
         """Have journals closed in the background when too many are in memory."""
-        if self.volume.snapshots.excess():
+        if self.volume.excess():
             self._drop_wanted.set()
 
     async def read_tap(self, offset: int, length: int) -> bytearray:

@@ -63,7 +63,7 @@ def status_of(volume: Volume) -> Report:
         "mirror_bytes": volume.mirror.file.allocated(),
         "forward": {
             "events": journal.head - now.mirror_seq,
-            "segments": len(journal.segments),
+            "segments": len(journal.parts),
             "bytes": journal.data_bytes(),
         },
         "snapshots": len(volume.snapshots),

@@ -138,8 +138,7 @@ class LogTap(LoggedTap):
 
     def _require_evidence(self, log: Log, window: LoggedWindow) -> None:
         """Raise LogLostError unless a window's last rows are the journal's last events, if these came from a log."""
-        segments = self._volume.journal.segments
-        segment = segments[-1] if segments else None
+        segment = self._volume.journal.newest
         indicator = self._volume.journal.last_indicator(self._volume.journal.head)
         count = min(EVIDENCE, len(window), len(segment) if segment else 0)
         if segment is None or indicator is None or not count or indicator.time_ns != segment.times[-1]:

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from dmafs.core.journal import ForwardJournal
-from dmafs.core.recovery import Recovery
+from dmafs.core.reopening import Recovery
 from dmafs.core.window import Window
 from dmafs.errors import DmafsError
 from dmafs.taps import capture

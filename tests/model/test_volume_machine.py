@@ -35,6 +35,7 @@ from tests.model.volume_clones import Cloning
 from tests.model.volume_keeping import Keeping
 from tests.model.volume_model import ALL, named
 from tests.model.volume_readers import KINDS, READERS_MAX
+from tests.unit.tools import segments_of
 
 EXAMPLES = 300
 STEPS = 60
@@ -124,7 +125,7 @@ class VolumeMachine(Keeping, Cloning, Claims):
         self.adopt_clones(cloning)
         if now.head < head:
             self.primary.write([self.oracle.image_at(now.head)], 0)
-        kept = {seq for segment in now.segments for seq in segment.indicator_seqs}
+        kept = {seq for segment in segments_of(now) for seq in segment.indicator_seqs}
         assert {mark for mark in self.marks if mark[0] > self.volume.floor} <= {(m.seq, m.name) for m in now.marks()}
         self.indicated = {seq for seq in self.indicated if seq in kept}
         self._adopt_origin()

@@ -162,7 +162,7 @@ class Claims(Model):
     @precondition(lambda self: self.idle and self.pinning is None and self.cloning is None)
     @invariant()
     def no_file_is_unreferenced(self) -> None:
-        forward = {f"{segment.stem}{suffix}" for segment in self.volume.journal.segments for suffix in (".ext", ".dat")}
+        forward = {f"{part.stem}{suffix}" for part in self.volume.journal.parts for suffix in (".ext", ".dat")}
         backward = {
             f"{snapshot.stem}{suffix}"
             for snapshot in self.volume.snapshots.all()

@@ -81,9 +81,9 @@ async def test_a_flush_with_nothing_to_do_costs_nothing(engine: Engine) -> None:
     """Flushing twice syncs the files once."""
     engine.through.write(0, sector("once"))
     await engine.flush()
-    records = engine.volume.journal.segments[-1].records
+    records = engine.volume.journal.parts[-1].records
     await engine.flush()
-    assert engine.volume.journal.segments[-1].records == records
+    assert engine.volume.journal.parts[-1].records == records
 
 
 async def test_ticks(engine: Engine) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from dmafs.core.batch import Extent
 from dmafs.core.journal import ForwardJournal
-from dmafs.core.limits import SegmentLimits
+from dmafs.core.limits import IndexLimits, SegmentLimits
 from dmafs.core.ondisk import RECORD_SIZE, Flag
 from dmafs.core.recovery import DIRECTORY
 from dmafs.core.storage import RealStorage
@@ -17,7 +17,7 @@ from dmafs.core.volume import Volume
 from dmafs.core.work import run
 from dmafs.errors import NoSuchPointError
 from dmafs.units import SECTOR
-from tests.unit.tools import OURS, TINY, Ticking, copy_all, fill, image_bytes
+from tests.unit.tools import OURS, TINY, Ticking, copy_all, fill, image_bytes, segments_of
 
 LIMITS = SegmentLimits(data_sectors=4, records=6)
 
@@ -35,7 +35,7 @@ class Bench:
     def reopen(self, *, tail: int = 0) -> ForwardJournal:
         limits = SegmentLimits(LIMITS.data_sectors, LIMITS.records)
         self.journal = ForwardJournal(
-            RealStorage(self.root), OURS, limits, self.clock, index_bytes=1 << 20, windowed=True
+            RealStorage(self.root), OURS, limits, self.clock, index=IndexLimits(), windowed=True
         )
         self.opened.append(self.journal)
         self.journal.recover(tail=tail, tail_time_ns=0, durable=0)
@@ -53,7 +53,7 @@ class Bench:
         """Return start, time and data of all events."""
         return [
             (segment.starts[index], segment.times[index], bytes(segment.verify(index)))
-            for segment in self.journal.segments
+            for segment in segments_of(self.journal)
             for index in range(len(segment))
         ]
 
@@ -78,7 +78,7 @@ def test_all_events_of_a_window_have_one_time(bench: Bench) -> None:
     times = [time for _, time, _ in bench.content()]
     assert len(set(times[:9])) == 1
     assert times[9] > times[0]
-    assert len(bench.journal.segments) > 2
+    assert len(segments_of(bench.journal)) > 2
     assert [bench.journal.splits_window(seq) for seq in range(1, 11)] == [True] * 8 + [False, False]
 
 
@@ -140,7 +140,7 @@ def test_the_place_in_the_log_survives_a_release(bench: Bench) -> None:
     """When everything is in the mirror, the segment that knows the place stays."""
     bench.window(extents(*range(1, 15)), 99, retained=50)
     for segment in bench.journal.release(bench.journal.head):
-        segment.remove()
+        segment.remove(RealStorage(bench.root))
     journal = bench.reopen(tail=14)
     assert (journal.position, journal.retained, journal.head) == (99, 50, 14)
 
@@ -148,12 +148,12 @@ def test_the_place_in_the_log_survives_a_release(bench: Bench) -> None:
 def test_idle_windows_are_noted_from_time_to_time(bench: Bench) -> None:
     """Windows without events leave no record, until much of the log would have to be read again."""
     bench.window(extents(1), 10)
-    records = bench.journal.segments[-1].records
+    records = segments_of(bench.journal)[-1].records
     for position in range(20, 2000, 20):
         bench.window([], position)
-    assert bench.journal.segments[-1].records == records
+    assert segments_of(bench.journal)[-1].records == records
     bench.window([], 5000)
-    assert bench.journal.segments[-1].records == records + 1
+    assert segments_of(bench.journal)[-1].records == records + 1
     assert bench.reopen().position == 5000
 
 

@@ -6,7 +6,9 @@ from pathlib import Path
 from uuid import UUID
 
 from dmafs.core.copy import initial_copy
+from dmafs.core.journal import ForwardJournal
 from dmafs.core.limits import SegmentLimits, VolumeLimits
+from dmafs.core.segment import Segment
 from dmafs.core.storage import RealFile, RealStorage, open_source
 from dmafs.core.store import open_volume
 from dmafs.core.volume import Volume
@@ -69,6 +71,11 @@ def new_volume(path: Path, content: bytes) -> Path:
     size = len(content) // SECTOR
     Volume.create(RealStorage(path), name="disk", size_sectors=size, source=primary, tap="fuse", created_ns=1)
     return primary
+
+
+def segments_of(journal: ForwardJournal) -> list[Segment]:
+    """Return all segments of a journal, in memory."""
+    return [journal.segment_of(part.first) if part.segment is None else part.segment for part in journal.parts]
 
 
 def copied_volume(path: Path, content: bytes, *, limits: VolumeLimits = TINY) -> Volume:
