@@ -16,6 +16,7 @@ from sortedcontainers import SortedDict
 from dmafs.core.layers import Growing, Layer, LayerTree, Selectable, entries, net_layer, stacked
 from dmafs.core.limits import IndexLimits
 from dmafs.core.ondisk import Kind
+from dmafs.core.recovery import case, entries_case
 from dmafs.core.segment import Segment
 from dmafs.core.snapshot import Snapshot
 from dmafs.core.storage import Storage
@@ -68,11 +69,14 @@ class SnapshotMaps:
 
     def _open(self, stem: str, suffix: str) -> Segment:
         segment = Segment.open(self._storage, stem, Kind.BACKWARD, self._uuid, suffix=suffix)
-        try:
-            segment.require_sealed()
-        except BaseException:
+        fewer = len(segment) < segment.header.sealed
+        if case(entries_case(readable="fewer" if fewer else "all"), stem) == "R39":
             segment.close()
-            raise
+            raise CorruptionError(
+                f"{segment.ext.name} or its data ends at entry {len(segment)}, "
+                f"but {segment.header.sealed} had been made durable",
+                hint="the storage below the store is damaged; moments that need this file can't be read",
+            )
         return segment
 
     def keep(self, snapshot: Snapshot, segment: Segment) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from uuid import UUID
 
 from dmafs.core.ondisk import POINTERS_SIZE, SLOT_OFFSETS, SLOT_SIZE, Pointers
+from dmafs.core.recovery import case, pointers_case
 from dmafs.core.storage import Storage
 from dmafs.errors import CorruptionError
 
@@ -53,6 +54,7 @@ class PointerFile:
             except CorruptionError as error:
                 problems.append(error)
         if not found:
+            case(pointers_case(slots="none", snapshot="whole", target=False), NAME)  # R41
             raise problems[0]
         newest = max(found, key=lambda pointers: pointers.generation)
         if newest.uuid != uuid:

@@ -17,7 +17,7 @@ Segments, in the order of their seqs, ``segment_case``. *needed*: no later one b
 behind the tail. *header*: blank is too short or all zeros. *follows*: it begins where the one before ends, the first
 one at or before the event behind the tail. *later*: it isn't the last one. *sealed*: it has a valid seal. *whole*: its
 records and data reach the next segment. *durable*: how much is claimed of what is missing here (with a header that
-isn't good all of it, if it doesn't follow what is before it): none, some, or all up to the next segment::
+isn't good all of it, if it doesn't follow what is before it): none, some, or all up to the next segment or the end::
 
     row  needed  header   follows  later  sealed  whole  durable  what is done
     R4   no      -        -        -      -       -      -        in the mirror: unlinked
@@ -112,6 +112,9 @@ STEM_DIGITS: Final = 20  # of 2**64 - 1, so that names sort as seqs do
 
 Header = Literal["blank", "damaged", "good"]
 Durable = Literal["none", "some", "all"]
+Suffix = Literal["ext", "gone", "new", "dat", "pin", "foreign"]
+SUFFIXES: Final = ("ext", "gone", "new", "dat", "pin")
+"""Of files in ``backward/``."""
 
 REFUSED: Final = frozenset(
     {"R1", "R6", "R8", "R9", "R10", "R12", "R16", "R19", "R20", "R21", "R26", "R38", "R41", "R42"}
@@ -193,7 +196,7 @@ def tail_case(*, torn: bool, windowed: bool, unclosed: bool) -> str:
     return ("R28" if unclosed else "R29") if windowed else "R30"
 
 
-def snapshot_case(*, suffix: Literal["ext", "gone", "new", "dat", "pin", "foreign"], beside: bool) -> str:
+def snapshot_case(*, suffix: Suffix, beside: bool) -> str:
     """Return the row for a name in ``backward/``."""
     if suffix == "dat":
         return "R34" if beside else "R35"

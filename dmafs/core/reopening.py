@@ -96,19 +96,19 @@ class Recovery:
         """
         try:
             claimed, durable = self._decide(durable)
+            lonely = [] if any(part.damage for part in self.parts) else self._lonely
+            for first in [*self._leftovers, *lonely]:
+                self._unlink(first)
+            self._cut(claimed)
+            for part in self.parts:
+                if part.segment is not None:
+                    part.segment.trim()
+            self._storage.sync_directory(DIRECTORY)
         except BaseException:
             for look in self._looks:
                 if look.segment is not None:
                     look.segment.close()
             raise
-        lonely = [] if any(part.damage for part in self.parts) else self._lonely
-        for first in [*self._leftovers, *lonely]:
-            self._unlink(first)
-        self._cut(claimed)
-        for part in self.parts:
-            if part.segment is not None:
-                part.segment.trim()
-        self._storage.sync_directory(DIRECTORY)
         return durable
 
     def _decide(self, durable: int) -> tuple[int, int]:
@@ -177,11 +177,11 @@ class Recovery:
         known = look.stop is not None and look.seal is not None
         missing = self.head + 1
         if look.segment is not None and follows:
-            missing = look.segment.next_seq
+            missing = max(look.segment.next_seq, self._tail + 1)
         elif not self.parts and look.first <= self._tail:
             missing = self._first
         durable: Durable = "none" if claimed < missing else "some"
-        if look.stop is not None and missing <= claimed and look.stop - 1 <= claimed:
+        if missing <= claimed and (look.stop is None or look.stop - 1 <= claimed):
             durable = "all"
         whole = look.segment is not None and look.segment.next_seq == look.stop
         found = FoundSegment(
@@ -258,7 +258,11 @@ class Recovery:
         indicated = last_indicated(self.parts)
         if last.damage or (self._windowed and indicated >= 0 and self.parts[indicated].damage):
             return "damaged"
-        return "sealed" if self._open_last() else "open"
+        try:
+            return "sealed" if self._open_last() else "open"
+        except CorruptionError as error:
+            log.error("%s", error.message)
+            return "damaged"
 
     def _open_last(self) -> bool:
         """Bring the last segment into memory as one that isn't sealed; return whether it was."""
@@ -274,13 +278,12 @@ class Recovery:
 
     def _cut(self, claimed: int) -> None:
         torn = self._cut_torn(claimed)
-        number = last_indicated(self.parts)
-        closed = max(self._tail, self._last_indicator(number))
-        label = tail_case(torn=torn, windowed=self._windowed, unclosed=closed < self.head)
-        case(label, f"seq {self.head}")
-        if label == "R27":
+        number = last_indicated(self.parts) if self._windowed else -1
+        closed = max(self._tail, self._last_indicator(number)) if self._windowed else self.head
+        label = ""
+        for found in (True, False) if torn else (False,):
             label = case(
-                tail_case(torn=False, windowed=self._windowed, unclosed=closed < self.head), f"seq {self.head}"
+                tail_case(torn=found, windowed=self._windowed, unclosed=closed < self.head), f"seq {self.head}"
             )
         if label == "R28":
             self._cut_behind(number, closed)

@@ -11,10 +11,12 @@ On demand, where no gap is known, a verify comes first: only where that finds di
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 from uuid import UUID
 
 from dmafs.core.digests import any_set
 from dmafs.core.ondisk import Flag
+from dmafs.core.recovery import case, stop_case
 from dmafs.core.storage import File
 from dmafs.core.verify import Differences, Found, Steps, compare, everything
 from dmafs.core.volume import Volume
@@ -36,11 +38,12 @@ def begin_after_stop(volume: Volume, boot_id: UUID, flush: Flush) -> Work[None]:
     the running kernel's. After a mere kill of the process the page cache has kept journal and primary.
     """
     now = volume.pointers.now
-    if now.clean or now.boot_id == boot_id or needs_resync(volume):
-        return
-    if now.copied:
+    kernel: Literal["same", "other"] = "same" if now.boot_id == boot_id else "other"
+    found = stop_case(clean=now.clean, kernel=kernel, gap=needs_resync(volume), copied=now.copied)
+    label = case(found, f"volume {volume.info.name}")
+    if label == "R48":
         yield from flush(Flag.GAP)
-    else:
+    elif label == "R49":
         yield from start_again(volume)
 
 

@@ -336,15 +336,6 @@ class Segment(Pair):
         """Say whether there are entries that the header doesn't call durable."""
         return self.header.sealed < len(self)
 
-    def require_sealed(self) -> None:
-        """Raise CorruptionError if entries are missing that were sealed."""
-        if self.header.sealed > len(self):
-            raise CorruptionError(
-                f"{self.ext.name} or its data ends at entry {len(self)}, "
-                f"but {self.header.sealed} had been made durable",
-                hint="the storage below the store is damaged; moments that need this file can't be read",
-            )
-
     def finish(self, certain: int) -> Seal | None:
         """Write the seal of a full segment of the forward journal, durably, and return it. May run in a thread.
 

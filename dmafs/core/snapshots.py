@@ -28,8 +28,8 @@ from __future__ import annotations
 import contextlib
 import logging
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
-from typing import Final
+from collections.abc import Iterator
+from typing import Final, Literal
 from uuid import UUID
 
 import numpy as np
@@ -39,6 +39,7 @@ from dmafs.core.batch import Lost
 from dmafs.core.extent import Ints, lacking
 from dmafs.core.limits import IndexLimits
 from dmafs.core.ondisk import HEADER_SIZE, RECORD_SIZE, Header, Kind, Records, new_salt
+from dmafs.core.recovery import SUFFIXES, Suffix, case, pointers_case, snapshot_case
 from dmafs.core.segment import Segment, parts, read_header
 from dmafs.core.snapshot import DIRECTORY, Snapshot, require_unpinned
 from dmafs.core.storage import Buffer, Storage
@@ -60,26 +61,42 @@ class Snapshots(SnapshotMaps):
         self._names: dict[str, Snapshot] = {}
         self._hidden: dict[int, Snapshot] = {}  # by serial
         self._serials = 0
-        names = storage.names(DIRECTORY)
+        names = sorted(storage.names(DIRECTORY), key=lambda name: name.endswith(".pin"))  # pins last
         stems = {name.rpartition(".")[0] for name in names if name.endswith((".ext", ".gone"))}
-        for name in names:
-            stem, _, suffix = name.rpartition(".")
-            if suffix in {"ext", "gone"}:
-                self._enter(stem, suffix)
-            elif suffix == "new" or (suffix == "dat" and stem not in stems):
-                storage.unlink(f"{DIRECTORY}/{name}")  # of a creation or a drop that was cut off
-            elif suffix not in {"dat", "pin"}:
-                raise CorruptionError(f"{DIRECTORY}/{name} is no file of ours", hint="move it out of the store")
-        self._enter_pins(name for name in names if name.endswith(".pin"))
+        for path in [path for path in (f"{DIRECTORY}/{name}" for name in names) if self._is_leftover(path, stems)]:
+            storage.unlink(path)
 
-    def _enter_pins(self, names: Iterable[str]) -> None:
-        """Pin the snapshots whose pins have these names; unlink those that nothing visible belongs to."""
-        shown = {snapshot.pin: snapshot for snapshot in self}
-        for path in [f"{DIRECTORY}/{name}" for name in names]:
-            if path in shown:
-                shown[path].pinned = True
-            else:
-                self._storage.unlink(path)
+    def _is_leftover(self, path: str, stems: set[str]) -> bool:
+        """Take in a file, or say that it is left over; *stems* are those of files of descriptors."""
+        stem, _, suffix = path.removeprefix(f"{DIRECTORY}/").rpartition(".")
+        pinned = next((one for one in self._twins(stem) if one.pin == path), None) if suffix == "pin" else None
+        kind: Suffix = suffix if suffix in SUFFIXES else "foreign"  # type: ignore[assignment]  # it is one of them
+        label = case(snapshot_case(suffix=kind, beside=pinned is not None if kind == "pin" else stem in stems), path)
+        if label == "R38":
+            raise CorruptionError(f"{path} is no file of ours", hint="move it out of the store")
+        if label in {"R31", "R32"}:
+            self._enter(stem, suffix)
+        if label == "R36" and pinned is not None:
+            pinned.pinned = True
+        return label in {"R33", "R35", "R37"}
+
+    def _twins(self, stem: str) -> Iterator[Snapshot]:
+        """Yield the visible snapshots at the seq that a stem names."""
+        seq = stem.partition("-")[0]
+        return self._visible_twins(int(seq)) if seq.isascii() and seq.isdigit() else iter(())
+
+    def require_open(self, seq: int, *, target: bool) -> None:
+        """Raise CorruptionError if the open snapshot that the pointers name, unless that is 0, is missing.
+
+        *target* is whether a sync had been committed.
+        """
+        missing = bool(seq) and self.at(seq) is None
+        snapshot: Literal["missing", "whole"] = "missing" if missing else "whole"
+        if case(pointers_case(slots="some", snapshot=snapshot, target=target), f"open snapshot {seq}") == "R42":
+            raise CorruptionError(
+                f"the files of the open snapshot {seq} are missing",
+                hint="restore them; the history before the mirror needs them",
+            )
 
     def _enter(self, stem: str, suffix: str) -> None:
         """Add the snapshot whose descriptors are in ``stem.suffix``."""

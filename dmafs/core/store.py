@@ -103,9 +103,9 @@ def open_volume(path: Path, *, limits: VolumeLimits | None = None, clock: Callab
     except OSError as error:
         raise _unreadable(error, path) from error
     try:
-        if volume.pointers.now.sync_target:
+        if volume.pointers.now.sync_target:  # R43
             run(finish(volume))
-        run(volume.drop_unheld())
+        run(volume.drop_unheld())  # R31, R32
     except (StoreFullError, CorruptionError) as error:  # the next sync or drop goes on with it; all images are right
         log.error("volume %s is open, but work on it can't be finished: %s", volume.info.name, error.message)
     except BaseException:

@@ -93,11 +93,7 @@ class Volume:
             allowance = Allowance(storage, quota=self.limits.clone_bytes, reserve=reserve)
             self.clones = Clones(storage, self.info, allowance, clock)
             undo.callback(self.clones.close)
-            if now.open_snapshot and not self.snapshots.at(now.open_snapshot):
-                raise CorruptionError(
-                    f"volume {self.info.name}: the files of the open snapshot {now.open_snapshot} are missing",
-                    hint="restore them; the history before the mirror needs them",
-                )
+            self.snapshots.require_open(now.open_snapshot, target=bool(now.sync_target))
             undo.pop_all()
         self.floor = max(now.mirror_seq, now.sync_target)
         self.statistics = Statistics()
