@@ -31,11 +31,12 @@ from dmafs.units import SECTOR
 class ForwardMaps:
     """The segments of a journal in order, and what is in memory of them. Called on one thread, unless said so."""
 
-    def __init__(self, storage: Storage, uuid: UUID, index: IndexLimits) -> None:
-        """Begin without segments, at seq 0."""
+    def __init__(self, storage: Storage, uuid: UUID, index: IndexLimits, *, windowed: bool) -> None:
+        """Begin without segments, at seq 0; *windowed* if events come from a log."""
         self._storage = storage
         self._uuid = uuid
         self._index = index
+        self.windowed = windowed
         self.parts: list[Part] = []
         self.head = 0
         self._loaded: OrderedDict[int, Part] = OrderedDict()  # sealed ones by first seq, least recently used first
@@ -160,7 +161,7 @@ class ForwardMaps:
 
     def splits_window(self, seq: int) -> bool:
         """Say whether *seq* isn't the last event of its window: no point then."""
-        if seq >= self.head or not self.parts or seq < self.parts[0].first:
+        if not self.windowed or seq >= self.head or not self.parts or seq < self.parts[0].first:
             return False
         return self.time_of(seq) == self.time_of(seq + 1)
 
@@ -174,9 +175,9 @@ class ForwardMaps:
         return default
 
     def last_indicator(self, seq: int) -> Indicator | None:
-        """Return the last sync indicator at or before *seq*."""
+        """Return the last sync indicator at or before *seq*; what a damaged segment may have begun with is left out."""
         for part in reversed(self.parts):
-            if part.first - 1 > seq or (found := part.last_indicator) is None:
+            if part.first - 1 + bool(part.damage) > seq or (found := part.last_indicator) is None:
                 continue
             if found.seq <= seq:
                 return found

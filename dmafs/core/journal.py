@@ -71,13 +71,12 @@ class ForwardJournal(ForwardMaps):
 
         *windowed* if events come from a log.
         """
-        super().__init__(storage, uuid, index)
+        super().__init__(storage, uuid, index, windowed=windowed)
         self._limits = limits
         self._clock = clock
         self.head_time_ns = 0
         self.durable = 0
         self.gaps: list[Gap] = []
-        self.windowed = windowed
         self.position = 0
         """Up to where the log that events come from has been read."""
         self.retained = 0

@@ -7,13 +7,14 @@ nothing.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
 from dmafs.core.snapshot import Snapshot
 from dmafs.core.volume import Volume
-from dmafs.errors import NoSuchPointError
+from dmafs.errors import CorruptionError, NoSuchPointError
 from dmafs.units import format_rfc3339
 
 GRID_POINTS: Final = 60
@@ -133,9 +134,10 @@ def _grid(volume: Volume, first: int) -> Iterator[int]:
     begin, end = volume.time_of(first), volume.journal.head_time_ns
     step = next((s for s in _GRID_STEPS_S if (end - begin) // (s * 10**9) < GRID_POINTS), _GRID_STEPS_S[-1]) * 10**9
     for time_ns in range((begin // step + 1) * step, end, step):
-        indicator = volume.journal.last_indicator(volume.journal.seq_at(time_ns, default=first))
-        if indicator is not None and volume.recoverable(indicator.seq):
-            yield indicator.seq
+        with contextlib.suppress(CorruptionError):  # what is damaged is no landmark; who looks it up gets the error
+            indicator = volume.journal.last_indicator(volume.journal.seq_at(time_ns, default=first))
+            if indicator is not None and volume.recoverable(indicator.seq):
+                yield indicator.seq
 
 
 def _shown(time_ns: int) -> str:
