@@ -46,6 +46,29 @@ A record is valid iff (1) its checksum matches; (2) flags hold exactly one kind;
 before it plus one, an indicator's is that of the event before it; (4) an event's length isn't 0, and of data at most
 ``MAX_EXTENT_SECTORS``. The queue ends before its first invalid record. A mark's name is one sector of data.
 
+Seal, the last 512 bytes of the ``.ext`` file of a segment that is sealed; what stands before it is in ``seal``::
+
+    offset  bytes  field
+         0      8  magic "DMAFSEND"
+         8      4  format version
+        12      4  zeros
+        16      8  records in the segment
+        24      8  seq of the event behind its last one
+        32      8  sectors of data
+        40      8  time_ns of the first event, 0 without one
+        48      8  time_ns of the last event or indicator, whichever is later
+        56      8  certain: seq up to which the journal was durable when the segment was sealed
+        64      8  sync indicators in the segment
+        72      8  seq of the first of them, 0 without one
+        80      8  place in the log of the tap that the last one says
+        88      8  from where on that log was still needed: what an indicator said last
+        96      4  landmarks before the seal
+       100      4  names before the seal
+       104      8  checksum of all records, seed: the file's salt
+       112      8  checksum of landmarks and names, seed: the file's salt
+       120    384  zeros
+       504      8  checksum of bytes 0-503, seed: the file's salt
+
 Pointer slot, 512 bytes, at offset 0 and at offset 4096 of ``pointers``; the valid one of the higher generation counts::
 
     offset  bytes  field

@@ -172,7 +172,7 @@ class Configuration:
     index_size: int = setting(SIZE, "128MiB", minimum=0)
     """Merged layers kept in memory, of the forward and of the backward journal of a volume each."""
     open_journals: int = setting(NUMBER, 1024, minimum=1)
-    """Snapshots of a volume whose journals are kept open, with their descriptors in memory."""
+    """Snapshots, and segments, of a volume whose files are kept open, with their descriptors in memory."""
     open_records: int = setting(NUMBER, 2097152, minimum=1)
     """Descriptors of all these together."""
     reserve: int = setting(SIZE, "64MiB", minimum=0)

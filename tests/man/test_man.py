@@ -23,7 +23,7 @@ import pytest
 
 from dmafs import errors
 from dmafs.cli.main import parser
-from dmafs.core import ondisk
+from dmafs.core import ondisk, seal
 from dmafs.core.extent import MAX_EXTENT_SECTORS
 from dmafs.core.moments import LATEST
 from dmafs.core.store import CONFIGURATION_NAME, SOCKET_NAME
@@ -313,7 +313,7 @@ def documented_tables() -> dict[str, list[tuple[int, int]]]:
     found: dict[str, list[tuple[int, int]]] = {}
     title = ""
     for line in (ondisk.__doc__ or "").splitlines():
-        if heading := re.match(r"(Segment header|Descriptor record|Pointer slot|Digest header)", line):
+        if heading := re.match(r"(Segment header|Descriptor record|Seal|Pointer slot|Digest header)", line):
             title = heading[1]
         if cells := re.match(r" +(\d+) +(\d+)  \S", line):
             found.setdefault(title, []).append((int(cells[1]), int(cells[2])))
@@ -323,6 +323,7 @@ def documented_tables() -> dict[str, list[tuple[int, int]]]:
 TABLES = [
     ("Segment header", "Segment header", ondisk._HEADER, ondisk.HEADER_SIZE),
     ("Descriptor records", "Descriptor record", ondisk._RECORD, ondisk.RECORD_SIZE),
+    ("Seals", "Seal", seal.SEAL, seal.SEAL_SIZE),
     ("Pointer slots", "Pointer slot", ondisk._SLOT, ondisk.SLOT_SIZE),
     ("Digest table", "Digest header", ondisk._DIGESTS, ondisk.HEADER_SIZE),
 ]
