@@ -143,6 +143,25 @@ class Columns:
         data = [index for index in range(keep - 1, -1, -1) if self.flags[index] == Flag.DATA][:1]
         self.data_sectors = max([self.physicals[index] + self.lengths[index] for index in data] + ends, default=0)
 
+    def agrees(self, records: Records) -> bool:
+        """Say whether records are those that the columns were made from, but for checksums and what is durable."""
+        other = Columns(self._first)
+        other.absorb(records)
+        seqs = records["seq"][np.isin(records["flags"], EVENT_FLAGS)]
+        return (
+            self._contents() == other._contents()
+            and self.mark_places == other.mark_places
+            and np.array_equal(seqs, np.arange(self._first, self.next_seq, dtype=np.uint64))
+        )
+
+    def _contents(self) -> list[bytes]:
+        columns = (
+            *(self.starts, self.lengths, self.physicals, self.times, self.checksums, self.flags),
+            *(self.indicator_seqs, self.indicator_times, self.indicator_flags),
+            *(self.indicator_positions, self.indicator_retained),
+        )
+        return [bytes(column) for column in columns]
+
     def is_zero(self, index: int) -> bool:
         """Say whether event number *index* has no data and reads as zeros."""
         return self.flags[index] == Flag.ZERO

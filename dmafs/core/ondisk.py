@@ -58,15 +58,16 @@ Seal, the last 512 bytes of the ``.ext`` file of a segment that is sealed; what 
         40      8  time_ns of the first event, 0 without one
         48      8  time_ns of the last event or indicator, whichever is later
         56      8  certain: seq up to which the journal was durable when the segment was sealed
-        64      8  sync indicators in the segment
-        72      8  seq of the first of them, 0 without one
-        80      8  place in the log of the tap that the last one says
-        88      8  from where on that log was still needed: what an indicator said last
-        96      4  landmarks before the seal
-       100      4  names before the seal
-       104      8  checksum of all records, seed: the file's salt
-       112      8  checksum of landmarks and names, seed: the file's salt
-       120    384  zeros
+        64      8  durable: seq up to which journal and primary were durable, as its records say
+        72      8  sync indicators in the segment
+        80      8  seq of the first of them, 0 without one
+        88      8  place in the log of the tap that the last one says
+        96      8  from where on that log was still needed: what an indicator said last
+       104      4  landmarks before the seal
+       108      4  names before the seal
+       112      8  checksum of all records, seed: the file's salt
+       120      8  checksum of landmarks and names, seed: the file's salt
+       128    376  zeros
        504      8  checksum of bytes 0-503, seed: the file's salt
 
 Pointer slot, 512 bytes, at offset 0 and at offset 4096 of ``pointers``; the valid one of the higher generation counts::

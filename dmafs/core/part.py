@@ -36,7 +36,7 @@ class Part:
 
         It may hold any time after that, and whoever needs to know gets the error.
         """
-        unknown = Summary(0, next_seq, 0, time_ns + 1, _ANY_TIME, 0, 0, 0, 0, 0)
+        unknown = Summary(0, next_seq, 0, time_ns + 1, _ANY_TIME, 0, 0, 0, 0, 0, 0)
         return cls(stem, first, seal=Seal(unknown, (), 0), damage=message)
 
     def _known(self) -> Summary:

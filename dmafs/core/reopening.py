@@ -159,7 +159,7 @@ class Recovery:
         finally:
             ext.close()
         if look.seal is not None:
-            look.certain = look.seal.summary.certain
+            look.certain, look.durable = look.seal.summary.certain, look.seal.summary.durable
             if stop is not None:
                 return look
         try:
@@ -167,7 +167,7 @@ class Recovery:
         except CorruptionError as error:
             look.error = error
             return look
-        look.durable = max(look.segment.claimed_durable, look.segment.claims_beyond_end())
+        look.durable = max(look.durable, look.segment.claimed_durable, look.segment.claims_beyond_end())
         return look
 
     def _take(self, look: _Look, claimed: int) -> None:

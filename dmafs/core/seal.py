@@ -38,7 +38,7 @@ from dmafs.core.storage import File
 from dmafs.units import SECTOR
 
 SEAL_SIZE: Final = 512
-SEAL: Final = struct.Struct("<8sIIQQQQQQQQQQIIQQ384x")
+SEAL: Final = struct.Struct("<8sIIQQQQQQQQQQQIIQQ376x")
 SEAL_MAGIC: Final = b"DMAFSEND"
 LANDMARKS: Final = (Flag.MARK, Flag.GAP, Flag.RESYNCED)
 _CHECKSUM: Final = struct.Struct("<Q")
@@ -58,6 +58,8 @@ class Summary:
     """Of its last event or indicator, whichever is later."""
     certain: int
     """Up to where the journal was durable when it was sealed; never less than its last event."""
+    durable: int
+    """What its records say last of journal and primary."""
     indicators: int
     first_indicator: int
     """Seq of its first sync indicator, 0 without one."""
@@ -112,6 +114,7 @@ def encode(summary: Summary, landmarks: Records, names: list[bytes], salt: int, 
         summary.first_time_ns,
         summary.last_time_ns,
         summary.certain,
+        summary.durable,
         summary.indicators,
         summary.first_indicator,
         summary.position,

@@ -361,11 +361,9 @@ class Segment(Pair):
         """Return the seal, in bytes too, of what the files hold; CorruptionError if that isn't what is in memory."""
         data = bytearray(self.records * RECORD_SIZE)
         self.ext.read_into(data, HEADER_SIZE)
-        records = decode_records(data, self.header.salt, next_seq=self.header.first)
-        if len(records) < self.records:
-            raise CorruptionError(
-                f"record {len(records)} of it isn't what was written", hint="the storage below the store is damaged"
-            )
+        records = np.frombuffer(data, RECORD_DTYPE)
+        if not self.agrees(records):
+            raise CorruptionError("its records aren't what was written", hint="the storage below the store is damaged")
         indicators = [self.indicator(number) for number in self._landmarks()]
         names = [name_sector(one.name) for one in indicators if one.name]
         summary = Summary(
@@ -375,6 +373,7 @@ class Segment(Pair):
             first_time_ns=self.times[0] if self.times else 0,
             last_time_ns=max([*self.times[-1:], *self.indicator_times[-1:]], default=0),
             certain=certain,
+            durable=self.claimed_durable,
             indicators=len(self.indicator_seqs),
             first_indicator=self.indicator_seqs[0] if self.indicator_seqs else 0,
             position=self.indicator_positions[-1] if self.indicator_positions else 0,
