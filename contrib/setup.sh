@@ -25,6 +25,7 @@ DMAFS_TEST_PACKAGES=(
     postgresql # a database that is started from a clone; the cluster that the package makes is left alone
 )
 DMAFS_VM_PACKAGES=(
+    gcc libc6-dev # builds what lets the guest's kernel run on processors that are newer than it
     kmod iproute2 # modules and the loopback interface of the guest, which uses the host's programs
     dmsetup # the other opinion on what device-mapper's state is
     fuse3 e2fsprogs xfsprogs fio # what runs on the devices
