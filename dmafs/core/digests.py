@@ -118,6 +118,10 @@ class Digests:
             self.file.read_into(data, TABLE_OFFSET + first * _ENTRY)
         return np.frombuffer(data, "<u8")
 
+    def uncache(self, first: int, last: int) -> None:
+        """Have the digests of blocks come from the disk when they are read next."""
+        self.file.uncache(TABLE_OFFSET + first * _ENTRY, (last - first) * _ENTRY)
+
     def window(self) -> Callable[[int], int]:
         """Return a look-up of digests for many blocks in ascending order, which reads the table by windows."""
         at, table = -1, np.empty(0, np.uint64)

@@ -22,7 +22,7 @@ from dmafs.core.digests import BLOCK, BLOCK_SECTORS, Digests, Verdicts, digest_o
 from dmafs.core.extent import Ints, join, united
 from dmafs.core.ondisk import LOST, VolumeInfo
 from dmafs.core.storage import Buffer, Storage
-from dmafs.errors import CorruptionError
+from dmafs.errors import CorruptionError, StoreError
 from dmafs.units import SECTOR
 
 log = logging.getLogger(__name__)
@@ -160,6 +160,46 @@ class Mirror:
                 self._verdicts.add(first, last)  # it will be proved next
                 yield start, stop, whole[(start - begin) * SECTOR : (stop - begin) * SECTOR]
 
+    # -- a scrub ------------------------------------------------------------------------------------------------
+
+    def examine(self, first: int, last: int) -> tuple[list[int], int]:
+        """Return which of the blocks ``[first, last)`` on the disk aren't what their digests say, and the bytes read.
+
+        Nothing is in flux.
+        """
+        assert not len(self._flux[0])
+        begin, end = first * BLOCK_SECTORS * SECTOR, self.sectors(last - 1)[1] * SECTOR
+        self.digests.uncache(first, last)
+        digests = self.digests.read(first, last)
+        if not digests.any() and next(self.file.data_ranges(begin, end), None) is None:
+            return [], 0
+        self.file.uncache(begin, end - begin)
+        bad = []
+        for block, digest in enumerate(digests.tolist(), first):
+            start, stop = self.sectors(block)
+            data = memoryview(bytearray((stop - start) * SECTOR))
+            try:
+                self._read(data, start)
+            except StoreError as error:
+                log.error("%s", error.message)
+                bad.append(block)
+            else:
+                if not matches(data, digest):
+                    bad.append(block)
+        damaged = np.array(bad, np.int64)
+        self._verdicts.forget(damaged, damaged + 1)
+        return bad, end - begin
+
+    def digest(self, block: int) -> int:
+        """Return the digest of a block."""
+        return int(self.digests.read(block, block + 1)[0])
+
+    def repair(self, block: int, data: memoryview) -> None:
+        """Write what a block's digest says, durably."""
+        assert not len(self._flux[0])
+        self.file.write([data], block * BLOCK)
+        self.file.datasync()
+
     # -- the initial copy ---------------------------------------------------------------------------------------
 
     def forget_from(self, start: int) -> None:
@@ -186,7 +226,7 @@ class Mirror:
         """
         self.prepare(starts, stops)
         unproved = [block for block in self._mixed.tolist() if not self._verdicts.hold(block, block + 1)]
-        lost = [begin // BLOCK_SECTORS for begin, _, data in self.read_run(map(self._bounds, unproved)) if data is None]
+        lost = [begin // BLOCK_SECTORS for begin, _, data in self.read_run(map(self.sectors, unproved)) if data is None]
         for block in lost:
             self.digests.put(block, LOST)
         if lost:
@@ -233,9 +273,9 @@ class Mirror:
         """Give digests to the blocks that no single move has overwritten as a whole, and make everything durable."""
         mixed = set(self._mixed.tolist())
         for block in self._edges.tolist():
-            was_lost = block in mixed and int(self.digests.read(block, block + 1)[0]) == LOST
+            was_lost = block in mixed and self.digest(block) == LOST
             if block not in self._spoiled and not was_lost:
-                begin, end = self._bounds(block)
+                begin, end = self.sectors(block)
                 data = memoryview(bytearray((end - begin) * SECTOR))
                 self._read(data, begin)
                 self.digests.put(block, digest_of(data))
@@ -248,7 +288,7 @@ class Mirror:
         self._edges = self._mixed = _NOTHING
         self._spoiled = set()
 
-    def _bounds(self, block: int) -> tuple[int, int]:
+    def sectors(self, block: int) -> tuple[int, int]:
         """Return the sectors of a block."""
         return block * BLOCK_SECTORS, min((block + 1) * BLOCK_SECTORS, self.size_sectors)
 

@@ -64,6 +64,9 @@ class File(Protocol):
     def write(self, buffers: Sequence[Buffer], offset: int) -> None:
         """Write all *buffers* one after the other from *offset* on."""
 
+    def uncache(self, offset: int, length: int) -> None:
+        """Have a range, as far as it is durable, come from the disk when it is read next."""
+
     def size(self) -> int:
         """Return the size in bytes."""
 
@@ -192,6 +195,10 @@ class RealFile:
                 count -= len(rest.pop(0))
             if count:
                 rest[0] = memoryview(rest[0])[count:]
+
+    def uncache(self, offset: int, length: int) -> None:
+        """See ``File``."""
+        os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_DONTNEED)
 
     def size(self) -> int:
         """See ``File``."""
@@ -451,6 +458,11 @@ def write_whole(storage: Storage, name: str, content: bytes) -> None:
     """Create a small file durably and at once: a temporary name, datasync, rename, directory sync."""
     if storage.exists(name):
         raise ExistsError(f"file {name} already exists", hint="remove it if it isn't needed")
+    replace_whole(storage, name, content)
+
+
+def replace_whole(storage: Storage, name: str, content: bytes) -> None:
+    """Write a small file likewise, in the place of another one if there is one."""
     directory = name.rpartition("/")[0]
     temporary = f"{name}.new"
     with contextlib.suppress(FileNotFoundError):
