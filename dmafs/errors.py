@@ -15,7 +15,8 @@
     │   ├── VersionError        exit 13  EIO        format version that this program doesn't know
     │   ├── CorruptionError     exit 14  EIO        a checksum, record or file is wrong or missing
     │   ├── StoreFullError      exit 15  ENOSPC     no space left for the journal or a clone
-    │   └── ReadOnlyError       exit 16  EROFS      the volume stopped taking writes after an error
+    │   ├── ReadOnlyError       exit 16  EROFS      the volume stopped taking writes after an error
+    │   └── UnsafeError         exit 17  EACCES     others can write to the store or its configuration
     ├── NotFoundError           exit 20  ENOENT
     │   ├── NoSuchPointError    exit 21  ENOENT     a time before the beginning, in the future, not understood
     │   ├── NoSuchVolumeError   exit 22  ENOENT
@@ -26,6 +27,7 @@
     ├── CheckBusyError          exit 27  EBUSY      a verify or resync of the volume is under way already
     ├── MountError              exit 30  EIO        the mount point can't be used
     ├── ControlError            exit 31  EIO        the daemon doesn't answer, or not in our words
+    │   └── DeniedError         exit 35  EACCES     the daemon doesn't serve this user
     └── TapError                exit 32  EIO        device-mapper, a loop device or a tap's log can't be used
         ├── TapBusyError        exit 33  EBUSY      the mapped device is in use
         └── LogLostError        exit 34  EIO        writes are missing in the tap's log: a gap
@@ -140,6 +142,13 @@ class ReadOnlyError(StoreError):
     errno = errno.EROFS
 
 
+class UnsafeError(StoreError):
+    """Somebody else than root and this process's user can write to the store or its configuration."""
+
+    exit_code = 17
+    errno = errno.EACCES
+
+
 class NotFoundError(DmafsError):
     """The named thing isn't there."""
 
@@ -201,6 +210,13 @@ class ControlError(DmafsError):
     """The daemon doesn't answer on its control socket, or not as expected."""
 
     exit_code = 31
+
+
+class DeniedError(ControlError):
+    """The daemon serves its own user and root only."""
+
+    exit_code = 35
+    errno = errno.EACCES
 
 
 class TapError(DmafsError):

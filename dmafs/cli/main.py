@@ -23,9 +23,9 @@ TIME is a time with a zone or a local one ("2026-07-28T14:30:05.5Z", "2026-07-28
 snapshot), "<duration> ago", or one of these with "~<duration>" behind it: so much before. A duration is "2h",
 "1h30min", "90s"; its units are w d h min s ms us ns.
 
-Exit status: 0 success, 1 success with warnings, 2 other errors and wrong usage, 3-8 wrong input, 10-16 trouble with the
+Exit status: 0 success, 1 success with warnings, 2 other errors and wrong usage, 3-8 wrong input, 10-17 trouble with the
 store, 20-24 not found, 25 pinned, 26 source and image differ, 27 a check is under way, 30 mount, 31 control interface,
-32-34 tap, 128+n ended by signal n. See dmafs(1).
+32-34 tap, 35 denied, 128+n ended by signal n. See dmafs(1).
 """
 
 

@@ -25,8 +25,8 @@ A verify or resync tells how far it is several times a second, a line each time;
 message, hint}. Who goes away before that gives it up.
 
 An error is a JSON object {error, message, hint}: the class's name in the error tree and its texts; status 400 for
-what the caller got wrong, 404 for what isn't there, 500 for the rest. The socket has mode 0600 in a directory of mode
-0700.
+what the caller got wrong, 404 for what isn't there, 500 for the rest; 403 and 503 for whom isn't admitted, see
+``admission``. The socket has mode 0600 in a directory of mode 0700. What can be asked is bounded in size and time.
 """
 
 from __future__ import annotations
@@ -38,13 +38,17 @@ import re
 import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
-from functools import partial
 from pathlib import Path
 from typing import Final
 
 import trio
 from hypercorn.config import Config
-from hypercorn.trio import serve
+from hypercorn.protocol import ProtocolWrapper
+from hypercorn.protocol.h11 import H2CProtocolRequiredError, H2ProtocolAssumedError, H11Protocol
+from hypercorn.trio.tcp_server import TCPServer
+from hypercorn.trio.worker_context import WorkerContext
+from hypercorn.typing import ConnectionState
+from hypercorn.utils import wrap_app
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -52,6 +56,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from dmafs.errors import ControlError, DmafsError, InputError, NotFoundError
+from dmafs.service.admission import CONNECTIONS_MAX, Admission, Connection
 from dmafs.service.appliance import Appliance
 from dmafs.service.checking import RESYNC, VERIFY, Check
 from dmafs.service.devices import ACTIONS
@@ -62,6 +67,9 @@ log = logging.getLogger(__name__)
 
 TOLD_S: Final = 0.2
 """How often somebody who waits is told how far it is."""
+
+HEAD_BYTES_MAX: Final = 16 << 10
+"""Of a request, which is all there is to it: none has a body."""
 
 _NUMBER: Final = re.compile(r"-?[0-9]{1,18}", re.ASCII)  # fits 63 bits
 
@@ -248,6 +256,8 @@ def _answering(handler: Callable[[Request], Awaitable[Response]]) -> Callable[[R
 
     async def wrapper(request: Request) -> Response:
         try:
+            if request.headers.get("content-length", "0") != "0" or "transfer-encoding" in request.headers:
+                raise InputError("a request to the control interface has a body", hint="all it says is in its URL")
             return await handler(request)
         except DmafsError as error:
             status = 404 if isinstance(error, NotFoundError) else 400 if isinstance(error, InputError) else 500
@@ -260,62 +270,58 @@ def _shown(error: DmafsError) -> Report:
     return {"error": type(error).__name__, "message": error.message, "hint": error.hint}
 
 
+class _Server(TCPServer):
+    """Hypercorn's server of one connection, without HTTP/2: there, answers to who has hung up are never done."""
+
+    @property  # type: ignore[override]  # an attribute of the base class
+    def protocol(self) -> H11Protocol:
+        """What is spoken."""
+        return self._protocol
+
+    @protocol.setter
+    def protocol(self, switching: ProtocolWrapper) -> None:
+        assert isinstance(switching.protocol, H11Protocol)
+        self._protocol = switching.protocol
+
+
 async def serve_control(
     appliance: Appliance, path: Path, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
 ) -> None:
     """Serve on a unix socket until cancelled. One left by an earlier daemon is replaced: the store's lock is ours."""
     path.unlink(missing_ok=True)  # noqa: ASYNC240 - at once, on a local filesystem
     config = Config()
-    config.bind = [f"fd://{socket_of(path).detach()}"]  # hypercorn owns and closes it
     config.loglevel = "WARNING"
     config.accesslog = None
-    config.graceful_timeout = 1.0
+    config.h11_max_incomplete_size = HEAD_BYTES_MAX
+    context, state, routes = WorkerContext(None), ConnectionState({}), application(appliance)
+
+    async def serve_one(connection: Connection) -> None:
+        async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+            with connection.answering():
+                await routes(scope, receive, send)
+
+        asgi = wrap_app(answer, 0, "asgi")  # type: ignore[arg-type]  # an ASGI application by another library's types
+        try:
+            await _Server(asgi, config, context, state, connection)  # type: ignore[arg-type]  # as good as a stream
+        except* (H2CProtocolRequiredError, H2ProtocolAssumedError):
+            log.warning("a connection to the control socket was closed: it asked for HTTP/2")
+
+    listener = trio.SocketListener(trio.socket.from_stdlib_socket(socket_of(path)))
+    task_status.started()
     try:
-        await serve(
-            application(appliance),  # type: ignore[arg-type]  # an ASGI application by another library's types
-            config,
-            shutdown_trigger=trio.sleep_forever,
-            task_status=_Ready(task_status),
-        )
+        await trio.serve_listeners(Admission(serve_one).handle, [listener])
     finally:
         path.unlink(missing_ok=True)  # noqa: ASYNC240 - at once, on a local filesystem
 
 
 def socket_of(path: Path) -> socket.socket:
-    """Return a socket bound to *path*, mode 0600. Unix socket names are short, so it is bound by its directory."""
+    """Return a socket listening at *path*, mode 0600. Unix socket names are short, so it is bound by its directory."""
     directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        before = os.umask(0o177)
-        try:
-            listener.bind(f"/proc/self/fd/{directory}/{path.name}")
-        finally:
-            os.umask(before)
+        os.fchmod(listener.fileno(), 0o600)  # the file that bind makes has this mode from its beginning on
+        listener.bind(f"/proc/self/fd/{directory}/{path.name}")
+        listener.listen(CONNECTIONS_MAX)
     finally:
         os.close(directory)
     return listener
-
-
-def close_connections(path: Path) -> None:
-    """Shut down all connections of the control socket: a client that doesn't read can't hold up the daemon's end."""
-    for entry in list(Path("/proc/self/fd").iterdir()):
-        try:
-            if not os.readlink(entry).startswith("socket:"):  # noqa: PTH115 - not a path
-                continue
-            with socket.socket(fileno=os.dup(int(entry.name))) as connection:
-                name = connection.getsockname() if connection.family == socket.AF_UNIX else ""
-                if isinstance(name, str) and name.endswith(f"/{path.name}"):
-                    connection.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            continue  # gone meanwhile, or not connected: the listening socket itself
-
-
-class _Ready:
-    """Report readiness without the addresses that hypercorn passes."""
-
-    def __init__(self, task_status: trio.TaskStatus[None]) -> None:
-        self._started = partial(task_status.started, None)
-
-    def started(self, _binds: object = None) -> None:
-        """Pass on that the socket is bound."""
-        self._started()

@@ -25,7 +25,7 @@ from dmafs.core.store import SOCKET_NAME, Store, is_inside, path_lies_on
 from dmafs.errors import MountError, PlacementError
 from dmafs.service.appliance import Appliance
 from dmafs.service.configuration import Configuration, load_configuration
-from dmafs.service.control import close_connections, serve_control
+from dmafs.service.control import serve_control
 from dmafs.service.engine import Engine
 from dmafs.service.keeper import Keeper
 from dmafs.service.mounting import mount_source, prepare_mount_point, tune
@@ -139,11 +139,10 @@ async def _serve_mount(
         },
     )
     appliance.schedule = scheduler.report
-    socket_path = store.path / SOCKET_NAME
     async with trio.open_nursery() as nursery:
         for engine in engines.values():
             await nursery.start(engine.run)
-        await nursery.start(serve_control, appliance, socket_path)
+        await nursery.start(serve_control, appliance, store.path / SOCKET_NAME)
         try:
             pyfuse3.init(Tree(appliance, appliance.started_ns), str(mount_point), options)
         except RuntimeError as error:
@@ -162,7 +161,6 @@ async def _serve_mount(
                 await pyfuse3.main(min_tasks=1, max_tasks=FUSE_TASKS)
         finally:
             pyfuse3.close(unmount=True)
-            close_connections(socket_path)
         nursery.cancel_scope.cancel()
 
 
