@@ -15,6 +15,7 @@ from typing import Final
 from dmafs.core.limits import VolumeLimits
 from dmafs.core.mounts import devices_below, mounts
 from dmafs.core.ondisk import VOLUME_JSON_LIMIT, VolumeInfo
+from dmafs.core.privacy import require_private, require_private_volume
 from dmafs.core.storage import RealStorage, lock_directory, open_source
 from dmafs.core.sync import finish
 from dmafs.core.volume import INFO_NAME, Volume
@@ -69,13 +70,18 @@ class Store:
     def __init__(
         self, path: Path, *, limits: VolumeLimits | None = None, clock: Callable[[], int] = time.time_ns
     ) -> None:
-        """Lock *path*, open every volume in it, and finish what an unclean stop left unfinished."""
+        """Lock *path*, open every volume in it, and finish what an unclean stop left unfinished.
+
+        UnsafeError if others can write there.
+        """
         self.path = path.absolute()
         self._lock = lock_directory(self.path)
         self.volumes: dict[str, Volume] = {}
         steady = SteadyClock(clock)
         try:
+            require_private(self.path)
             for name in volume_names(self.path):
+                require_private_volume(self.path / name)
                 self.volumes[name] = volume = open_volume(self.path / name, limits=limits, clock=steady)
                 steady.pass_over(volume.journal.head_time_ns)
             if not self.volumes:

@@ -20,7 +20,7 @@ from dmafs.core.moments import Volumes, clone_group, instant_of, pin_group, requ
 from dmafs.core.ondisk import Flag
 from dmafs.core.resync import mend, needs_resync, resync
 from dmafs.core.retention import KeepRules
-from dmafs.core.storage import open_source
+from dmafs.core.storage import lock_directory, open_source
 from dmafs.core.store import SOCKET_NAME, Store
 from dmafs.core.sync import sync
 from dmafs.core.throttle import Throttle
@@ -109,8 +109,9 @@ class Session(Protocol):
 @contextlib.contextmanager
 def session(path: Path) -> Iterator[Session]:
     """Yield a session with the daemon that serves the store, or with the store itself."""
-    configuration = load_configuration(path)
     try:
+        os.close(lock_directory(path))  # a daemon reads its own configuration, so ask it without
+        configuration = load_configuration(path)
         store = Store(path, limits=configuration.volume_limits())
     except StoreBusyError:
         with _connected(path) as client:

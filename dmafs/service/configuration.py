@@ -17,6 +17,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 
 from dmafs.core.limits import IndexLimits, SegmentLimits, VolumeLimits
 from dmafs.core.policy import SnapshotSchedule, SyncPolicy
+from dmafs.core.privacy import require_private
 from dmafs.core.retention import KeepRules
 from dmafs.core.store import CONFIGURATION_NAME
 from dmafs.errors import InputError
@@ -204,9 +205,13 @@ class Configuration:
 
 
 def load_configuration(store: Path) -> Configuration:
-    """Return the configuration in a store, or the defaults where there is none; InputError for anything not right."""
+    """Return the configuration in a store, or the defaults where there is none.
+
+    UnsafeError if others can write it, InputError for anything not right.
+    """
     path = store / CONFIGURATION_NAME
     try:
+        require_private(path)
         values = tomllib.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError):  # the store itself says what is wrong with its path
         return Configuration()

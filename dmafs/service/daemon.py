@@ -1,8 +1,8 @@
 """The daemon: the composition root. Opens the store, mounts the tree, runs engines and control interface.
 
-Order of starting: lock and recovery, checks, redo onto the primaries, engines, control socket, mount, scheduler and
-keeper. Order of ending, on SIGTERM, SIGINT, SIGHUP or an unmount from outside: scheduler and keeper, unmount, control
-socket, engines' tasks, last flush, clean mark, unlock.
+Order of starting: lock and recovery, privileges dropped, checks, redo onto the primaries, engines, control socket,
+mount, scheduler and keeper. Order of ending, on SIGTERM, SIGINT, SIGHUP or an unmount from outside: scheduler and
+keeper, unmount, control socket, engines' tasks, last flush, clean mark, unlock.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from dmafs.service.control import serve_control
 from dmafs.service.engine import Engine
 from dmafs.service.keeper import Keeper
 from dmafs.service.mounting import mount_source, prepare_mount_point, tune
+from dmafs.service.privileges import drop_privileges, needed
 from dmafs.service.progress import show_progress
 from dmafs.service.scheduler import Scheduler
 from dmafs.service.tapping import open_engine
@@ -50,6 +51,8 @@ def serve(store_path: Path, mount_point: Path) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each segment of a journal is two open files
     store = Store(store_path, limits=configuration.volume_limits())
     try:
+        taps = {volume.info.tap for volume in store.volumes.values()}
+        drop_privileges(needed(taps, hooks=bool(configuration.snapshots.before or configuration.snapshots.after)))
         prepare_mount_point(store.path, mount_point)
         _check_sources(store, mount_point)
         trio.run(_run, store, mount_point, configuration)
