@@ -54,6 +54,16 @@ def analyze(units: Path, *names: str) -> str:
     return "\n".join(ours) + (f"exit {done.returncode}" if done.returncode and ours else "")
 
 
+@pytest.mark.parametrize(("name", "most"), [("dmafs", 3.5), ("dmafs-tap", 2.3)])
+def test_the_units_are_hardened(units: Path, name: str, most: float) -> None:
+    """What systemd says of how much they are exposed, from 0 to 10, is what our README says."""
+    command = ["systemd-analyze", "security", "--offline=true", "--no-pager", str(units / f"{name}@.service")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    [exposure] = re.findall(r"Overall exposure level for .*: ([0-9.]+) ", done.stdout)
+    assert 0 < float(exposure) <= most
+    assert f"{most}" in README
+
+
 @pytest.mark.parametrize("name", ["dmafs", "dmafs-tap"])
 def test_systemd_understands_the_units(units: Path, name: str) -> None:
     """Each key and value is known."""
