@@ -43,7 +43,14 @@ from dmafs.tree.nodes import (
 )
 from dmafs.units import SECTOR, format_rfc3339
 
-HANDLES_MAX: Final = 65536
+HANDLES_MAX: Final = 8192
+"""Files and folders open at once; more is ENFILE."""
+TAP_HANDLES: Final = 1024
+"""So many more for taps, so that whoever opens all the past there is doesn't keep others from their disks."""
+LISTED_MAX: Final = 1 << 17
+"""Entries of all open folders together, unless one alone has more; likewise."""
+DIGESTS_MAX: Final = 4
+"""Digests under way at once; more is EBUSY, since each of them reads a whole image while its caller waits."""
 PAST_TIMEOUT_S: Final = 3600
 IMAGE_MODE: Final = stat.S_IFREG | 0o440
 TAP_MODE: Final = stat.S_IFREG | 0o600
@@ -77,6 +84,8 @@ class Tree(pyfuse3.Operations):
         self._table = InodeTable()
         self._handles: dict[int, Handle] = {}
         self._listings: dict[int, list[tuple[str, Node]]] = {}
+        self._listed = 0
+        self._digests = 0
         self._next_handle = 1
         self._uid, self._gid = os.getuid(), os.getgid()
         self._started_ns = started_ns
@@ -210,12 +219,19 @@ class Tree(pyfuse3.Operations):
             case "consistency":
                 return b"clone" if isinstance(node, CloneFile) else self._backend.consistency(image).encode()
             case "digest" if isinstance(node, PastImage):
-                self._backend.hold(image)
-                try:
-                    return (await self._backend.digest(image)).encode()
-                finally:
-                    self._backend.release(image)
+                return await self._digest(image)
         raise FUSEError(pyfuse3.ENOATTR)
+
+    async def _digest(self, image: Image) -> bytes:
+        if self._digests >= DIGESTS_MAX:
+            raise FUSEError(errno.EBUSY)
+        self._backend.hold(image)
+        self._digests += 1
+        try:
+            return (await self._backend.digest(image)).encode()
+        finally:
+            self._digests -= 1
+            self._backend.release(image)
 
     def _image(self, node: PastImage | LiveFile | CloneFile) -> Image:
         """Return the image that a file shows, or that a clone is based on."""
@@ -255,11 +271,15 @@ class Tree(pyfuse3.Operations):
     async def opendir(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> pyfuse3.FileHandleT:
         """Open a directory: its listing stays as it is now."""
         handle = self._new_handle()
-        self._listings[handle] = self._names.listing(self._table.node(inode))
+        listing = self._names.listing(self._table.node(inode))
+        if self._listed and self._listed + len(listing) > LISTED_MAX:
+            raise FUSEError(errno.ENFILE)
+        self._listings[handle] = listing
+        self._listed += len(listing)
         return handle
 
-    def _new_handle(self) -> pyfuse3.FileHandleT:
-        if len(self._handles) + len(self._listings) >= HANDLES_MAX:
+    def _new_handle(self, *, more: int = 0) -> pyfuse3.FileHandleT:
+        if len(self._handles) + len(self._listings) >= HANDLES_MAX + more:
             raise FUSEError(errno.ENFILE)
         self._next_handle += 1
         return pyfuse3.FileHandleT(self._next_handle)
@@ -281,7 +301,7 @@ class Tree(pyfuse3.Operations):
     @guarded
     async def releasedir(self, fh: pyfuse3.FileHandleT) -> None:
         """Close a directory."""
-        del self._listings[fh]
+        self._listed -= len(self._listings.pop(fh))
 
     @guarded
     @with_deadline
@@ -339,7 +359,7 @@ class Tree(pyfuse3.Operations):
         cached, direct = isinstance(node, PastImage), isinstance(node, LiveFile)
         if flags & _WRITING and (cached or direct):
             raise FUSEError(errno.EROFS)
-        number = self._new_handle()
+        number = self._new_handle(more=TAP_HANDLES if handle.tap else 0)
         if handle.image is not None:
             self._backend.hold(handle.image)
         if handle.clone is not None:
