@@ -212,12 +212,25 @@ def load_configuration(store: Path) -> Configuration:
     path = store / CONFIGURATION_NAME
     try:
         require_private(path)
-        values = tomllib.loads(path.read_text())
+        content = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):  # the store itself says what is wrong with its path
         return Configuration()
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise InputError(f"configuration {path} can't be read: {error}", hint="see dmafs.conf(5)") from error
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    return parse_configuration(content, path)
+
+
+def parse_configuration(content: bytes, path: Path) -> Configuration:
+    """Return what a file's content says; InputError naming *path* for anything not right."""
+    try:
+        values = tomllib.loads(content.decode())
+    except (ValueError, RecursionError) as error:  # neither UTF-8 nor TOML, or deeper than any sense
+        raise _unreadable(path, error) from error
     return _load(Configuration, values, f"configuration {path}")
+
+
+def _unreadable(path: Path, error: Exception) -> InputError:
+    return InputError(f"configuration {path} can't be read: {error}", hint="see dmafs.conf(5)")
 
 
 def _load(kind: type[Table], values: Mapping[str, Any], where: str) -> Table:
