@@ -40,6 +40,8 @@ CONFIGURATION_NAME: Final = "dmafs.conf"
 VOLUMES_MAX: Final = 64
 _SYSFS_DEVICES: Final = Path("/sys/dev/block")
 _NOT_OURS: Final = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)  # missing, or something else in its place
+_NOT_THERE: Final = {errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.ELOOP, errno.ENOTCONN, errno.ESTALE}
+"""Also of a file in a mount whose server is gone, which anybody's loop device may have."""
 
 
 class SteadyClock:
@@ -382,7 +384,7 @@ def lies_on(device: int, source: Path, *, through_files: bool = True) -> bool:
             file = Path(backing.read_text().rstrip("\n"))
             if _same_file(file, source):
                 return True
-            if through_files and file.exists():
+            if through_files and _exists(file):
                 queue += devices_below(file)
     return False
 
@@ -404,7 +406,7 @@ def _same_file(one: Path, other: Path) -> bool:
             return infos[0].st_rdev == infos[1].st_rdev
         return os.path.samestat(*infos)
     except OSError as error:
-        if error.errno in {errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.ELOOP}:
+        if error.errno in _NOT_THERE:
             return False
         raise
 

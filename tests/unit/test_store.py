@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -412,3 +413,21 @@ def test_a_log_that_cannot_be_followed_is_refused(bench: Bench) -> None:
     store = Store(bench.store)
     assert store.volumes["disk"].info.log == str(log)
     store.close()
+
+
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.ENOTCONN, errno.ESTALE])
+def test_a_file_in_a_dead_mount_is_no_other_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Somebody's loop device over a file whose server is gone is in nobody's way."""
+    dead, source = tmp_path / "dead", tmp_path / "source"
+    source.touch()
+    real = Path.stat
+
+    def answer(path: Path, **options: bool) -> os.stat_result:
+        if path == dead:
+            raise OSError(number, os.strerror(number))
+        return real(path, **options)
+
+    monkeypatch.setattr(Path, "stat", answer)
+    assert not module._same_file(dead, source)
+    assert not module._exists(dead)
+    assert module._same_file(source, source)
