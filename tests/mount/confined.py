@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import mmap
 import os
 import re
 import resource
@@ -20,11 +21,17 @@ from typing import Final
 
 NUMBERS: Final = Path("/usr/include/x86_64-linux-gnu/asm/unistd_64.h")
 CAPABILITIES: Final = Path("/usr/include/linux/capability.h")
-_CAPBSET_READ, _CAPBSET_DROP, _SET_NO_NEW_PRIVS, _SET_SECCOMP, _SET_MDWE = 23, 24, 38, 22, 65
-_LOAD, _EQUAL, _RETURN = 0x20, 0x15, 0x06  # BPF_LD|BPF_W|BPF_ABS, BPF_JMP|BPF_JEQ|BPF_K, BPF_RET|BPF_K
+_CAPBSET_READ, _CAPBSET_DROP, _SET_NO_NEW_PRIVS, _SET_SECCOMP = 23, 24, 38, 22
+_LOAD, _AND, _EQUAL, _RETURN = 0x20, 0x54, 0x15, 0x06  # BPF_LD|W|ABS, BPF_ALU|AND|K, BPF_JMP|JEQ|K, BPF_RET|K
 _ALLOW, _ERRNO = 0x7FFF0000, 0x00050000
 _ARCH, _X86_64 = 4, 0xC000003E
 _NAMESPACES: Final = {"unshare", "setns"}  # RestrictNamespaces=yes
+_EXECUTABLE: Final = (
+    ("mmap", mmap.PROT_WRITE | mmap.PROT_EXEC),
+    ("mprotect", mmap.PROT_EXEC),
+    ("pkey_mprotect", mmap.PROT_EXEC),
+)
+"""MemoryDenyWriteExecute=yes: no call has all of these bits."""
 AF_UNIX: Final = 1
 
 _libc: Final = ctypes.CDLL(None, use_errno=True)
@@ -56,7 +63,7 @@ def allowed(values: list[str]) -> set[str]:
 
 
 def filter_of(names: set[str]) -> bytes:
-    """Return a filter program: EPERM for all but *names*, and for sockets that aren't unix sockets."""
+    """Return a filter program: EPERM for all but *names*, and as systemd does it for memory and other sockets."""
     numbers = dict(re.findall(r"#define __NR_(\w+) (\d+)", NUMBERS.read_text()))
     denied = _ERRNO | errno.EPERM
     program = [(_LOAD, 0, 0, _ARCH), (_EQUAL, 1, 0, _X86_64), (_RETURN, 0, 0, denied), (_LOAD, 0, 0, 0)]
@@ -67,6 +74,15 @@ def filter_of(names: set[str]) -> bytes:
         (_RETURN, 0, 0, denied),
         (_RETURN, 0, 0, _ALLOW),
     ]
+    for name, bits in _EXECUTABLE:
+        program += [
+            (_EQUAL, 0, 5, int(numbers[name])),
+            (_LOAD, 0, 0, 32),  # its third argument
+            (_AND, 0, 0, bits),
+            (_EQUAL, 1, 0, bits),
+            (_RETURN, 0, 0, _ALLOW),
+            (_RETURN, 0, 0, denied),
+        ]
     for name in sorted(names & numbers.keys()):
         program += [(_EQUAL, 0, 1, int(numbers[name])), (_RETURN, 0, 0, _ALLOW)]
     program.append((_RETURN, 0, 0, denied))
@@ -91,7 +107,6 @@ def confine(unit: Path) -> None:
     assert values["RestrictAddressFamilies"] == "AF_UNIX"
     program = filter_of(allowed([value for key, value in found if key == "SystemCallFilter"]))
     _prctl(_SET_NO_NEW_PRIVS, 1)
-    _prctl(_SET_MDWE, 1)
     buffer = ctypes.create_string_buffer(program)
     loaded = struct.pack("<HxxxxxxQ", len(program) // 8, ctypes.addressof(buffer))
     if _libc.prctl(_SET_SECCOMP, 2, loaded, 0, 0):
