@@ -1,4 +1,4 @@
-"""``dmafs verify`` and ``resync``: whether the newest image is the source, and how it becomes so."""
+"""``dmafs verify``, ``resync``, ``scrub``: whether the newest image is the source, and the store what was written."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dmafs.cli.output import say
-from dmafs.errors import DifferenceError
+from dmafs.errors import CorruptionError, DifferenceError
 from dmafs.service.client import Session, Show, session
 from dmafs.service.report import Report
 from dmafs.units import format_bytes, parse_bytes
@@ -34,13 +34,21 @@ def add_commands(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
         description="Compare the newest image with the source, while writes go on. What differs is journaled as the "
         "source has it, in a gap, and listed.",
     )
-    for command in (verify, resync):
+    scrub = commands.add_parser(
+        "scrub",
+        help="compare the store with its checksums, and repair it",
+        description="Read all that has a checksum from the disk, while everything goes on, and compare it. What is "
+        "damaged is repaired where the source still has it; all is listed with the moments that show it, and the exit "
+        "status is 14 if something is left. A scrub that was cut off goes on where it was.",
+    )
+    for command in (verify, resync, scrub):
         command.add_argument("store", metavar="STORE", type=Path, help="directory of the store")
         command.add_argument("volume", metavar="VOLUME", nargs="?", help="name of the volume (each in turn)")
         command.add_argument("--rate", metavar="SIZE", help="bytes to read a second, 0: no limit ([resync] rate)")
         command.add_argument("--json", action="store_true", help="as JSON")
     verify.set_defaults(run=run_verify)
     resync.set_defaults(run=run_resync)
+    scrub.set_defaults(run=run_scrub)
 
 
 def run_verify(options: argparse.Namespace) -> int:
@@ -67,6 +75,44 @@ def run_resync(options: argparse.Namespace) -> int:
     return 0
 
 
+def run_scrub(options: argparse.Namespace) -> int:
+    """Scrub; CorruptionError if damage is left."""
+    with session(options.store) as asked:
+        reports = [_compared(asked, "scrub", name, options.rate) for name in _names(asked, options.volume)]
+    if options.json:
+        say(json.dumps({"volumes": reports}, indent=2))
+    else:
+        for report in reports:
+            _print_damage(report)
+    left = [report for report in reports if report["count"] > report["repaired"]]
+    if left:
+        places = sum(report["count"] - report["repaired"] for report in left)
+        raise CorruptionError(
+            f"{places} damaged place{'s' * (places != 1)} of volume {', '.join(report['volume'] for report in left)} "
+            "can't be repaired",
+            hint="look at the store's disk; moments that don't show them are whole; what the newest image shows, "
+            "dmafs resync STORE takes from the source",
+        )
+    return 0
+
+
+def _print_damage(report: Report) -> None:
+    read = format_bytes(report["read_bytes"])
+    if not report["count"]:
+        say(f"volume {report['volume']}: no damage in {read}")
+        return
+    places = "1 place" if report["count"] == 1 else f"{report['count']} places"
+    say(f"volume {report['volume']}: {places} damaged in {read}, {report['repaired']} repaired")
+    say(f"{'OFFSET':>16}  {'LENGTH':>12}  {'STATE':<9}  {'FIRST MOMENT':<31}  {'LAST MOMENT':<31}  FILE")
+    for one in report["damage"]:
+        first, last = (one[end]["time"] if one[end] else "-" for end in ("first", "last"))
+        state = "repaired" if one["repaired"] else "damaged"
+        last = "now" if one["newest"] else last
+        say(f"{one['offset']:>16}  {one['length']:>12}  {state:<9}  {first:<31}  {last:<31}  {one['file']}")
+    if report["count"] > len(report["damage"]):
+        say(f"{'...':>16}  {'':>12}  {report['count'] - len(report['damage'])} more")
+
+
 def _names(asked: Session, volume: str | None) -> list[str]:
     return [volume] if volume is not None else [report["name"] for report in asked.status()["volumes"]]
 
@@ -74,7 +120,7 @@ def _names(asked: Session, volume: str | None) -> list[str]:
 def _compared(asked: Session, what: str, name: str, rate: str | None) -> Report:
     bytes_per_s = None if rate is None else parse_bytes(rate)
     with _bar(f"{what} {name}") as show:
-        return (asked.verify if what == "verify" else asked.resync)(name, bytes_per_s, show)
+        return {"verify": asked.verify, "resync": asked.resync, "scrub": asked.scrub}[what](name, bytes_per_s, show)
 
 
 @contextlib.contextmanager

@@ -105,6 +105,11 @@ def _volume_lines(volume: dict[str, Any]) -> list[str]:
     if last := volume["last_check"]:
         found = f"{format_bytes(last['bytes'])} differed" if last["bytes"] else "no differences"
         lines.append(f"  checked   {last['time']} ({last['kind']}): {found}")
+    if scrub := volume["last_scrub"]:
+        count, left = scrub["count"], scrub["count"] - scrub["repaired"]
+        text = f"{count} damaged, {left} of them not repaired" if count else "no damage"
+        cut = "" if scrub["ended"] else "; dmafs scrub goes on with it"
+        lines.append(f"  scrubbed  {scrub['time']}: {text}{cut}")
     forward = volume["forward"]
     segments = "1 segment" if forward["segments"] == 1 else f"{forward['segments']} segments"
     lines.append(f"  forward   {forward['events']} events, {format_bytes(forward['bytes'])} in {segments}")

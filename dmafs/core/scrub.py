@@ -1,8 +1,8 @@
-"""Scrub: all that has a checksum is read from the disk and compared with it (promise 5), and repaired where that can be.
+"""Scrub: all that has a checksum is read from the disk and compared with it (promise 5), and repaired where possible.
 
-The mirror is walked first, then the snapshots, oldest first, then the forward journal up to what was durable when that
-walk began. Each step, of a MiB at most, is done *at rest*, while no sync and no drop is under way; in between the volume
-may change. What a sync or a drop moves it verifies itself, so nothing is missed whichever way it goes.
+The mirror is walked first, then the snapshots, oldest first, then the forward journal up to where its head was when
+that walk began. Each step, of a MiB at most, is done *at rest*, while no sync and no drop is under way; in between the
+volume may change. What a sync or a drop moves it verifies itself, so nothing is missed whichever way it goes.
 
 A place is repaired where the primary's bytes have the checksum that the store knows of it; zeros need no primary. What
 can't be repaired stays an I/O error, in the moments that show it and nowhere else. These moments follow on each other:
@@ -10,8 +10,8 @@ a place of the forward journal is shown from its event on until something newer 
 as long as no snapshot holds what was there, one of a snapshot likewise down from its own moment. So two bisections over
 the moments, by the images' maps, find the first and the last one.
 
-How far a scrub is stands in ``scrub`` in the volume's directory, and so does what the last one has found. Whoever begins
-one goes on where the last one was cut off.
+How far a scrub is stands in ``scrub`` in the volume's directory, and so does what the last one has found. Whoever
+begins one goes on where the last one was cut off.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from dmafs.core.digests import HOLE, matches
 from dmafs.core.image import Piece
+from dmafs.core.mirror import NAME as MIRROR_NAME
 from dmafs.core.ondisk import FORMAT_VERSION, RECORD_SIZE, checksum, decode_records
 from dmafs.core.segment import Segment
 from dmafs.core.storage import File, replace_whole
@@ -52,6 +53,17 @@ _PLACES: Final = ("mirror", "backward", "forward")
 
 Moment = tuple[int, int]
 """Seq and time."""
+
+
+class Place(NamedTuple):
+    """Where the bytes of some sectors of the volume are."""
+
+    kind: str
+    """mirror, backward or forward."""
+    file: str
+    """Its path within the volume's directory."""
+    start: int
+    stop: int
 
 
 @dataclass(slots=True)
@@ -80,7 +92,7 @@ class Scrubbed:
     walk: int = 0
     """Number of the place that is being walked; 3 when all are done."""
     position: tuple[int, ...] = (0,)
-    """Where in it: a block; a snapshot's seq and twin, and an entry; a seq, and the last one that there is to look at."""
+    """Where in it: a block; a snapshot's seq and twin, and an entry; a seq, and the last one to look at."""
     read_bytes: int = 0
     done_sectors: int = 0
     count: int = 0
@@ -101,7 +113,7 @@ class Scrubbed:
     def decode(cls, content: bytes) -> Scrubbed:
         """Return what the file says; ValueError, KeyError or TypeError if it says nothing."""
         found = json.loads(content)
-        if found.pop("format") != FORMAT_VERSION:
+        if not isinstance(found, dict) or found.pop("format") != FORMAT_VERSION:
             raise ValueError
         state = cls(**found)
         numbers = (state.begun_ns, state.ended_ns, state.read_bytes, state.done_sectors, state.count, state.repaired)
@@ -116,7 +128,7 @@ class Scrubbed:
         return state
 
 
-def _moment(found: Any) -> Moment | None:
+def _moment(found: list[int] | Moment | None) -> Moment | None:
     if found is None:
         return None
     seq, time_ns = found
@@ -135,7 +147,7 @@ def last_scrub(volume: Volume) -> Scrubbed | None:
 
 
 def scope_sectors(volume: Volume) -> int:
-    """Return how many sectors there are to go through now."""
+    """Return how many sectors there are to go through now, with the journals' descriptors: a little too many."""
     backward = sum(volume.snapshots.held_bytes(snapshot) for snapshot in volume.snapshots.all())
     return volume.info.size_sectors + (backward + volume.journal.data_bytes()) // SECTOR
 
@@ -213,23 +225,29 @@ class _Walker:
         if first >= last:
             return self._next_walk(0, 0, 0)
         bad, read = yield partial(mirror.examine, first, last)
-        mended = []
-        for block in bad:
-            mended.append((yield from self._mend_block(block)))
+        mended = yield from self._mend_blocks(bad)
         for start, stop, repaired in _runs(bad, mended):
-            extent = mirror.sectors(start)[0], mirror.sectors(stop - 1)[1]
+            place = Place("mirror", MIRROR_NAME, mirror.sectors(start)[0], mirror.sectors(stop - 1)[1])
             now = max(self.volume.pointers.now.mirror_seq, self.volume.pointers.now.origin_seq)
-            yield from self._found("mirror", mirror.file.name, *extent, now, _on_mirror, repaired=repaired)
+            yield from self._found(place, now, _on_mirror, repaired=repaired)
         self.state.position = (last,)
         self.state.done_sectors += mirror.sectors(last - 1)[1] - mirror.sectors(first)[0]
-        return read
+        return int(read)
+
+    def _mend_blocks(self, blocks: list[int]) -> Work[list[bool]]:
+        """Return which of some blocks could be repaired."""
+        mended = []
+        for block in blocks:
+            repaired = yield from self._mend_block(block)
+            mended.append(repaired)
+        return mended
 
     def _backward(self) -> Work[int]:
         seq, twin, index = self.state.position
         snapshot = next((one for one in self.volume.snapshots.all() if one.key >= (seq, twin)), None)
         if snapshot is None:
             return self._next_walk(
-                self.volume.journal.parts[0].first if self.volume.journal.parts else 0, self.volume.journal.durable
+                self.volume.journal.parts[0].first if self.volume.journal.parts else 0, self.volume.journal.head
             )
         index = index if snapshot.key == (seq, twin) else 0
         following = snapshot.seq, snapshot.twin + 1, 0
@@ -284,22 +302,20 @@ class _Walker:
                 same = piece.segment is not None and piece.segment.ext.name == segment.ext.name
                 return same and piece.entry == number
 
-            name, extent = segment.dat.name, (start, start + segment.lengths[one])
-            yield from self._found(place, name, *extent, seq, shows, repaired=repaired)
+            found = Place(place, f"{segment.stem}.dat", start, start + segment.lengths[one])
+            yield from self._found(found, seq, shows, repaired=repaired)
         self.state.done_sectors += sectors
         return stop, sectors * SECTOR
 
     # -- damage -------------------------------------------------------------------------------------------------
 
-    def _found(
-        self, place: str, file: str, start: int, stop: int, seq: int, shows: Callable[[Piece], bool], *, repaired: bool
-    ) -> Work[None]:
-        """Take in a damaged place that the moment at *seq* is the first to show, or the last."""
+    def _found(self, place: Place, seq: int, shows: Callable[[Piece], bool], *, repaired: bool) -> Work[None]:
+        """Take in a damaged place that the moment at *seq* shows if any does."""
         try:
-            first, last = yield from self._shown(start, stop, seq, shows)
+            first, last = yield from self._shown(place.start, place.stop, seq, shows)
         except DmafsError:
             first = last = None
-        self._add(Damage(place, file, start, stop, first, last, self._is_newest(last), repaired))
+        self._add(Damage(*place, first, last, self._is_newest(last), repaired))
 
     def _unreadable(self, place: str, error: DmafsError, file: str, first: int, last: int) -> Work[None]:
         """Take in a file whose descriptors can't be read: any sector may be in it."""

@@ -24,6 +24,8 @@ The primary has to be read past every cache that writes through the tap don't go
 
 from __future__ import annotations
 
+import contextlib
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -38,8 +40,10 @@ from dmafs.core.storage import File
 from dmafs.core.throttle import Throttle, pause
 from dmafs.core.volume import Volume
 from dmafs.core.work import Work
-from dmafs.errors import NoSuchPointError, SourceError
+from dmafs.errors import CorruptionError, NoSuchPointError, SourceError
 from dmafs.units import SECTOR
+
+log = logging.getLogger(__name__)
 
 PART_SECTORS: Final = MAX_EXTENT_SECTORS
 """What is read at once."""
@@ -205,13 +209,29 @@ class _Part:
         return self.volume.live.locate(self.start * SECTOR, (self.stop - self.start) * SECTOR)
 
     def unequal(self, data: bytearray, pieces: list[Piece]) -> Mask:
-        """Return which sectors of the image aren't *data*."""
-        mine = self.volume.live.read_pieces(pieces, self.start * SECTOR, len(data))
-        found = _unequal(data, mine)
+        """Return which sectors of the image aren't *data*, or can't be read since they are damaged."""
+        try:
+            found = _unequal(data, self.volume.live.read_pieces(pieces, self.start * SECTOR, len(data)))
+        except CorruptionError as error:
+            log.error("volume %s: %s", self.volume.info.name, error.message)
+            found = self._unequal_where_whole(data, pieces)
         if self._ignore_discarded:
             for piece in pieces:
                 if piece.entry == ZEROS:
                     found[piece.start - self.start : piece.stop - self.start] = False
+        return found
+
+    def _unequal_where_whole(self, data: bytearray, pieces: list[Piece]) -> Mask:
+        """Return the same, read in grains: what is damaged differs, so that a resync takes it from the primary."""
+        found: Mask = np.ones(self.stop - self.start, np.bool_)
+        for start in range(self.start, self.stop, GRAIN_SECTORS):
+            stop = min(start + GRAIN_SECTORS, self.stop)
+            with contextlib.suppress(CorruptionError):
+                mine = self.volume.live.read_pieces(
+                    _clipped(pieces, start, stop), start * SECTOR, (stop - start) * SECTOR
+                )
+                part = slice(start - self.start, stop - self.start)
+                found[part] = _unequal(data[part.start * SECTOR : part.stop * SECTOR], mine)
         return found
 
     def judge(self, data: bytearray, unequal: Mask, covered: Mask) -> Mask:
@@ -263,6 +283,16 @@ def _covered(volume: Volume, head: int, start: int, length: int) -> Mask | None:
     np.add.at(change, np.minimum(stops[touching] - start, length), -1)
     covered: Mask = np.cumsum(change)[:length] > 0
     return covered
+
+
+def _clipped(pieces: list[Piece], start: int, stop: int) -> list[Piece]:
+    """Return what pieces are within an extent."""
+    found = []
+    for piece in pieces:
+        begin, end = max(piece.start, start), min(piece.stop, stop)
+        if begin < end:
+            found.append(piece._replace(start=begin, stop=end, skip=piece.skip + begin - piece.start))
+    return found
 
 
 def _unequal(one: bytearray, other: bytearray | memoryview) -> Mask:

@@ -48,6 +48,7 @@ from dmafs.service.report import (
     diff_of,
     image_at,
     points_of,
+    scrub_told,
     state_of,
     status_of,
 )
@@ -353,6 +354,7 @@ class Appliance:
             report["commits"] = engine.commits
             report["check"] = engine.checking.current.report() if engine.checking.current else None
             report["last_check"] = engine.checking.last
+            report["last_scrub"] = scrub_told(engine.checking.last_scrub)
             volumes.append(report)
         daemon: Report = {"pid": os.getpid(), "schedule": self.schedule()}
         return {"daemon": daemon, "alarms": self.alarms.report(), "volumes": volumes}
@@ -372,7 +374,7 @@ class Appliance:
         }
 
     def begin_check(self, kind: str, volume: str, bytes_per_s: int | None) -> Check:
-        """Begin a verify or resync of a volume; without a rate by that of the configuration."""
+        """Begin a check of a volume; without a rate by that of the configuration."""
         return self._engine(volume).checking.begin(kind, bytes_per_s)
 
     async def pin(self, identifier: str) -> None:

@@ -1,14 +1,15 @@
-"""Verifies and resyncs of one volume: one at a time, as a task of its engine.
+"""Verifies, resyncs and scrubs of one volume: one at a time, as a task of its engine.
 
 A gap that is open is ended at once, and again after a failure until it is. Otherwise checks are begun on demand. Who
-has begun one may give it up: that ends a verify, and a resync unless that has found something already, since the gap
-that begins then has to end.
+has begun one may give it up: that ends a verify or a scrub, and a resync unless that has found something already, since
+the gap that begins then has to end.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
@@ -16,11 +17,13 @@ import trio
 
 from dmafs.core.ondisk import Flag
 from dmafs.core.resync import mend, needs_resync, resync
+from dmafs.core.scrub import Scrubbed, last_scrub, scope_sectors, scrub
+from dmafs.core.storage import File
 from dmafs.core.throttle import Throttle
 from dmafs.core.verify import Differences, verify
 from dmafs.core.volume import Volume
-from dmafs.core.work import Work
-from dmafs.errors import CheckBusyError, DmafsError, StoreError, TapError
+from dmafs.core.work import Result, Work
+from dmafs.errors import CheckBusyError, DmafsError, NoSuchPointError, StoreError, TapError
 from dmafs.service.driver import Await
 from dmafs.service.report import Report, differences_of
 from dmafs.service.tasks import RETRY_S, TROUBLE, Progress
@@ -33,6 +36,7 @@ log = logging.getLogger(__name__)
 
 VERIFY: Final = "verify"
 RESYNC: Final = "resync"
+SCRUB: Final = "scrub"
 
 
 def require_source(volume: Volume) -> None:
@@ -44,11 +48,25 @@ def require_source(volume: Volume) -> None:
         )
 
 
+def require_copied(volume: Volume) -> None:
+    """Raise NoSuchPointError if a volume has no image yet."""
+    if not volume.pointers.now.copied:
+        raise NoSuchPointError(
+            f"volume {volume.info.name} can't be scrubbed: the initial copy isn't complete",
+            hint="wait until dmafs status says protected",
+        )
+
+
+def primary_of(volume: Volume, tap_primary: File) -> File | None:
+    """Return what a scrub may repair from: an imported volume has no primary any more."""
+    return None if volume.info.tap == "none" else tap_primary
+
+
 class Check:
-    """One verify or resync: under way until *done*, then *found*, or *failure* says why not."""
+    """One verify, resync or scrub: under way until *done*; then *found* or *scrubbed*, or *failure* says why not."""
 
     def __init__(self, kind: str, volume: str, size_sectors: int, bytes_per_s: int) -> None:
-        """Prepare a verify or resync of so many sectors, with a limit to its rate."""
+        """Prepare a check of so many sectors, with a limit to its rate."""
         self.kind = kind
         self.volume = volume
         self.progress = Progress(size_sectors)
@@ -56,6 +74,7 @@ class Check:
         self.scope = trio.CancelScope()
         self.done = trio.Event()
         self.found: Differences | None = None
+        self.scrubbed: Scrubbed | None = None
         self.failure: DmafsError | None = None
 
     def abandon(self) -> None:
@@ -86,7 +105,8 @@ class Checking:
         self._losses = 0
         self.current: Check | None = None
         self.last: Report | None = None
-        """What the last check that came to an end has found; forgotten with the daemon."""
+        """What the last comparison that came to an end has found; forgotten with the daemon."""
+        self.last_scrub: Scrubbed | None = None
 
     def lost(self) -> None:
         """Have no resync that is under way end a gap: capture is being lost."""
@@ -109,8 +129,14 @@ class Checking:
         return flush
 
     def begin(self, kind: str, bytes_per_s: int | None = None) -> Check:
-        """Begin a check; CheckBusyError if there is one, TapError if there is nothing to compare with."""
-        require_source(self._volume)
+        """Begin a check; CheckBusyError if there is one, TapError if there is nothing to compare with.
+
+        NoSuchPointError if there is nothing to scrub.
+        """
+        if kind == SCRUB:
+            require_copied(self._volume)
+        else:
+            require_source(self._volume)
         if self.current is not None or needs_resync(self._volume):
             raise CheckBusyError(
                 f"volume {self._name}: a {self.current.kind if self.current else RESYNC} is under way already",
@@ -121,13 +147,15 @@ class Checking:
         return self.current
 
     def _new(self, kind: str, bytes_per_s: int) -> Check:
-        return Check(kind, self._name, self._volume.info.size_sectors, bytes_per_s)
+        sectors = scope_sectors(self._volume) if kind == SCRUB else self._volume.info.size_sectors
+        return Check(kind, self._name, sectors, bytes_per_s)
 
     async def run(self) -> None:
         """Do what is wanted until cancelled."""
+        self.last_scrub = await self._engine.do(_called(partial(last_scrub, self._volume)))
         while True:
             if self.current is not None:
-                await self._do(self.current)
+                await (self._scrub if self.current.kind == SCRUB else self._compare)(self.current)
             elif needs_resync(self._volume):
                 await self._end_gap()
             else:
@@ -153,9 +181,35 @@ class Checking:
         finally:
             self.current = None
 
-    async def _do(self, check: Check) -> None:
-        """Do a check that somebody has begun."""
+    async def _scrub(self, check: Check) -> None:
+        """Do a scrub that somebody has begun."""
+        async with self._told(check):
+            try:
+                with check.scope:
+                    primary = primary_of(self._volume, self._engine.tap.primary)
+                    rest = self._engine.rest(Throttle(check.bytes_per_s))
+                    work = scrub(self._volume, primary, rest, check.progress.update)
+                    check.scrubbed = await self._engine.examine(work)
+            finally:
+                with trio.CancelScope(shield=True):
+                    self.last_scrub = await self._engine.do(_called(partial(last_scrub, self._volume)))
+
+    @asynccontextmanager
+    async def _told(self, check: Check) -> AsyncIterator[None]:
+        """Tell who waits for a check that it is done, or why it isn't."""
         try:
+            yield
+        except DmafsError as error:
+            check.failure = error
+        except OSError as error:
+            check.failure = StoreError(f"volume {self._name}: {error}".lower(), hint="look at the disks")
+        finally:
+            self.current = None
+            check.done.set()
+
+    async def _compare(self, check: Check) -> None:
+        """Do a verify or resync that somebody has begun."""
+        async with self._told(check):
             with check.scope:
                 steps = self._engine.steps(Throttle(check.bytes_per_s))
                 work = verify(self._volume, self._engine.tap.primary, steps, check.progress.update)
@@ -167,13 +221,6 @@ class Checking:
                 size = format_bytes(found.sectors * SECTOR)
                 log.warning("volume %s: resynced, %s of the source differed", self._name, size)
             self._note(check, found)
-        except DmafsError as error:
-            check.failure = error
-        except OSError as error:
-            check.failure = StoreError(f"volume {self._name}: {error}".lower(), hint="look at the disks")
-        finally:
-            self.current = None
-            check.done.set()
 
     def _mend(self, check: Check, found: Differences) -> Work[Differences]:
         steps = self._engine.steps(Throttle(check.bytes_per_s))
@@ -185,3 +232,9 @@ class Checking:
         report = differences_of(self._name, found)
         kept = {key: report[key] for key in ("bytes", "count", "busy_bytes")}
         self.last = {"kind": check.kind, "time": format_rfc3339(self._volume.clock()), **kept}
+
+
+def _called(call: Callable[[], Result]) -> Work[Result]:
+    """Make a call where nobody else is kept waiting."""
+    result: Result = yield call
+    return result

@@ -20,6 +20,7 @@ from dmafs.core.moments import Volumes, clone_group, instant_of, pin_group, requ
 from dmafs.core.ondisk import Flag
 from dmafs.core.resync import mend, needs_resync, resync
 from dmafs.core.retention import KeepRules
+from dmafs.core.scrub import Rest, last_scrub, scope_sectors, scrub
 from dmafs.core.storage import lock_directory, open_source
 from dmafs.core.store import SOCKET_NAME, Store
 from dmafs.core.sync import sync
@@ -27,8 +28,8 @@ from dmafs.core.throttle import Throttle
 from dmafs.core.verify import Steps, verify
 from dmafs.core.volume import Volume
 from dmafs.core.work import Work, run
-from dmafs.errors import ControlError, DmafsError, StoreBusyError, StoreError, TapError
-from dmafs.service.checking import require_source
+from dmafs.errors import ControlError, DmafsError, SourceError, StoreBusyError, StoreError, TapError
+from dmafs.service.checking import require_copied, require_source
 from dmafs.service.configuration import Configuration, load_configuration
 from dmafs.service.devices import local_tap, mapped_volumes
 from dmafs.service.report import (
@@ -40,6 +41,8 @@ from dmafs.service.report import (
     differences_of,
     image_at,
     points_of,
+    scrub_told,
+    scrubbed_of,
     status_of,
     volume_of,
 )
@@ -105,6 +108,9 @@ class Session(Protocol):
     def resync(self, volume: str, bytes_per_s: int | None, show: Show) -> Report:
         """Journal that, too; return what it was."""
 
+    def scrub(self, volume: str, bytes_per_s: int | None, show: Show) -> Report:
+        """Compare all that has a checksum with it, and repair what can be; return what was damaged."""
+
 
 @contextlib.contextmanager
 def session(path: Path) -> Iterator[Session]:
@@ -137,7 +143,13 @@ class LocalSession:
 
     def status(self) -> Report:
         """See ``Session``."""
-        return {"daemon": None, "alarms": [], "volumes": [status_of(volume) for volume in self._volumes.values()]}
+        return {
+            "daemon": None,
+            "alarms": [],
+            "volumes": [
+                {**status_of(volume), "last_scrub": scrub_told(last_scrub(volume))} for volume in self._volumes.values()
+            ],
+        }
 
     def points(self) -> Report:
         """See ``Session``."""
@@ -244,6 +256,22 @@ class LocalSession:
     def resync(self, volume: str, bytes_per_s: int | None, show: Show) -> Report:
         """See ``Session``. Likewise."""
         return self._compare(volume, bytes_per_s, show, resyncs=True)
+
+    def scrub(self, volume: str, bytes_per_s: int | None, show: Show) -> Report:
+        """See ``Session``. Nothing is repaired from a source that can't be opened."""
+        found = volume_of(self._volumes, volume)
+        require_copied(found)
+        size = scope_sectors(found) * SECTOR
+        rest = Rest(throttle=Throttle(self._rate if bytes_per_s is None else bytes_per_s))
+        with contextlib.ExitStack() as opened:
+            primary = None
+            if found.info.tap != "none":
+                with contextlib.suppress(SourceError):
+                    primary = opened.enter_context(
+                        contextlib.closing(open_source(Path(found.info.source), writable=False))
+                    )
+            work = scrub(found, primary, rest, lambda sectors: show(sectors * SECTOR, size))
+            return scrubbed_of(volume, run(work))
 
     def tap(self, action: str, volume: str | None) -> Report:
         """See ``Session``."""
@@ -382,6 +410,10 @@ class RemoteSession:
     def resync(self, volume: str, bytes_per_s: int | None, show: Show) -> Report:
         """See ``Session``. Likewise, unless it has found something: then the daemon goes on."""
         return self._follow("/resync", volume, bytes_per_s, show)
+
+    def scrub(self, volume: str, bytes_per_s: int | None, show: Show) -> Report:
+        """See ``Session``. Who stops waiting ends it; the next one goes on there."""
+        return self._follow("/scrub", volume, bytes_per_s, show)
 
     def _follow(self, what: str, volume: str, bytes_per_s: int | None, show: Show) -> Report:
         """Ask for something that tells how far it is, and return its result."""

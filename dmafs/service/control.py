@@ -18,10 +18,11 @@ GET      /read             volume, at, offset, length                          b
 GET      /diff             volume, a, b                                        JSON
 POST     /verify           volume, rate (optional)                             lines of JSON
 POST     /resync           volume, rate (optional)                             lines of JSON
+POST     /scrub            volume, rate (optional)                             lines of JSON
 POST     /tap              action (attach, detach, status), volume (optional)  JSON
 =======  ================  ==================================================  =============================
 
-A verify or resync tells how far it is several times a second, a line each time; the last line is {result} or {error,
+A verify, resync or scrub tells how far it is often, a line each time; the last line is {result} or {error,
 message, hint}. Who goes away before that gives it up.
 
 An error is a JSON object {error, message, hint}: the class's name in the error tree and its texts; status 400 for
@@ -58,9 +59,9 @@ from starlette.types import Receive, Scope, Send
 from dmafs.errors import ControlError, DmafsError, InputError, NotFoundError
 from dmafs.service.admission import CONNECTIONS_MAX, Admission, Connection
 from dmafs.service.appliance import Appliance
-from dmafs.service.checking import RESYNC, VERIFY, Check
+from dmafs.service.checking import RESYNC, SCRUB, VERIFY, Check
 from dmafs.service.devices import ACTIONS
-from dmafs.service.report import Report, check_range, differences_of
+from dmafs.service.report import Report, check_range, differences_of, scrubbed_of
 from dmafs.units import check_name
 
 log = logging.getLogger(__name__)
@@ -93,6 +94,7 @@ def application(appliance: Appliance) -> Starlette:
         ("GET", "/diff", handlers.diff),
         ("POST", "/verify", handlers.verify),
         ("POST", "/resync", handlers.resync),
+        ("POST", "/scrub", handlers.scrub),
         ("POST", "/tap", handlers.tap),
     ]
     return Starlette(routes=[Route(path, _answering(handler), methods=[method]) for method, path, handler in routes])
@@ -193,6 +195,10 @@ class Handlers:
         """Resync, likewise."""
         return self._check(RESYNC, request)
 
+    async def scrub(self, request: Request) -> Response:
+        """Scrub, likewise."""
+        return self._check(SCRUB, request)
+
     def _check(self, kind: str, request: Request) -> Response:
         query = request.query_params
         rate = query.get("rate")
@@ -218,7 +224,9 @@ async def _lines(check: Check) -> AsyncIterator[str]:
         yield json.dumps(check.report()) + "\n"
         with trio.move_on_after(TOLD_S):
             await check.done.wait()
-    if check.found is not None:
+    if check.scrubbed is not None:
+        yield json.dumps({"result": scrubbed_of(check.volume, check.scrubbed)}) + "\n"
+    elif check.found is not None:
         yield json.dumps({"result": differences_of(check.volume, check.found)}) + "\n"
     else:
         failure = check.failure or ControlError(f"volume {check.volume}: the {check.kind} was given up")

@@ -22,7 +22,7 @@ from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 from uuid import UUID
 
 import trio
@@ -34,6 +34,7 @@ from dmafs.core.image import Image
 from dmafs.core.ondisk import Flag
 from dmafs.core.policy import VolumeFacts, facts_of, has_past
 from dmafs.core.resync import begin_after_stop
+from dmafs.core.scrub import Rest
 from dmafs.core.snapshot import Snapshot
 from dmafs.core.storage import File
 from dmafs.core.sync import stops_of, sync
@@ -192,6 +193,21 @@ class Engine(Driver):
             return None
 
         return Steps(settle, pause, throttle, append)
+
+    def rest(self, throttle: Throttle) -> Rest:
+        """Return what a scrub needs; all of its steps can be cancelled."""
+
+        def at_rest(work: Work[Any]) -> Work[Any]:
+            yield Await(self._maintenance.acquire, stoppable=True)
+            try:
+                return (yield from work)
+            finally:
+                self._maintenance.release()
+
+        def pause(seconds: float) -> Work[object]:
+            return (yield Await(partial(trio.sleep, seconds), stoppable=True))
+
+        return Rest(at_rest, pause, throttle)
 
     async def examine(self, work: Work[Result]) -> Result:
         """Do work whose calls read images, and that may be ended between two of them."""

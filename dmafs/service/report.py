@@ -15,6 +15,7 @@ from dmafs.core.image import Image
 from dmafs.core.moments import clone_groups, instant, resolve, seqs_at, snapshot_groups
 from dmafs.core.points import consistency, landmarks, oldest_point
 from dmafs.core.resync import needs_resync
+from dmafs.core.scrub import Moment, Scrubbed
 from dmafs.core.verify import Differences
 from dmafs.core.volume import Volume
 from dmafs.core.work import Work
@@ -75,6 +76,7 @@ def status_of(volume: Volume) -> Report:
         "device": None,
         "check": None,
         "last_check": None,
+        "last_scrub": None,
     }
 
 
@@ -190,4 +192,45 @@ def differences_of(name: str, found: Differences) -> Report:
         "bytes": found.sectors * SECTOR,
         "busy_bytes": found.busy_sectors * SECTOR,
         "compared_bytes": found.compared_sectors * SECTOR,
+    }
+
+
+def scrubbed_of(name: str, found: Scrubbed) -> Report:
+    """Return what a scrub of a volume has found."""
+    return {
+        "volume": name,
+        "begun": format_rfc3339(found.begun_ns),
+        "ended": format_rfc3339(found.ended_ns) if found.ended_ns else None,
+        "read_bytes": found.read_bytes,
+        "count": found.count,
+        "repaired": found.repaired,
+        "damage": [
+            {
+                "place": one.place,
+                "file": one.file,
+                "offset": one.start * SECTOR,
+                "length": (one.stop - one.start) * SECTOR,
+                "first": _moment(one.first),
+                "last": _moment(one.last),
+                "newest": one.newest,
+                "repaired": one.repaired,
+            }
+            for one in found.damage
+        ],
+    }
+
+
+def _moment(moment: Moment | None) -> Report | None:
+    return None if moment is None else point(*moment)
+
+
+def scrub_told(found: Scrubbed | None) -> Report | None:
+    """Return what status says of the last scrub."""
+    if found is None:
+        return None
+    return {
+        "time": format_rfc3339(found.ended_ns or found.begun_ns),
+        "ended": bool(found.ended_ns),
+        "count": found.count,
+        "repaired": found.repaired,
     }

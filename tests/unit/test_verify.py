@@ -34,7 +34,8 @@ from dmafs.core.verify import (
 )
 from dmafs.core.work import Work, run
 from dmafs.errors import NoSuchPointError, SourceError
-from tests.unit.tools import copied_volume, fill, new_volume
+from dmafs.units import SECTOR
+from tests.unit.tools import copied_volume, fill, flip, new_volume
 
 SEED = int(os.environ.get("DMAFS_TEST_SEED", "1"))
 SECTORS = 64
@@ -127,6 +128,17 @@ def test_what_differs_is_named_in_blocks(tap: LateTap) -> None:
     assert found.extents == [(0, 8), (16, 40)]
     assert (found.count, found.sectors, found.busy_sectors) == (2, 32, 0)
     assert tap.volume.journal.head == 0
+
+
+def test_what_is_damaged_differs(tap: LateTap) -> None:
+    """A block that the image can't show is a difference, and its neighbours are none; a resync takes it over."""
+    mirror = tap.path.with_name("disk") / "mirror.img"
+    flip(mirror, 17 * SECTOR)
+    tap.write(30, fill(5))
+    tap.see(1)
+    flip(tap.path.with_name("disk") / "forward" / f"{1:020d}.dat", 3)
+    found = run(tap.verify())
+    assert found.extents == [(16, 32)]
 
 
 def test_a_write_under_way_is_no_difference(tap: LateTap) -> None:
