@@ -312,23 +312,27 @@ class Clones:
             self._storage.sync_directory(DIRECTORY)
             return Overlay.open(self._storage, final, self._uuid, self._size_sectors)
         except (DmafsError, OSError):
-            self._try_to_remove(f".{name}.new")
-            self._try_to_remove(name)
+            if self._storage.exists(final):
+                with contextlib.suppress(OSError):  # then it stays as a whole
+                    self._hide(name)
+            for leftover in (f".{name}.new", f".{name}.gone"):
+                self._try_to_remove(leftover)
             raise
+
+    def _hide(self, name: str) -> None:
+        """Begin to drop a clone, durably; go on with it where that failed half-way."""
+        if self._storage.exists(f"{DIRECTORY}/{name}"):
+            self._try_to_remove(f".{name}.gone")
+            self._storage.rename(f"{DIRECTORY}/{name}", f"{DIRECTORY}/.{name}.gone")
+        self._storage.sync_directory(DIRECTORY)
 
     def drop(self, clone: Clone) -> Work[None]:
         """Drop a clone and let go of its base; CloneBusyError while somebody has it open."""
         self.require_idle(clone)
         name = clone.name
         clone.gone = True
-
-        def hide() -> None:
-            self._try_to_remove(f".{name}.gone")
-            self._storage.rename(f"{DIRECTORY}/{name}", f"{DIRECTORY}/.{name}.gone")
-            self._storage.sync_directory(DIRECTORY)
-
         try:
-            yield hide
+            yield partial(self._hide, name)
         except BaseException as error:
             clone.gone = False
             if isinstance(error, OSError):
@@ -351,6 +355,7 @@ class Clones:
         directory = f"{DIRECTORY}/{name}"
         try:
             if self._storage.exists(directory):
+                self._storage.sync_directory(DIRECTORY)  # with its proper name it would be a clone that lacks files
                 for file in (EXT, DAT):
                     with contextlib.suppress(FileNotFoundError):
                         self._storage.unlink(f"{directory}/{file}")

@@ -83,6 +83,7 @@ class ForwardJournal(ForwardMaps):
         """From where on that log is of use: for what may still overlap what follows."""
         self.durable_retained = 0
         """The same, as the records that are durable say it: what lies before is needed by nobody any more."""
+        self._indicated: Part | None = None  # the one with the last indicator that is durable
         self._window: Window | None = None
         self._noted = self._noted_retained = 0  # what the records say of position and retained
         self._dirty: list[Part] = []
@@ -109,6 +110,7 @@ class ForwardJournal(ForwardMaps):
         self._noted = self.position
         self._noted_retained = self.durable_retained = self.retained
         self._filled = [part for part in self.parts[:-1] if part.segment is not None]
+        self._indicated = self._last_indicated()
 
     # -- appending ----------------------------------------------------------------------------------------------
 
@@ -180,8 +182,9 @@ class ForwardJournal(ForwardMaps):
     def abandon(self, window: Window) -> None:
         """Take away what a window has written; nothing of it counts."""
         assert window is self._window
-        self._window = None
         window.discard()
+        self._storage.sync_directory(DIRECTORY)  # what is removed doesn't come back in place of what follows
+        self._window = None
 
     def note_position(self, position: int, retained: int) -> None:
         """Go on elsewhere in the log, or in another one; durable after the next flush."""
@@ -241,6 +244,7 @@ class ForwardJournal(ForwardMaps):
         dirty = [part.segment for part in self._dirty if part.segment is not None]
         new_names, retained = self._new_names, self._noted_retained
         filled, head = list(self._filled), self.head
+        indicated = self._last_indicated()
         self._dirty, self._new_names = [], False
 
         def datasync() -> None:
@@ -252,8 +256,13 @@ class ForwardJournal(ForwardMaps):
                 if part.segment is not None:
                     part.seal = part.segment.finish(head)
             self.durable_retained = retained
+            self._indicated = indicated
 
         return datasync
+
+    def _last_indicated(self) -> Part | None:
+        number = last_indicated(self.parts)
+        return self.parts[number] if number >= 0 else None
 
     def is_clean(self) -> bool:
         """Say whether all is durable and a sync indicator stands at the head: a flush would have nothing to do."""
@@ -265,10 +274,12 @@ class ForwardJournal(ForwardMaps):
         """Take out the segments whose events all are at or before *tail*; the caller removes and closes them.
 
         A last segment with a gap's beginning or a mark at the tail stays: they are still of use. So does, of a windowed
-        journal, the one with the last indicator.
+        journal, the one with the last indicator that is durable.
         """
         count = 0
-        end = max(last_indicated(self.parts), 0) if self.windowed else len(self.parts) - 1
+        end = len(self.parts) - 1
+        if self.windowed:
+            end = self.parts.index(self._indicated) if self._indicated in self.parts else 0
         while count < end and self.parts[count].next_seq - 1 <= tail:
             count += 1
         self.gaps = [gap for gap in self.gaps if gap.end is None or gap.end > tail]
@@ -294,9 +305,10 @@ class ForwardJournal(ForwardMaps):
         return len(last) > 0 and not self.gaps and not any(mark.seq == self.head for mark in last.landmarks(Flag.MARK))
 
     def close(self) -> None:
-        """Close all segments."""
-        segments = [part.segment for part in self.parts if part.segment is not None]
-        close_all(file for segment in segments for file in (segment.ext, segment.dat))
+        """Close all segments, those of a window that wasn't ended too."""
+        pending = [segment for segment, _ in self._window.parts] if self._window else []
+        loaded = [part.segment for part in self.parts if part.segment is not None]
+        close_all(file for segment in [*loaded, *pending] for file in (segment.ext, segment.dat))
 
     def check(self) -> None:
         """Assert the invariants; reads all descriptors."""

@@ -1,7 +1,9 @@
 """The pointer slots: the only place where head, tail and a sync in progress are persisted.
 
 Two slots of one file are written in turn, each with a checksum and a generation, so a torn write leaves the other one.
-An update is durable when ``update`` returns. Any thread may update; updates exclude each other.
+An update is durable when ``update`` returns. Any thread may update; updates exclude each other. What is found when it
+is opened is written again and made durable before anybody acts on it: a process that was killed, or whose datasync
+failed, may have left it in the page cache only, and after a power cut the older slot would count again.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ class PointerFile:
         self._lock = threading.Lock()
         try:
             self.now = self._newest(uuid)
+            self._put(self.now)
         except BaseException:
             self._file.close()
             raise
@@ -69,9 +72,12 @@ class PointerFile:
         with self._lock:
             generation = self.now.generation + 1
             changed = dataclasses.replace(self.now, **changes, generation=generation)
-            self._file.write([changed.encode()], SLOT_OFFSETS[generation % 2])
-            self._file.datasync()
+            self._put(changed)
             self.now = changed
+
+    def _put(self, pointers: Pointers) -> None:
+        self._file.write([pointers.encode()], SLOT_OFFSETS[pointers.generation % 2])
+        self._file.datasync()
 
     def close(self) -> None:
         """Close the file."""

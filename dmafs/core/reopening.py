@@ -185,7 +185,7 @@ class Recovery:
             durable = "all"
         whole = look.segment is not None and look.segment.next_seq == look.stop
         found = FoundSegment(
-            needed=True,
+            needed=known or whole or not self._was_being_removed(look),
             header=look.header,
             follows=follows,
             later=look.stop is not None,
@@ -196,7 +196,7 @@ class Recovery:
         label = case(segment_case(found), name)
         if label in REFUSED:
             self._refuse(look, missing, claimed)
-        if label in {"R5", "R11"}:
+        if label in {"R4", "R5", "R11"}:
             self._leftovers.append(look.first)
             if look.segment is not None:
                 look.segment.close()
@@ -208,6 +208,19 @@ class Recovery:
             self.parts.append(part)
             self.head = part.next_seq - 1
             self.head_time_ns = max(self.head_time_ns, part.last_time_ns)
+
+    def _was_being_removed(self, look: _Look) -> bool:
+        """Say whether nothing is lost with a segment: its events are in the mirror, and a later one has an indicator.
+
+        A cut may have taken its data, and left its name.
+        """
+        if look.stop is None or look.stop - 1 > self._tail:
+            return False
+        later = [each for each in self._looks if each.first > look.first]
+        return any(
+            each.seal.summary.indicators if each.seal else each.segment and each.segment.indicator_seqs
+            for each in later
+        )
 
     def _take_damaged(self, look: _Look, stop: int, missing: int) -> None:
         """Go on behind a segment that had been durable and can't be read; reads that need it will fail."""

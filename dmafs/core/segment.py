@@ -43,7 +43,7 @@ from dmafs.core.ondisk import (
 )
 from dmafs.core.pair import Pair
 from dmafs.core.seal import LANDMARKS, Seal, Summary, digest_of, encode, landmarks_of
-from dmafs.core.storage import Buffer, File, Storage
+from dmafs.core.storage import Buffer, File, Storage, discard_files
 from dmafs.errors import CorruptionError, DmafsError
 from dmafs.units import SECTOR
 
@@ -67,11 +67,10 @@ class Segment(Pair):
 
     @classmethod
     def create(cls, storage: Storage, stem: str, header: Header, *, suffix: str = ".ext") -> Segment:
-        """Create the pair of files; leftovers of a creation that was cut off are replaced."""
-        for leftover in (suffix, ".dat"):
-            with contextlib.suppress(FileNotFoundError):
-                storage.unlink(stem + leftover)
+        """Create the pair of files, or none; leftovers of a creation that was cut off are replaced."""
+        discard_files(storage, stem, suffix)
         with contextlib.ExitStack() as undo:
+            undo.callback(discard_files, storage, stem, suffix)
             dat = storage.create(stem + ".dat")
             undo.callback(dat.close)
             ext = storage.create(stem + suffix)

@@ -26,6 +26,7 @@ see it means nothing, and is unlinked when the store is opened.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 from bisect import bisect_right
 from collections.abc import Iterator
@@ -42,7 +43,7 @@ from dmafs.core.ondisk import HEADER_SIZE, RECORD_SIZE, Header, Kind, Records, n
 from dmafs.core.recovery import SUFFIXES, Suffix, case, pointers_case, snapshot_case
 from dmafs.core.segment import Segment, parts, read_header
 from dmafs.core.snapshot import DIRECTORY, Snapshot, require_unpinned
-from dmafs.core.storage import Buffer, Storage
+from dmafs.core.storage import Buffer, Storage, discard_files
 from dmafs.core.work import Work
 from dmafs.errors import CorruptionError, ExistsError, NoSuchSnapshotError
 from dmafs.units import SECTOR
@@ -281,12 +282,17 @@ class Snapshots(SnapshotMaps):
         return snapshot
 
     def _undo_creation(self, snapshot: Snapshot) -> None:
-        """Leave no files behind: once a sync has passed its seq, they would be a snapshot that shows a later moment."""
+        """Leave no files behind, durably: once a sync has passed its seq, they would show a later moment.
+
+        Where that fails the error is none that the volume goes on after.
+        """
         if snapshot.segment is not None:
             snapshot.segment.close()
-        for suffix in (".new", ".ext", ".dat", ".pin"):
-            with contextlib.suppress(FileNotFoundError):
-                self._storage.unlink(snapshot.stem + suffix)
+        discard_files(self._storage, snapshot.stem, ".new", ".ext", ".pin")
+        try:
+            self._storage.sync_directory(DIRECTORY)
+        except OSError as error:
+            raise OSError(errno.EIO, error.strerror, f"{DIRECTORY}/") from error
 
     def require_free(self, name: str) -> None:
         """Raise ExistsError if a snapshot has that name."""
@@ -343,7 +349,7 @@ class Snapshots(SnapshotMaps):
             raise NoSuchSnapshotError(
                 f"snapshot {snapshot.name or snapshot.seq} is being dropped", hint="list them with: dmafs ls STORE"
             )
-        before, snapshot.pinned = snapshot.pinned, True
+        snapshot.pinned = True
 
         def create() -> None:
             if not self._storage.exists(snapshot.pin):
@@ -353,7 +359,7 @@ class Snapshots(SnapshotMaps):
         try:
             yield create
         except BaseException:
-            snapshot.pinned = before
+            snapshot.pinned = self._storage.exists(snapshot.pin)
             raise
 
     def unpin(self, snapshot: Snapshot) -> Work[None]:
@@ -364,8 +370,10 @@ class Snapshots(SnapshotMaps):
                 self._storage.unlink(snapshot.pin)
             self._storage.sync_directory(DIRECTORY)
 
-        yield unlink
-        snapshot.pinned = False
+        try:
+            yield unlink
+        finally:
+            snapshot.pinned = self._storage.exists(snapshot.pin)
 
     def merge(self, snapshot: Snapshot) -> Work[Segment]:
         """Finish dropping a doomed snapshot (steps 2 and 3); return its journal, for the caller to close.

@@ -477,6 +477,19 @@ def replace_whole(storage: Storage, name: str, content: bytes) -> None:
     storage.sync_directory(directory)
 
 
+def discard_files(storage: Storage, stem: str, *suffixes: str) -> None:
+    """Unlink what there is of the files that a change which failed has made: descriptors first, then data.
+
+    Where that fails the error is none that a volume goes on after: what is left might count later.
+    """
+    for suffix in (*suffixes, ".dat"):
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                storage.unlink(stem + suffix)
+        except OSError as error:
+            raise OSError(errno.EIO, f"{error.strerror or error}, so it is left behind", stem + suffix) from error
+
+
 def close_all(files: Iterable[File]) -> None:
     """Close several files."""
     for file in files:

@@ -16,7 +16,7 @@ from dmafs.core.limits import VolumeLimits
 from dmafs.core.mounts import devices_below, mounts
 from dmafs.core.ondisk import VOLUME_JSON_LIMIT, VolumeInfo
 from dmafs.core.privacy import require_private, require_private_volume
-from dmafs.core.storage import RealStorage, lock_directory, open_source
+from dmafs.core.storage import RealStorage, Storage, lock_directory, open_source
 from dmafs.core.sync import finish
 from dmafs.core.volume import INFO_NAME, Volume
 from dmafs.core.work import run
@@ -105,9 +105,19 @@ class Store:
 
 
 def open_volume(path: Path, *, limits: VolumeLimits | None = None, clock: Callable[[], int] = time.time_ns) -> Volume:
-    """Open one volume: recover the journal, finish a committed sync, drop what only a held image had kept."""
+    """Open the volume in a directory; see ``open_volume_in``."""
+    return open_volume_in(RealStorage(path), path, limits=limits, clock=clock)
+
+
+def open_volume_in(
+    storage: Storage, path: Path, *, limits: VolumeLimits | None = None, clock: Callable[[], int] = time.time_ns
+) -> Volume:
+    """Open one volume: recover the journal, finish a committed sync, drop what only a held image had kept.
+
+    *path* is what errors call the place where no file's name is known.
+    """
     try:
-        volume = Volume(RealStorage(path), limits=limits, clock=clock)
+        volume = Volume(storage, limits=limits, clock=clock)
     except OSError as error:
         raise _unreadable(error, path) from error
     try:

@@ -152,6 +152,11 @@ class Volume:
             self.live.vrmo.forget(starts, stops)
         self.live.seq, self.live.time_ns = self.journal.head, self.journal.head_time_ns
 
+    def abandon(self, window: Window) -> None:
+        """Take away what a window has written. Where that fails nothing is journaled any more: it might count later."""
+        with self.gate(fatal=True):
+            self.journal.abandon(window)
+
     def require_space(self, needed: int) -> None:
         """Refuse a write that would take the space reserved for syncs; asks the filesystem once per some MiB."""
         self._allowance -= needed + RECORD_SIZE

@@ -240,8 +240,8 @@ def capture(volume: Volume, tap: LoggedTap) -> Work[Captured | None]:
         tap.taken(scanned)
     finally:
         if not published:
-            with contextlib.suppress(DmafsError), volume.gate():  # what led here counts; a shut gate lets nothing in
-                volume.journal.abandon(window)
+            with contextlib.suppress(DmafsError):  # what led here counts; a shut gate lets nothing in
+                volume.abandon(window)
     return Captured(scanned.window, verdict.doubts)
 
 

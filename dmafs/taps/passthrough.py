@@ -82,9 +82,11 @@ class PassThroughTap:
                 for seq in range(begin, min(begin + _REDO_BATCH, last + 1)):
                     self._redo_event(seq)
 
-            yield redo
+            with self._volume.gate(fatal=True):
+                yield redo
         if first <= last:
-            yield self.primary.datasync
+            with self._volume.gate(fatal=True):
+                yield self.primary.datasync
             journal.durable = last
         return last + 1 - first
 

@@ -15,7 +15,7 @@ from dmafs.core.storage import RealStorage
 from dmafs.core.volume import Volume
 from dmafs.core.window import Window
 from dmafs.core.work import run
-from dmafs.errors import LogLostError, StoreFullError
+from dmafs.errors import LogLostError, ReadOnlyError, StoreFullError
 from dmafs.taps.capture import Captured, Log, LoggedTap, Scanned, barrier_text, capture, remembered
 from dmafs.taps.logformat import END_MARK, LogFlag
 from dmafs.taps.logreader import LogReader
@@ -193,6 +193,21 @@ def test_what_a_lost_log_has_does_not_count(bench: Bench) -> None:
     assert bench.volume.journal.position == 0
     bench.volume.indicate(Flag.GAP)
     assert bench.volume.journal.head == bench.origin
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+def test_a_window_that_cannot_be_taken_back_shuts_the_gate(bench: Bench, number: int) -> None:
+    """Otherwise what it has written might count later; what led to it is what is told."""
+    tap = bench.tap(write(1, fill(1)), FLUSH)
+    tap.failure = "the log is full"
+    with (
+        mock.patch.object(Window, "discard", side_effect=OSError(number, "no")),
+        pytest.raises(LogLostError, match="the log is full"),
+    ):
+        run(capture(bench.volume, tap))
+    assert bench.volume.failure
+    with pytest.raises(ReadOnlyError):
+        bench.volume.indicate(Flag.GAP)
 
 
 def test_work_that_is_given_up_takes_its_window_back(bench: Bench) -> None:

@@ -1,0 +1,19 @@
+"""After a cut of the power at any operation all that is claimed of a volume holds."""
+
+from __future__ import annotations
+
+from tests.crash.conftest import Spread
+from tests.crash.counting import seeds
+from tests.crash.crash import crash
+from tests.crash.workloads import WORKLOADS
+
+RUNS = 4
+
+
+def test_cuts(spread: Spread) -> None:
+    """Images are prefixes of history, what was flushed is there, and to recover twice changes nothing.
+
+    So it is after a cut at each operation of each workload, whatever is lost of what wasn't durable, after a kill of
+    the process at each operation, and after another cut while the volume is opened.
+    """
+    spread(crash, [(workload.name, seed) for seed in seeds(RUNS) for workload in WORKLOADS])
