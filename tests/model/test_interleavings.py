@@ -26,7 +26,7 @@ from dmafs.core.image import Image, Piece
 from dmafs.core.limits import IndexLimits, SegmentLimits, VolumeLimits
 from dmafs.core.sync import sync
 from dmafs.core.work import Work, run
-from dmafs.errors import NoSuchPointError, NoSuchSnapshotError, StoreFullError
+from dmafs.errors import CorruptionError, NoSuchPointError, NoSuchSnapshotError, StoreFullError
 from dmafs.units import SECTOR
 from tests.unit.tools import copied_volume, fill
 
@@ -45,7 +45,17 @@ class Job:
         self.room = room  # work of one room excludes each other
         self.work, self.done = work, done
         self.call: Callable[[], Any] | None = None
-        self.answer: tuple[Any, OSError | None] | None = None
+        self.answer: tuple[Any, Exception | None] | None = None
+
+
+def _answer(call: Callable[[], Any], *, fails: bool) -> tuple[Any, Exception | None]:
+    """Make a call as every driver of work does: what it raises is the work's to handle, what it needs may be gone."""
+    try:
+        if fails:
+            raise OSError(errno.ENOSPC, "no space")
+        return call(), None
+    except (CorruptionError, OSError) as error:
+        return None, error
 
 
 class History:
@@ -142,8 +152,7 @@ class History:
         if (call := job.call) is not None:
             name = getattr(getattr(call, "func", call), "__name__", "")
             fails = job.room == "maintenance" and name in TAKES_SPACE and self.rng.random() < self.failing
-            error = OSError(errno.ENOSPC, "no space") if fails else None
-            job.call, job.answer = None, (None if fails else call(), error)
+            job.call, job.answer = None, _answer(call, fails=fails)
             return
         answer, error = job.answer or (None, None)
         try:
