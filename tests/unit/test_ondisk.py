@@ -21,6 +21,7 @@ from dmafs.core.ondisk import (
     HEADER_SIZE,
     NAME_LIMIT,
     POINTERS_SIZE,
+    RECORD_DTYPE,
     RECORD_SIZE,
     SLOT_OFFSETS,
     SLOT_SIZE,
@@ -33,6 +34,7 @@ from dmafs.core.ondisk import (
     decode_records,
     encode_record,
 )
+from dmafs.core.seal import SEAL_SIZE, Summary, encode
 from dmafs.errors import CorruptionError, VersionError
 
 SALT = 0x5A17
@@ -96,8 +98,8 @@ def tables() -> dict[str, list[tuple[int, int, str]]]:
     found: dict[str, list[tuple[int, int, str]]] = {}
     title = ""
     for line in (ondisk.__doc__ or "").splitlines():
-        if line.startswith(("Segment header", "Descriptor record", "Pointer slot", "Digest header")):
-            title = " ".join(line.split()[:2]).rstrip(",")
+        if heading := re.match(r"Segment header|Descriptor record|Seal|Pointer slot|Digest header", line):
+            title = heading[0]
         if match := re.match(r"^ +(\d+) +(\d+)  (\S.*)$", line):
             found.setdefault(title, []).append((int(match[1]), int(match[2]), match[3]))
     return found
@@ -108,6 +110,7 @@ def tables() -> dict[str, list[tuple[int, int, str]]]:
     [
         ("Segment header", HEADER_SIZE),
         ("Descriptor record", RECORD_SIZE),
+        ("Seal", SEAL_SIZE),
         ("Pointer slot", SLOT_SIZE),
         ("Digest header", 512),
     ],
@@ -140,7 +143,9 @@ def at(title: str, field: str) -> tuple[int, int]:
 def test_header_has_each_field_where_the_table_says() -> None:
     """A segment header's bytes are those of the table."""
     uuid = UUID(int=0x0102030405060708090A0B0C0D0E0F10)
-    header = Header(Kind.BACKWARD, uuid, 11, 12, 13, 14, temporary=True, name="näm", frozen=True, instant_ns=15)
+    header = Header(
+        Kind.BACKWARD, uuid, 11, 12, 13, 14, temporary=True, name="näm", frozen=True, instant_ns=15, sealed=16
+    )
     data = header.encode()
     assert len(data) == HEADER_SIZE
     assert data[:8] == b"DMAFSEXT"
@@ -154,12 +159,13 @@ def test_header_has_each_field_where_the_table_says() -> None:
         "time_ns of": 14,
         "flags": 3,
         "instant": 15,
+        "sealed": 16,
     }
     for field, value in fields.items():
         assert number(data, *at("Segment header", field)) == value, field
     assert number(data, *at("Segment header", "length")) == len("näm".encode())
     assert data[72:328] == "näm".encode().ljust(256, b"\0")
-    assert data[336:504] == bytes(168)
+    assert data[344:504] == bytes(160)
     assert number(data, 504, 8) == xxhash.xxh3_64_intdigest(data[:504], seed=0)
     assert Header.decode(data, "f") == header
 
@@ -181,6 +187,36 @@ def test_record_has_each_field_where_the_table_says() -> None:
     for field, value in {"seq": 1, **fields}.items():
         assert number(data, *at("Descriptor record", field)) == value, field
     assert number(data, 56, 8) == xxhash.xxh3_64_intdigest(data[:56], seed=SALT)
+
+
+def test_seal_has_each_field_where_the_table_says() -> None:
+    """A seal's bytes are those of the table; what stands before it is landmarks, then names."""
+    landmarks = np.zeros(3, RECORD_DTYPE)
+    front = landmarks.tobytes() + b"n" * 1024
+    data = encode(Summary(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11), landmarks, [b"n" * 512, b"n" * 512], SALT, 12)
+    assert data[: len(front)] == front
+    data = data[len(front) :]
+    assert (len(data), data[:8], number(data, 8, 4)) == (SEAL_SIZE, b"DMAFSEND", FORMAT_VERSION)
+    fields = {
+        "records in": 1,
+        "seq of the event": 2,
+        "sectors": 3,
+        "time_ns of the first": 4,
+        "time_ns of the last": 5,
+        "certain": 6,
+        "durable": 7,
+        "sync indicators": 8,
+        "seq of the first": 9,
+        "place": 10,
+        "from where": 11,
+        "landmarks": 3,
+        "names": 2,
+        "checksum of all": 12,
+        "checksum of landmarks": xxhash.xxh3_64_intdigest(front, seed=SALT),
+        "checksum of bytes": xxhash.xxh3_64_intdigest(data[:504], seed=SALT),
+    }
+    for field, value in fields.items():
+        assert number(data, *at("Seal", field)) == value, field
 
 
 def test_flags_are_the_documented_ones() -> None:
