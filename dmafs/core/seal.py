@@ -140,10 +140,11 @@ def read_seal(ext: File, salt: int, first: int) -> Seal | None:
     (_, version, _, *fields, landmarks, names, digest, front_digest) = SEAL.unpack(body)
     summary = Summary(*fields)
     begin = HEADER_SIZE + summary.records * RECORD_SIZE
-    front = bytearray(landmarks * RECORD_SIZE + names * SECTOR)
-    if version != FORMAT_VERSION or begin + len(front) + SEAL_SIZE != size or summary.next_seq < first:
+    length = landmarks * RECORD_SIZE + names * SECTOR
+    if version != FORMAT_VERSION or begin + length + SEAL_SIZE != size or summary.next_seq < first:
         return None
-    if front:
+    front = bytearray(length)
+    if length:
         ext.read_into(front, begin)
         if _salted(front, salt) != front_digest:
             return None
