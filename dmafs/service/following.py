@@ -8,9 +8,9 @@ Tasks beside those of every engine:
   up for a new one before it is full;
 - ``_recheck`` compares with the primary what is in doubt (``taps/arbiter.py``), and what a failed write may have left.
 
-When writes are lost (the log is full, can't be read, or was made anew), a gap begins at the journal's head, capture
-goes on in a new log, and a resync ends the gap. When the store has no space for what was captured, the same happens,
-and the log is thrown away until there is space again. An initial copy that is under way starts again from nothing.
+When writes are lost (the log is full, can't be read, or was made anew), a gap begins (losing.py), and capture goes on
+in a new log. When the store has no space for what was captured, the same happens, and the log is thrown away until
+there is space again.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import trio
 
 from dmafs.core.extent import Ints, united
 from dmafs.core.ondisk import Flag
-from dmafs.core.resync import begin_after_stop, journal_found, needs_resync, start_again
+from dmafs.core.resync import begin_after_stop, journal_found, needs_resync
 from dmafs.core.storage import boot_id as this_boot
 from dmafs.core.throttle import Throttle
 from dmafs.core.verify import Found, compare
@@ -39,8 +39,8 @@ from dmafs.core.volume import Volume
 from dmafs.core.work import Work
 from dmafs.errors import DmafsError, LogLostError, StoreFullError, TapError
 from dmafs.service.driver import Await
-from dmafs.service.engine import Engine
 from dmafs.service.failures import watch_failures
+from dmafs.service.losing import LosingEngine
 from dmafs.service.report import Report
 from dmafs.service.tasks import RETRY_S, TROUBLE
 from dmafs.taps.capture import Captured, LoggedTap, barrier_text, capture
@@ -75,7 +75,7 @@ class Barrier:
         self.error: DmafsError | None = None
 
 
-class FollowingEngine(Engine):
+class FollowingEngine(LosingEngine):
     """See the module."""
 
     def __init__(
@@ -90,7 +90,6 @@ class FollowingEngine(Engine):
         """See ``Engine``; *tap* is this engine's to close."""
         super().__init__(volume, tap, tick_s=tick_s, limiter=limiter, resync_rate=resync_rate)
         self.log = tap
-        self._name = volume.info.name
         self._wake = trio.Event()
         self._barriers: dict[str, Barrier] = {}
         self._numbers = itertools.count(1)
@@ -98,11 +97,6 @@ class FollowingEngine(Engine):
         self._settling = trio.Lock()
         self._asked = 0
         self._newest: Barrier | None = None
-        self._loss: LogLostError | None = None
-        """Why capture is lost, until it goes on."""
-        self._told = False
-        self._restarts = 0
-        """How often it has gone on."""
         self._tries = 0  # how often space was asked for in a row
         self._switching = trio.Lock()
         self._doubts: tuple[Ints, Ints] = _NOTHING
@@ -112,10 +106,6 @@ class FollowingEngine(Engine):
         """The journal's head at the last ticks."""
         self.windows = 0
         """How many windows were captured."""
-        self.make_room: Callable[[int], Awaitable[None]] | None = None
-        """Drops what may go when the store is full; set by who can."""
-        self.alarm: Callable[[str], None] = partial(log.error, "%s")
-        """Tells the administrator; set by who can."""
 
     # -- tasks --------------------------------------------------------------------------------------------------
 
@@ -304,9 +294,6 @@ class FollowingEngine(Engine):
         if not self.log.can_settle or self._ended.is_set():
             super().mark(name)
 
-    def _gap_error(self, error: DmafsError) -> TapError:
-        return TapError(f"volume {self._name}: a gap has begun: {error.message}", hint="try again after the resync")
-
     def _fail_barriers(self, error: DmafsError) -> None:
         for barrier in self._barriers.values():
             barrier.error = error
@@ -324,7 +311,6 @@ class FollowingEngine(Engine):
 
     async def _discard_log(self, error: DmafsError) -> None:
         """Begin a gap, and throw away what comes into the log until the store has space again."""
-        reserve = self.volume.limits.reserve_bytes
         async with self._losing(error):
             while True:
                 async with self.appending:
@@ -334,39 +320,16 @@ class FollowingEngine(Engine):
                     await self.commit(Flag.TICK)
                 async with self.appending:
                     await self.call(partial(self.log.release, self.volume.journal.durable_retained))
-                if self.volume.storage.free_bytes() >= 2 * reserve:
+                if await self._has_space_again():
                     break
-                if self.make_room is not None:
-                    await self.make_room(reserve)
-                await trio.sleep(min(self.tick_s, 1.0))
 
     @asynccontextmanager
     async def _losing(self, error: DmafsError) -> AsyncGenerator[None]:
-        """Have a gap begin, or the initial copy anew; what is done within has capture go on.
-
-        Until that is done nothing settles, and nothing is copied: a copy could end without what was lost. After an
-        error all of this is to be done once more.
-        """
-        self._loss = LogLostError(error.message, hint=error.hint)
-        if not self._told:
-            self._told = True
-            self.alarm(f"volume {self._name}: a gap has begun: {error.message}")
-        self.checking.lost()
-        self.copy_scope.cancel()
+        """See ``LosingEngine``. Who waits for a barrier is told; what was in doubt will be compared anyhow."""
         self._fail_barriers(self._gap_error(error))
-        async with self.copying:
-            if self.volume.pointers.now.copied and not needs_resync(self.volume):
-                async with self.appending:
-                    self.volume.indicate(Flag.GAP)
+        async with super()._losing(error):
             yield
             self._doubts = _NOTHING
-            async with self._commit:
-                await self.commit(Flag.TICK)
-            if not self.volume.pointers.now.copied:
-                await self.drive(start_again(self.volume))
-        self._loss, self._told = None, False
-        self._restarts += 1
-        self.checking.gap_begun()
 
     def _commit_step(self, flag: Flag) -> Work[object]:
         """Make durable what is in the journal, as a step of work: before the log is followed nothing settles."""
