@@ -98,7 +98,8 @@ def _volume_lines(volume: dict[str, Any]) -> list[str]:
         if volume[key] is not None and volume[key]["time"] is not None:
             lines.append(f"  {label:<9} {volume[key]['time']}  seq {volume[key]['seq']}")
     for gap in volume["gaps"]:
-        end = gap["end"]["time"] if gap["end"] else "now: a resync is under way"
+        lasting = f"writes are not captured: {volume['loss']}" if volume["loss"] else "a resync is under way"
+        end = gap["end"]["time"] if gap["end"] else f"now: {lasting}"
         lines.append(f"  gap       {gap['begin']['time']} to {end}")
     if check := volume["check"]:
         lines.append(f"  {check['kind']:<9} {check['fraction']:.1%} at {format_bytes(check['bytes_per_s'])}/s")

@@ -462,6 +462,11 @@ class Volume:
         with self.gate(fatal=True):
             self.pointers.update(clean=False, boot_id=boot_id)
 
+    def note_durable(self) -> None:
+        """Record durably up to where the journal is: a daemon that follows one that was killed redoes nothing of it."""
+        with self.gate(fatal=True):
+            self.pointers.update(durable=self.journal.durable)
+
     def mark_clean(self) -> None:
         """Record durably that journal and primary agree up to the head: an orderly stop."""
         assert self.journal.durable == self.journal.head

@@ -40,7 +40,8 @@ from dmafs.errors import NoSuchPointError, NoSuchVolumeError
 from dmafs.service.alarms import Alarms
 from dmafs.service.checking import Check
 from dmafs.service.engine import Engine
-from dmafs.service.following import FollowingEngine
+from dmafs.service.losing import LosingEngine
+from dmafs.service.passing import through
 from dmafs.service.report import (
     READ_CHUNK,
     Report,
@@ -86,7 +87,7 @@ class Appliance:
         self.started_ns = first.clock()
         self.alarms = Alarms(first.clock)
         for name, engine in engines.items():
-            if isinstance(engine, FollowingEngine):
+            if isinstance(engine, LosingEngine):
                 engine.make_room, engine.alarm = self.make_room, partial(self.alarms.set, f"{GAP_ALARM}-{name}")
 
     def _engine(self, volume: str) -> Engine:
@@ -323,11 +324,11 @@ class Appliance:
 
     async def read_tap(self, volume: str, offset: int, length: int) -> bytearray:
         """See ``Backend``."""
-        return await self._engine(volume).read_tap(offset, length)
+        return await through(self._engine(volume)).read_tap(offset, length)
 
-    def write_tap(self, volume: str, offset: int, data: bytes) -> None:
+    async def write_tap(self, volume: str, offset: int, data: bytes) -> None:
         """See ``Backend``."""
-        self._engine(volume).through.write(offset, data)
+        await through(self._engine(volume)).write_tap(offset, data)
 
     async def flush_tap(self, volume: str) -> None:
         """See ``Backend``."""
@@ -349,8 +350,7 @@ class Appliance:
             if report["state"] == "copying":
                 report["copy_fraction"] = engine.progress.fraction
                 report["copy_bytes_per_s"] = int(engine.progress.bytes_per_s)
-            report["device"] = engine.device_report()
-            report["syncing"] = engine.syncing
+            report |= {"device": engine.device_report(), "loss": engine.loss, "syncing": engine.syncing}
             report["commits"] = engine.commits
             report["check"] = engine.checking.current.report() if engine.checking.current else None
             report["last_check"] = engine.checking.last
@@ -447,7 +447,7 @@ class Appliance:
             raise problem
 
     async def make_room(self, needed: int) -> None:
-        """See ``Backend``. Syncs, then drops the oldest snapshots that may go, some more than is needed now.
+        """Syncs, then drops the oldest snapshots that may go, some more than is needed now.
 
         Sets the alarm if it has to drop. Does nothing while there is *needed* beside the reserve; raises nothing if it
         can't be had.

@@ -68,6 +68,15 @@ def _list_of(read: Callable[[str], Any]) -> Callable[[Any], tuple[Any, ...]]:
     return read_all
 
 
+def _word(*words: str) -> Callable[[Any], str]:
+    def read(value: Any) -> str:  # noqa: ANN401 - whatever TOML has
+        if value not in words:
+            raise TypeError
+        return str(value)
+
+    return read
+
+
 SIZE: Final = Kind(
     "size", "bytes, or a size", lambda value: parse_bytes(value) if type(value) is str else _number(value)
 )
@@ -85,6 +94,7 @@ SPACE: Final = Kind(
 )
 TIMES: Final = Kind("times", "a list of times of day", _list_of(parse_time_of_day))
 PATTERNS: Final = Kind("patterns", "a list of patterns", _list_of(str))
+FULL: Final = Kind("policy", "refuse or gap", _word("refuse", "gap"))
 COMMAND: Final = Kind("command", "a list of a program and its arguments", _list_of(str))
 
 
@@ -178,6 +188,8 @@ class Configuration:
     """Descriptors of all these together."""
     reserve: int = setting(SIZE, "64MiB", minimum=0)
     """Space of the store's filesystem that capture leaves for syncs."""
+    when_full: str = setting(FULL, "refuse")
+    """What becomes of writes through the tree for which the store has no space and none can be made."""
     clone_quota: int = setting(SIZE, "10GiB", minimum=0)
     """What one clone of one volume may take of the store's space."""
     tick_s: float = setting(SECONDS, 1, minimum=0.01)

@@ -119,7 +119,7 @@ async def _recover(name: str, engine: Engine) -> None:
     if redone:
         log.warning("volume %s: not closed in order; %d events written to its source again", name, redone)
     if needs_resync(engine.volume):
-        log.warning("volume %s: the machine stopped while it was in use; a gap lasts until the resync ends", name)
+        log.warning("volume %s: a gap is open; it lasts until the resync ends", name)
 
 
 async def _serve_mount(

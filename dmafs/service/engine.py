@@ -33,7 +33,6 @@ from dmafs.core.copy import initial_copy
 from dmafs.core.image import Image
 from dmafs.core.ondisk import Flag
 from dmafs.core.policy import VolumeFacts, facts_of, has_past
-from dmafs.core.resync import begin_after_stop
 from dmafs.core.scrub import Rest
 from dmafs.core.snapshot import Snapshot
 from dmafs.core.storage import File
@@ -47,7 +46,6 @@ from dmafs.service.checking import Checking
 from dmafs.service.driver import Await, Driver, Result
 from dmafs.service.report import Report
 from dmafs.service.tasks import RETRY_S, TROUBLE, Progress
-from dmafs.taps.passthrough import PassThroughTap
 from dmafs.units import SECTOR, format_bytes
 
 log = logging.getLogger(__name__)
@@ -76,8 +74,8 @@ class Engine(Driver):
         self.tap = tap
         self.tick_s = tick_s
         self.appending = trio.Lock()
-        self.synced = tap.primary if isinstance(tap, PassThroughTap) else None
-        """What a flush makes durable beside the journal."""
+        self.synced: File | None = None
+        """What a flush makes durable beside the journal; a tap that writes the primary itself sets it."""
         self._commit = trio.Lock()
         self._requested = self._committed = 0
         self.commits = 0
@@ -93,16 +91,12 @@ class Engine(Driver):
     # -- tasks --------------------------------------------------------------------------------------------------
 
     async def recover(self, boot_id: UUID) -> int:
-        """Bring the primary up to the journal after an unclean stop; return how many events were written again.
+        """Bring journal and primary together after an unclean stop; return how many events were written again.
 
-        *boot_id* is the running kernel's: if it stopped itself meanwhile, a gap begins.
+        *boot_id* is the running kernel's: if it stopped itself meanwhile, a gap may begin.
         """
-        redone = 0
-        if isinstance(self.tap, PassThroughTap):
-            redone = await self.drive(self.tap.redo())
-            await self.drive(begin_after_stop(self.volume, boot_id, self.flush_step))
         await self.call(partial(self.volume.mark_open, boot_id))
-        return redone
+        return 0
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Run the volume's tasks until cancelled."""
@@ -255,10 +249,9 @@ class Engine(Driver):
         self.volume.indicate(Flag.MARK, name)
 
     @property
-    def through(self) -> PassThroughTap:
-        """Return the tap that the primary is used through."""
-        assert isinstance(self.tap, PassThroughTap), "a volume with another tap has no file under tap/"
-        return self.tap
+    def loss(self) -> str:
+        """Return why writes aren't captured, empty as long as they are."""
+        return ""
 
     # -- reading ------------------------------------------------------------------------------------------------
 
@@ -286,13 +279,6 @@ class Engine(Driver):
         """Have journals closed in the background when too many are in memory."""
         if self.volume.excess():
             self._drop_wanted.set()
-
-    async def read_tap(self, offset: int, length: int) -> bytearray:
-        """Return bytes of the primary, fewer at its end."""
-        try:
-            return self.through.read(offset, length, nowait=True)
-        except BlockingIOError:
-            return await trio.to_thread.run_sync(self.through.read, offset, length, limiter=self.limiter)
 
     async def digest(self, image: Image) -> str:
         """Return the xxh3-128 digest of a whole image."""

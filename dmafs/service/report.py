@@ -74,6 +74,7 @@ def status_of(volume: Volume) -> Report:
         "syncing": False,
         "commits": 0,
         "device": None,
+        "loss": "",
         "check": None,
         "last_check": None,
         "last_scrub": None,

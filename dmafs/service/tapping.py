@@ -18,6 +18,7 @@ from dmafs.service.configuration import Configuration
 from dmafs.service.devices import mapped_volumes
 from dmafs.service.engine import Engine
 from dmafs.service.following import FollowingEngine
+from dmafs.service.passing import PassThroughEngine
 from dmafs.service.report import Report
 from dmafs.taps.dm import DmTap
 from dmafs.taps.follower import LogTap
@@ -50,7 +51,8 @@ def open_engine(volume: Volume, directory: Path, configuration: Configuration, l
             follower = LogTap(volume, open_source(source, writable=False), settle_s=configuration.tick_s)
             return FollowingEngine(volume, follower, **settings)
         case "fuse":
-            return Engine(volume, PassThroughTap(volume, open_source(source, writable=True)), **settings)
+            through = PassThroughTap(volume, open_source(source, writable=True))
+            return PassThroughEngine(volume, through, goes_on=configuration.when_full == "gap", **settings)
         case _:
             return PastEngine(volume, NoTap(volume), **settings)
 

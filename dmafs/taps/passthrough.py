@@ -5,6 +5,9 @@ stop of this program the events since the last durable flush are written to the 
 both agree. Both are written to the page cache only; a flush makes both durable.
 
 Writes are widened to whole sectors with what the primary holds around them. Reads come from the primary.
+
+While it doesn't *capture*, writes go to the primary alone. Before that all that is journaled has to be durable, and
+known to be so after a kill too: what is written again would overwrite what isn't journaled.
 """
 
 from __future__ import annotations
@@ -33,9 +36,13 @@ class PassThroughTap:
         self._volume = volume
         self.primary = primary
         self.size = size
+        self.captures = True
 
     def write(self, offset: int, data: bytes) -> None:
-        """Write bytes within the primary, captured first. A long write becomes several events."""
+        """Write bytes within the primary, captured first. A long write becomes several events.
+
+        StoreFullError if the journal has no space for it; then the primary has nothing of it that isn't journaled.
+        """
         assert offset >= 0
         assert offset + len(data) <= self.size
         lead, tail = offset % SECTOR, -(offset + len(data)) % SECTOR
@@ -44,7 +51,8 @@ class PassThroughTap:
         limit = MAX_EXTENT_SECTORS * SECTOR
         for begin in range(0, len(block), limit):
             part = block[begin : begin + limit]
-            self._volume.write(start + begin // SECTOR, part)
+            if self.captures:
+                self._volume.write(start + begin // SECTOR, part)
             with self._volume.gate(fatal=True):
                 self.primary.write([part], start * SECTOR + begin)
 

@@ -110,11 +110,8 @@ class Backend(Protocol):
     async def read_tap(self, volume: str, offset: int, length: int) -> bytearray:
         """Return bytes of the primary, fewer at its end."""
 
-    def write_tap(self, volume: str, offset: int, data: bytes) -> None:
-        """Write within the primary, captured."""
-
-    async def make_room(self, needed: int) -> None:
-        """Have *needed* bytes of space for writes, as far as retention lets go of snapshots."""
+    async def write_tap(self, volume: str, offset: int, data: bytes) -> None:
+        """Write within the primary, captured. In a full store it waits for what can be dropped."""
 
     async def flush_tap(self, volume: str) -> None:
         """Make all writes durable."""

@@ -24,7 +24,7 @@ from pyfuse3 import FUSEError
 
 from dmafs.core.clone import Clone
 from dmafs.core.image import Image
-from dmafs.errors import NotFoundError, StoreFullError
+from dmafs.errors import NotFoundError
 from dmafs.tree.backend import Backend
 from dmafs.tree.guard import guarded, text_of, with_deadline
 from dmafs.tree.names import Names
@@ -382,7 +382,7 @@ class Tree(pyfuse3.Operations):
 
     @guarded
     async def write(self, fh: pyfuse3.FileHandleT, off: int, buf: bytes) -> int:
-        """Write to a tap or a clone; ENOSPC past its end, as a disk. In a full store, wait for what can be dropped."""
+        """Write to a tap or a clone; ENOSPC past its end, as a disk."""
         handle = self._handles[fh]
         if not handle.tap and handle.clone is None:
             raise FUSEError(errno.EROFS)
@@ -391,11 +391,7 @@ class Tree(pyfuse3.Operations):
         if handle.clone is not None:
             await self._backend.write_clone(handle.clone, off, buf)
             return len(buf)
-        try:
-            self._backend.write_tap(handle.volume, off, buf)
-        except StoreFullError:
-            await self._backend.make_room(len(buf))
-            self._backend.write_tap(handle.volume, off, buf)
+        await self._backend.write_tap(handle.volume, off, buf)
         return len(buf)
 
     @guarded

@@ -189,6 +189,18 @@ class Rig:
         quiet = "".join(f"{table}\n{keys}\n" for table, keys in off.items() if table not in text)
         (self.store / CONFIGURATION_NAME).write_text(f"{text}\n{quiet}")
 
+    def put_store_on_disk(self, size: int) -> Path:
+        """Put the store, before it is made, on a file system of its own; return where that is mounted."""
+        image = self.root / "store.disk"
+        with image.open("wb") as file:
+            file.truncate(size)
+        device = self.attach(image)
+        self.mkfs(device, "-m", "0", "-O", "^has_journal")
+        place = self.folder("small")
+        self.mount(device, place)
+        self.store = place / "store"
+        return place
+
     def status(self, volume: str = "disk") -> dict[str, Any]:
         """Ask the running daemon, without the start-up time of a command."""
         assert self.daemon is not None
@@ -300,7 +312,8 @@ class Rig:
         self._mounts.append(folder)
 
     def umount(self, folder: Path, *options: str) -> None:
-        run("umount", *options, folder)
+        """Unmount. Others on the machine may be looking at it: try again."""
+        wait_until(lambda: run("umount", *options, folder, code=None).returncode == 0, f"umount {folder}", seconds=10)
         self._mounts.remove(folder)
 
     # -- the daemon's log ----------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from tests.mount.harness import MIB, REDONE, Rig, assert_same, moment, pread, pw
 
 pytestmark = pytest.mark.mount
 
-GAP_BEGINS = "the machine stopped while it was in use"
+GAP_BEGINS = "a gap is open"
 GAP_ENDS = "gap ended, .* of the source differed"
 BLOCK = 4096
 

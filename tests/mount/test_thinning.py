@@ -197,14 +197,7 @@ def test_pins(rig: Rig) -> None:
 
 def small_store(rig: Rig, megabytes: int, configuration: str) -> Path:
     """Put the store on a small filesystem of its own; return where that is mounted."""
-    image = rig.root / "small.img"
-    with image.open("wb") as file:
-        file.truncate(megabytes * MIB)
-    device = rig.attach(image)
-    rig.mkfs(device, "-m", "0", "-O", "^has_journal")
-    place = rig.folder("small")
-    rig.mount(device, place)
-    rig.store = place / "store"
+    place = rig.put_store_on_disk(megabytes * MIB)
     rig.create(size=DISK, content=os.urandom(DISK))
     configure(rig, configuration)
     return place

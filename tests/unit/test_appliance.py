@@ -21,7 +21,7 @@ from dmafs.errors import (
     StoreError,
 )
 from dmafs.service.appliance import Appliance
-from dmafs.service.engine import Engine
+from dmafs.service.passing import PassThroughEngine
 from dmafs.taps.passthrough import PassThroughTap
 
 SECTORS = 64
@@ -38,7 +38,7 @@ async def appliance(tmp_path: Path, nursery: trio.Nursery) -> AsyncIterator[Appl
     engines = {}
     for name, volume in store.volumes.items():
         tap = PassThroughTap(volume, open_source(Path(volume.info.source), writable=True))
-        engines[name] = Engine(volume, tap, tick_s=0.02, limiter=trio.CapacityLimiter(4))
+        engines[name] = PassThroughEngine(volume, tap, tick_s=0.02, limiter=trio.CapacityLimiter(4))
     for engine in engines.values():
         await engine.recover(UUID(int=1))
         await nursery.start(engine.run)
@@ -67,7 +67,7 @@ async def test_a_snapshot_is_one_instant_of_all_volumes(appliance: Appliance) ->
         while not done:
             counter += 1
             for name in ("a", "b"):
-                appliance.write_tap(name, 0, counter.to_bytes(8, "little").ljust(512, b"."))
+                await appliance.write_tap(name, 0, counter.to_bytes(8, "little").ljust(512, b"."))
                 await trio.lowlevel.checkpoint()
 
     async with trio.open_nursery() as writers:
@@ -93,12 +93,12 @@ async def test_a_name_that_one_volume_has_is_taken_nowhere(appliance: Appliance)
 
 async def test_a_long_read_is_of_one_moment(appliance: Appliance) -> None:
     """What is read in parts is of one moment, also when a sync passes it meanwhile."""
-    appliance.write_tap("a", 0, b"old".ljust(512) * SECTORS)
+    await appliance.write_tap("a", 0, b"old".ljust(512) * SECTORS)
     await appliance.flush_tap("a")
     image = appliance.image_at("a", "0s ago")
     parts = appliance.read_at(image, 0, 512)
     first = await anext(parts)
-    appliance.write_tap("a", 0, b"new".ljust(512) * SECTORS)
+    await appliance.write_tap("a", 0, b"new".ljust(512) * SECTORS)
     await appliance.sync()
     assert bytes(await appliance.read(image, 512, 512)) == first == b"old".ljust(512)
     await parts.aclose()
@@ -119,7 +119,7 @@ async def test_a_clone_is_one_instant_of_all_volumes(appliance: Appliance) -> No
         while not done:
             counter += 1
             for name in ("a", "b"):
-                appliance.write_tap(name, 0, counter.to_bytes(8, "little").ljust(512, b"."))
+                await appliance.write_tap(name, 0, counter.to_bytes(8, "little").ljust(512, b"."))
                 await trio.lowlevel.checkpoint()
 
     async with trio.open_nursery() as writers:
@@ -169,7 +169,7 @@ async def test_a_clone_is_dropped_as_a_whole(appliance: Appliance) -> None:
         await appliance.drop_clone("mine")
     assert appliance.clones("mine") == clones
     clones["b"].opens -= 1
-    appliance.write_tap("a", 0, b"x".ljust(512))
+    await appliance.write_tap("a", 0, b"x".ljust(512))
     await appliance.sync()
     await appliance.drop_clone("mine")
     with pytest.raises(NoSuchCloneError):
@@ -198,11 +198,11 @@ async def test_writers_of_one_clone_do_not_mix(appliance: Appliance) -> None:
 
 async def test_snapshots_without_a_name_are_a_group(appliance: Appliance) -> None:
     """Of one instant, found by its canonical time, also where one volume has written nothing since the last one."""
-    appliance.write_tap("a", 0, b"first".ljust(512))
-    appliance.write_tap("b", 0, b"first".ljust(512))
+    await appliance.write_tap("a", 0, b"first".ljust(512))
+    await appliance.write_tap("b", 0, b"first".ljust(512))
     first = await appliance.take_scheduled(frozen=False)
     assert not appliance.has_news()
-    appliance.write_tap("b", 0, b"second".ljust(512))
+    await appliance.write_tap("b", 0, b"second".ljust(512))
     assert appliance.has_news()
     second = await appliance.take_scheduled(frozen=True)
     assert appliance.snapshot_ids() == [first, second]
@@ -214,8 +214,8 @@ async def test_snapshots_without_a_name_are_a_group(appliance: Appliance) -> Non
             assert appliance.snapshot_seqs(identifier) == expected
             assert appliance.seqs_at(appliance.resolve(identifier)) == expected
             assert appliance.snapshot_time(identifier) == appliance.resolve(identifier)
-        appliance.write_tap("a", 0, b"third".ljust(512))
-        appliance.write_tap("b", 0, b"third".ljust(512))
+        await appliance.write_tap("a", 0, b"third".ljust(512))
+        await appliance.write_tap("b", 0, b"third".ljust(512))
         await appliance.sync()
     assert appliance.consistency(appliance.image("b", seqs[0]["b"])) == "exact"
     assert appliance.consistency(appliance.image("b", seqs[1]["b"])) == "frozen"
@@ -226,7 +226,7 @@ async def test_snapshots_without_a_name_are_a_group(appliance: Appliance) -> Non
 
 async def test_the_same_instant_is_one_snapshot(appliance: Appliance) -> None:
     """Taken twice without a write between, it is there once; and a failure doesn't drop the one that was there."""
-    appliance.write_tap("a", 0, b"x".ljust(512))
+    await appliance.write_tap("a", 0, b"x".ljust(512))
     identifier = await appliance.take_scheduled(frozen=False)
     assert await appliance.take_scheduled(frozen=False) == identifier
     assert [len(list(volume.snapshots)) for volume in appliance._volumes.values()] == [1, 1]
@@ -245,7 +245,7 @@ async def test_the_same_instant_is_one_snapshot(appliance: Appliance) -> None:
 async def test_volumes_that_cannot_are_left_out(appliance: Appliance) -> None:
     """A schedule goes on with the volumes that are protected; with none it is an error, not a crash."""
     for name in ("a", "b"):
-        appliance.write_tap(name, 0, b"x".ljust(512))
+        await appliance.write_tap(name, 0, b"x".ljust(512))
     await appliance.flush_tap("a")
     appliance._volumes["b"].gate.failure = "broken"
     identifier = await appliance.take_scheduled(frozen=False)
@@ -263,7 +263,7 @@ async def test_volumes_that_cannot_are_left_out(appliance: Appliance) -> None:
 async def test_a_mark_is_listed_once(appliance: Appliance) -> None:
     """It has one moment, that of the volume that was written to last, and no other one beside it."""
     for name in ("a", "b"):
-        appliance.write_tap(name, 0, b"x".ljust(512))
+        await appliance.write_tap(name, 0, b"x".ljust(512))
     await appliance.mark("m")
     times, names = appliance.landmarks()
     assert names == {"m": appliance.live("b").time_ns}
@@ -274,9 +274,9 @@ async def test_a_mark_is_listed_once(appliance: Appliance) -> None:
 async def test_a_mark_is_one_instant_of_all_volumes(appliance: Appliance) -> None:
     """A name set again means the newest; a snapshot's name can't be one."""
     for value in (b"first", b"second"):
-        appliance.write_tap("a", 0, value.ljust(512))
-        appliance.write_tap("b", 0, value.ljust(512))
-        appliance.write_tap("a", 0, (value + b" again").ljust(512))
+        await appliance.write_tap("a", 0, value.ljust(512))
+        await appliance.write_tap("b", 0, value.ljust(512))
+        await appliance.write_tap("a", 0, (value + b" again").ljust(512))
         await appliance.mark("m")
         marked = appliance.seqs_at(appliance.resolve("m"))
         assert marked == {name: volume.journal.durable for name, volume in appliance._volumes.items()}
@@ -290,7 +290,7 @@ async def test_a_sync_by_policy_opens_no_snapshot_but_the_first(appliance: Appli
     """It feeds the open snapshot; where there is none, the mirror's moment stays."""
     engine = appliance._engines["a"]
     for value in (b"one", b"two", b"three"):
-        appliance.write_tap("a", 0, value.ljust(512))
+        await appliance.write_tap("a", 0, value.ljust(512))
         await engine.flush()
         before = engine.volume.pointers.now.mirror_seq
         assert await engine.sync_to(engine.volume.journal.durable) == before + 1

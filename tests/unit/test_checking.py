@@ -19,12 +19,12 @@ from dmafs.errors import CheckBusyError, ReadOnlyError, StoreError
 from dmafs.service.checking import RESYNC, VERIFY, Check, Checking
 from dmafs.service.control import _lines
 from dmafs.service.driver import Await
-from dmafs.service.engine import Engine
+from dmafs.service.passing import PassThroughEngine
 from tests.unit.test_engine import BOOT, SECTORS, make_engine, sector, until
 
 
 @pytest.fixture
-async def engine(tmp_path: Path, nursery: trio.Nursery) -> AsyncIterator[Engine]:
+async def engine(tmp_path: Path, nursery: trio.Nursery) -> AsyncIterator[PassThroughEngine]:
     engine = make_engine(tmp_path)
     await engine.recover(BOOT)
     await nursery.start(engine.run)
@@ -34,7 +34,7 @@ async def engine(tmp_path: Path, nursery: trio.Nursery) -> AsyncIterator[Engine]
     await engine.close()
 
 
-def damage(engine: Engine, at: int, text: str) -> None:
+def damage(engine: PassThroughEngine, at: int, text: str) -> None:
     engine.tap.primary.write([sector(text)], at * 512)
 
 
@@ -44,7 +44,7 @@ async def done(check: Check) -> Check:
     return check
 
 
-async def test_a_verify_finds_and_changes_nothing(engine: Engine) -> None:
+async def test_a_verify_finds_and_changes_nothing(engine: PassThroughEngine) -> None:
     """What was written behind the tap's back is found; the journal isn't touched."""
     engine.through.write(0, sector("captured"))
     damage(engine, 9, "not captured")
@@ -58,7 +58,7 @@ async def test_a_verify_finds_and_changes_nothing(engine: Engine) -> None:
     assert engine.checking.current is None
 
 
-async def test_a_resync_takes_over_what_differs(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_resync_takes_over_what_differs(engine: PassThroughEngine, caplog: pytest.LogCaptureFixture) -> None:
     """There is a gap around what was journaled, and a verify is clean afterwards."""
     damage(engine, 9, "not captured")
     check = await done(engine.checking.begin(RESYNC))
@@ -75,7 +75,7 @@ async def test_a_resync_takes_over_what_differs(engine: Engine, caplog: pytest.L
     ]
 
 
-async def test_a_resync_of_equal_sides_is_no_gap(engine: Engine) -> None:
+async def test_a_resync_of_equal_sides_is_no_gap(engine: PassThroughEngine) -> None:
     """Where a verify finds nothing there is nothing to mend."""
     engine.through.write(0, sector("captured"))
     check = await done(engine.checking.begin(RESYNC))
@@ -84,7 +84,7 @@ async def test_a_resync_of_equal_sides_is_no_gap(engine: Engine) -> None:
     assert engine.volume.journal.gaps == []
 
 
-async def test_there_is_one_at_a_time(engine: Engine) -> None:
+async def test_there_is_one_at_a_time(engine: PassThroughEngine) -> None:
     """A second one is refused, by the name of the first; so is one while a gap lasts."""
     first = engine.checking.begin(VERIFY)
     with pytest.raises(CheckBusyError, match="volume disk: a verify is under way already"):
@@ -99,7 +99,9 @@ async def test_there_is_one_at_a_time(engine: Engine) -> None:
     await done(engine.checking.begin(VERIFY))
 
 
-def settling(engine: Engine, monkeypatch: pytest.MonkeyPatch, settle: Callable[[], Awaitable[object]]) -> None:
+def settling(
+    engine: PassThroughEngine, monkeypatch: pytest.MonkeyPatch, settle: Callable[[], Awaitable[object]]
+) -> None:
     """Have comparisons settle in a way of their own; flushes don't."""
     plain = engine.steps
 
@@ -109,7 +111,7 @@ def settling(engine: Engine, monkeypatch: pytest.MonkeyPatch, settle: Callable[[
     monkeypatch.setattr(engine, "steps", lambda throttle: dataclasses.replace(plain(throttle), settle=step))
 
 
-def slow(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> tuple[trio.Event, trio.Event]:
+def slow(engine: PassThroughEngine, monkeypatch: pytest.MonkeyPatch) -> tuple[trio.Event, trio.Event]:
     """Have the tap need a long time to settle: return the events that it has begun to, and that it may be done."""
     begun, go_on = trio.Event(), trio.Event()
 
@@ -121,7 +123,7 @@ def slow(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> tuple[trio.Event, t
     return begun, go_on
 
 
-async def test_who_goes_away_ends_a_verify(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_who_goes_away_ends_a_verify(engine: PassThroughEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Given up while it waits for the tap, it ends at once, without a result."""
     begun, _ = slow(engine, monkeypatch)
     damage(engine, 9, "not captured")
@@ -134,7 +136,9 @@ async def test_who_goes_away_ends_a_verify(engine: Engine, monkeypatch: pytest.M
     assert [line["error"] for line in told] == ["ControlError"]
 
 
-async def test_a_sync_does_not_wait_for_a_tap_that_settles(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_sync_does_not_wait_for_a_tap_that_settles(
+    engine: PassThroughEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """While a comparison waits, it isn't a reader: a tap may need a sync to settle."""
     engine.through.write(0, sector("one"))
     damage(engine, 9, "not captured")
@@ -149,7 +153,9 @@ async def test_a_sync_does_not_wait_for_a_tap_that_settles(engine: Engine, monke
     assert check.found.extents == [(8, 16)]
 
 
-async def test_a_resync_that_has_found_something_goes_on(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_resync_that_has_found_something_goes_on(
+    engine: PassThroughEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A gap that it has begun is ended, whoever goes away."""
     damage(engine, 9, "not captured")
     check = engine.checking.begin(RESYNC)
@@ -167,7 +173,7 @@ async def test_a_resync_that_has_found_something_goes_on(engine: Engine, monkeyp
 
 
 async def test_a_gap_that_begins_again_is_not_ended_by_an_older_resync(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
+    engine: PassThroughEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Capture that is lost during a resync is compared once more, from the beginning."""
     rounds = 0
@@ -188,7 +194,7 @@ async def test_a_gap_that_begins_again_is_not_ended_by_an_older_resync(
     assert rounds > 2
 
 
-async def test_an_error_ends_a_check_and_is_told(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_error_ends_a_check_and_is_told(engine: PassThroughEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     """An error of the disk becomes one of the tree; a volume that takes no writes isn't mended."""
 
     def broken(_buffer: Any, _offset: int) -> None:
@@ -207,7 +213,7 @@ async def test_an_error_ends_a_check_and_is_told(engine: Engine, monkeypatch: py
     assert isinstance(check.failure, ReadOnlyError)
 
 
-async def test_progress_is_told_and_a_pause_ends_with_the_check(engine: Engine) -> None:
+async def test_progress_is_told_and_a_pause_ends_with_the_check(engine: PassThroughEngine) -> None:
     """Lines tell how far it is, the last one the result. A rate of a byte a second means a pause that nobody awaits."""
     check = engine.checking.begin(VERIFY, 1)
     lines = _lines(check)
@@ -223,7 +229,7 @@ async def test_progress_is_told_and_a_pause_ends_with_the_check(engine: Engine) 
     assert last["result"]["compared_bytes"] == SECTORS * 512
 
 
-async def test_the_rate_of_the_configuration_counts_unless_another_is_given(engine: Engine) -> None:
+async def test_the_rate_of_the_configuration_counts_unless_another_is_given(engine: PassThroughEngine) -> None:
     """0 is no limit, and may be asked for."""
     checking = Checking(engine, bytes_per_s=77)
     assert checking.begin(VERIFY).bytes_per_s == 77

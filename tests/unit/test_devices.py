@@ -23,6 +23,7 @@ from dmafs.service.devices import local_tap, mapped_volumes
 from dmafs.service.engine import Engine
 from dmafs.service.following import FollowingEngine
 from dmafs.service.keeper import Keeper
+from dmafs.service.passing import PassThroughEngine
 from dmafs.taps.dm import DmTap
 from dmafs.taps.passthrough import PassThroughTap
 from dmafs.units import SECTOR
@@ -175,7 +176,7 @@ async def appliance(store: Path, kernel: Kernel, nursery: trio.Nursery) -> Async
             engines[name] = FollowingEngine(volume, tap, tick_s=0.02, limiter=limiter)
         else:
             source = open_source(Path(volume.info.source), writable=True) if name == "plain" else volume.mirror.file
-            engines[name] = Engine(volume, PassThroughTap(volume, source), tick_s=0.02, limiter=limiter)
+            engines[name] = PassThroughEngine(volume, PassThroughTap(volume, source), tick_s=0.02, limiter=limiter)
     ended = trio.Event()
     scope = trio.CancelScope()
 
@@ -216,7 +217,7 @@ async def test_one_instant_of_volumes_with_and_without_a_log(appliance: Applianc
             data = number.to_bytes(8, "little").ljust(SECTOR, b".")
             kernel.write(0, data)
             kernel.flush()
-            appliance.write_tap("plain", 0, data)
+            await appliance.write_tap("plain", 0, data)
             counter = number
             await trio.sleep(0.004)
 

@@ -18,14 +18,14 @@ from dmafs.core.storage import RealStorage, open_source
 from dmafs.core.store import open_volume
 from dmafs.core.volume import Volume
 from dmafs.errors import ExistsError, NoSuchPointError, StoreError
-from dmafs.service.engine import Engine
+from dmafs.service.passing import PassThroughEngine
 from dmafs.taps.passthrough import PassThroughTap
 
 SECTORS = 256
 BOOT = UUID(int=1)
 
 
-def make_engine(folder: Path, *, threads: int = 4, segments: SegmentLimits | None = None) -> Engine:
+def make_engine(folder: Path, *, threads: int = 4, segments: SegmentLimits | None = None) -> PassThroughEngine:
     """Open the volume in *folder*, made if need be."""
     source = folder / "primary.img"
     disk = folder / "disk"
@@ -36,7 +36,7 @@ def make_engine(folder: Path, *, threads: int = 4, segments: SegmentLimits | Non
     limits = VolumeLimits(segments=segments or SegmentLimits(), reserve_bytes=0)
     volume = open_volume(disk, limits=limits)
     tap = PassThroughTap(volume, open_source(source, writable=True))
-    return Engine(volume, tap, tick_s=0.02, limiter=trio.CapacityLimiter(threads))
+    return PassThroughEngine(volume, tap, tick_s=0.02, limiter=trio.CapacityLimiter(threads))
 
 
 async def until(condition: object) -> None:
@@ -48,7 +48,7 @@ async def until(condition: object) -> None:
 
 
 @pytest.fixture
-async def engine(tmp_path: Path, nursery: trio.Nursery) -> AsyncIterator[Engine]:
+async def engine(tmp_path: Path, nursery: trio.Nursery) -> AsyncIterator[PassThroughEngine]:
     engine = make_engine(tmp_path)
     await engine.recover(BOOT)
     await nursery.start(engine.run)
@@ -62,7 +62,7 @@ def sector(text: str) -> bytes:
     return text.encode().ljust(512, b".")
 
 
-async def test_group_commit(engine: Engine) -> None:
+async def test_group_commit(engine: PassThroughEngine) -> None:
     """Thirty-two writers that flush at the same time cost two commits: the first one's and that of all others."""
     before = engine.commits
 
@@ -77,7 +77,7 @@ async def test_group_commit(engine: Engine) -> None:
     assert 1 <= engine.commits - before <= 2
 
 
-async def test_a_flush_with_nothing_to_do_costs_nothing(engine: Engine) -> None:
+async def test_a_flush_with_nothing_to_do_costs_nothing(engine: PassThroughEngine) -> None:
     """Flushing twice syncs the files once."""
     engine.through.write(0, sector("once"))
     await engine.flush()
@@ -86,7 +86,7 @@ async def test_a_flush_with_nothing_to_do_costs_nothing(engine: Engine) -> None:
     assert engine.volume.journal.parts[-1].records == records
 
 
-async def test_ticks(engine: Engine) -> None:
+async def test_ticks(engine: PassThroughEngine) -> None:
     """Writes that nobody flushes get a sync indicator and become durable."""
     engine.through.write(0, sector("lazy"))
     seq = engine.volume.journal.head
@@ -108,7 +108,7 @@ def held_up(monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threading
     return begun, go_on
 
 
-async def test_a_drop_stops_between_steps(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_drop_stops_between_steps(engine: PassThroughEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     """The end of the daemon doesn't wait for a long merge; while it runs, what was begun is finished."""
     for value in ("one", "two"):
         await engine.take_snapshot(value)
@@ -137,7 +137,7 @@ async def test_a_drop_stops_between_steps(engine: Engine, monkeypatch: pytest.Mo
     engine.volume.check()
 
 
-async def test_a_drop_does_not_wait_for_a_sync(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_drop_does_not_wait_for_a_sync(engine: PassThroughEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     """A snapshot is hidden at once, also the one that the sync feeds, and gone for good once the sync has ended."""
     engine.through.write(0, sector("one"))
     await engine.take_snapshot("one")
@@ -159,7 +159,7 @@ async def test_a_drop_does_not_wait_for_a_sync(engine: Engine, monkeypatch: pyte
     assert bytes(engine.volume.live.read(0, 3)) == b"two"
 
 
-async def test_a_reader_is_waited_for(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_reader_is_waited_for(engine: PassThroughEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     """A sync doesn't overwrite the mirror under a reader that resolved before: the reader gets the old bytes."""
     engine.through.write(0, sector("old"))
     await engine.sync()
@@ -199,7 +199,7 @@ async def test_a_reader_is_waited_for(engine: Engine, monkeypatch: pytest.Monkey
     engine.release(image)
 
 
-async def test_what_a_held_image_kept_is_dropped(engine: Engine) -> None:
+async def test_what_a_held_image_kept_is_dropped(engine: PassThroughEngine) -> None:
     """A held moment outlives syncs as a hidden snapshot, and goes when it is released."""
     engine.through.write(0, sector("first"))
     await engine.flush()
@@ -219,7 +219,7 @@ async def test_what_a_held_image_kept_is_dropped(engine: Engine) -> None:
     engine.volume.check()
 
 
-async def test_snapshot_names_are_unique(engine: Engine) -> None:
+async def test_snapshot_names_are_unique(engine: PassThroughEngine) -> None:
     """A second snapshot of the same name is refused; two names at one moment are two snapshots."""
     await engine.take_snapshot("a")
     with pytest.raises(ExistsError):
@@ -228,7 +228,7 @@ async def test_snapshot_names_are_unique(engine: Engine) -> None:
     assert [snapshot.name for snapshot in engine.volume.snapshots] == ["a", "b"]
 
 
-async def test_a_failed_fsync_ends_all_writing(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_failed_fsync_ends_all_writing(engine: PassThroughEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     """After a failed fsync the volume is read-only, and says why; reading goes on."""
     engine.through.write(0, sector("before"))
 
@@ -310,7 +310,7 @@ async def test_a_sync_waits_for_the_readers_of_a_resync(tmp_path: Path, monkeypa
     await engine.close()
 
 
-async def test_digest(engine: Engine) -> None:
+async def test_digest(engine: PassThroughEngine) -> None:
     """The digest is that of all bytes of the image."""
     import xxhash  # noqa: PLC0415
 

@@ -20,8 +20,8 @@ from dmafs.service import appliance as appliances
 from dmafs.service import keeper as keeping
 from dmafs.service.alarms import Alarms
 from dmafs.service.appliance import Appliance
-from dmafs.service.engine import Engine
 from dmafs.service.keeper import Keeper
+from dmafs.service.passing import PassThroughEngine
 from dmafs.taps.passthrough import PassThroughTap
 from dmafs.tree.backend import Space
 from tests.unit.tools import Clock
@@ -35,7 +35,7 @@ RULES = KeepRules(within_s=0, hourly=0, daily=0, weekly=0, monthly=0, yearly=0, 
 class Bench:
     """An appliance of two volumes whose store has as much space as a test says."""
 
-    def __init__(self, store: Store, engines: dict[str, Engine]) -> None:
+    def __init__(self, store: Store, engines: dict[str, PassThroughEngine]) -> None:
         self.store = store
         self.engines = engines
         self.appliance = Appliance(store, engines, rules=RULES)
@@ -55,7 +55,7 @@ class Bench:
         """Take a snapshot and have a sync save that much to it, in both volumes."""
         await self.appliance.take_snapshot(name)
         for volume in ("a", "b"):
-            self.appliance.write_tap(volume, 0, name.encode().ljust(512, b".") * sectors)
+            await self.appliance.write_tap(volume, 0, name.encode().ljust(512, b".") * sectors)
         for engine in self.engines.values():
             await engine.flush()
         await self.appliance.sync()
@@ -74,7 +74,7 @@ async def bench(tmp_path: Path, nursery: trio.Nursery, monkeypatch: pytest.Monke
     engines = {}
     for name, volume in store.volumes.items():
         tap = PassThroughTap(volume, open_source(Path(volume.info.source), writable=True))
-        engines[name] = Engine(volume, tap, tick_s=10, limiter=trio.CapacityLimiter(4))
+        engines[name] = PassThroughEngine(volume, tap, tick_s=10, limiter=trio.CapacityLimiter(4))
     for engine in engines.values():
         await engine.recover(UUID(int=1))
         await nursery.start(engine.run)
@@ -250,7 +250,7 @@ async def test_the_floor_is_kept_and_the_alarm_says_so(bench: Bench, caplog: pyt
     assert "no snapshot can be dropped; history begins at" in record.message
     assert bench.alarms() == {"space": record.message}
     with pytest.raises(StoreFullError):
-        bench.appliance.write_tap("a", 0, bytes(64 * 512))  # more than the allowance from before
+        await bench.appliance.write_tap("a", 0, bytes(64 * 512))  # more than the allowance from before
 
 
 async def test_the_alarm_is_logged_once_until_it_has_cleared(

@@ -15,6 +15,7 @@ from dmafs.core.volume import Volume
 from dmafs.service.configuration import Configuration
 from dmafs.service.engine import Engine
 from dmafs.service.following import FollowingEngine
+from dmafs.service.passing import PassThroughEngine
 from dmafs.service.report import state_of
 from dmafs.service.tapping import PastEngine, open_engine
 from dmafs.taps.recorded import import_volume
@@ -52,7 +53,7 @@ def imported(path: Path) -> Volume:
     return open_volume(path / "store" / "disk")
 
 
-@pytest.mark.parametrize(("tap", "kind"), [("fuse", Engine), ("log", FollowingEngine)])
+@pytest.mark.parametrize(("tap", "kind"), [("fuse", PassThroughEngine), ("log", FollowingEngine)])
 async def test_each_tap_has_its_engine(tmp_path: Path, tap: str, kind: type[Engine], opened: list[Volume]) -> None:
     """A pass-through writes the source, a log is followed."""
     source, log = tmp_path / "primary", tmp_path / "a.log"

@@ -36,7 +36,7 @@ SOURCE: Final = Path("/dev/ubda")
 STORE_DISK: Final = Path("/dev/ubdb")
 DISK: Final = Path("/var/lib/dmafs-disk")
 ALLOWED: Final = (
-    "the machine stopped while it was in use",
+    "a gap is open",
     "gap ended, .* of the source differed",
     "its device was removed",  # as it was told
 )
