@@ -87,8 +87,8 @@ def _volume_lines(volume: dict[str, Any]) -> list[str]:
     lines = [
         f"volume {volume['name']}: {volume['state']}, {format_bytes(volume['size_bytes'])} from {volume['source']}"
     ]
-    if volume["failure"]:
-        lines.append(f"  failure   {volume['failure']}")
+    if (failure := volume["failure"]) is not None:
+        lines += [f"  failure   {failure['what']} (since {failure['since']})", f"  to do     {failure['hint']}"]
     if (device := volume["device"]) is not None:
         lines.append(f"  device    {device['device']}, {_device_text(device)}")
     if volume["state"] == "copying":

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import errno
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from typing import Final
 
 from dmafs.errors import ReadOnlyError, StoreError, StoreFullError
+
+FAILED_HINT: Final = "look at that disk, start the daemon again, then run: dmafs resync STORE"
+"""What to do about a volume that is read-only."""
 
 
 class Gate:
     """See the module; calling it is passing it."""
 
-    def __init__(self, name: str) -> None:
-        """Begin open; *name* is the volume's."""
+    def __init__(self, name: str, clock: Callable[[], int] = time.time_ns) -> None:
+        """Begin open; *name* is the volume's, *clock* returns UTC nanoseconds."""
         self._name = name
+        self._clock = clock
         self.failure = ""
+        """What has failed, and on which file."""
+        self.failed_ns = 0
+        """When it did."""
 
     @contextlib.contextmanager
     def __call__(self, *, fatal: bool = False) -> Iterator[None]:
@@ -26,7 +35,7 @@ class Gate:
         if self.failure:
             raise ReadOnlyError(
                 f"volume {self._name} is read-only: {self.failure}",
-                hint="look at the store's disk, then start the daemon again",
+                hint=FAILED_HINT,
             )
         try:
             yield
@@ -37,5 +46,5 @@ class Gate:
                     f"store of volume {self._name} is full", hint="make space, sync, or drop old snapshots"
                 ) from error
             if error.errno not in {errno.EMFILE, errno.ENFILE} or fatal:
-                self.failure = text
+                self.failure, self.failed_ns = text, self._clock()
             raise StoreError(f"volume {self._name}: {text}", hint="look at the disk it is on") from error

@@ -11,7 +11,7 @@ On demand, where no gap is known, a verify comes first: only where that finds di
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Final, Literal
 from uuid import UUID
 
 from dmafs.core.digests import any_set
@@ -21,6 +21,9 @@ from dmafs.core.storage import File
 from dmafs.core.verify import Differences, Found, Steps, compare, everything
 from dmafs.core.volume import Volume
 from dmafs.core.work import Work
+
+NO_BOOT: Final = UUID(int=0)
+"""No kernel has this boot id."""
 
 Flush = Callable[[Flag], Work[object]]
 """Makes events durable with an indicator of the given kind."""
@@ -45,6 +48,16 @@ def begin_after_stop(volume: Volume, boot_id: UUID, flush: Flush) -> Work[None]:
         yield from flush(Flag.GAP)
     elif label == "R49":
         yield from start_again(volume)
+
+
+def distrust(volume: Volume) -> None:
+    """Have the next start begin a gap, as after a stop of the kernel: a failed disk may lack what the primary has.
+
+    This goes past the gate, which is shut. OSError if it can't be written either. A log is simply read again.
+    """
+    assert volume.failure
+    if not volume.journal.windowed:
+        volume.pointers.update(boot_id=NO_BOOT)
 
 
 def start_again(volume: Volume) -> Work[None]:

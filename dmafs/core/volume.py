@@ -66,7 +66,7 @@ class Volume:
         self.clock = clock
         self.storage = storage
         self.info = VolumeInfo.decode(storage.read_bytes(INFO_NAME, VOLUME_JSON_LIMIT), INFO_NAME)
-        self.gate = Gate(self.info.name)
+        self.gate = Gate(self.info.name, clock)
         with contextlib.ExitStack() as undo:
             self.pointers = PointerFile(storage, self.info.uuid)
             undo.callback(self.pointers.close)

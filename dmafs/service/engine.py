@@ -30,9 +30,11 @@ import xxhash
 
 from dmafs.core.clone import Clone
 from dmafs.core.copy import initial_copy
+from dmafs.core.gate import FAILED_HINT
 from dmafs.core.image import Image
 from dmafs.core.ondisk import Flag
 from dmafs.core.policy import VolumeFacts, facts_of, has_past
+from dmafs.core.resync import distrust
 from dmafs.core.scrub import Rest
 from dmafs.core.snapshot import Snapshot
 from dmafs.core.storage import File
@@ -107,7 +109,7 @@ class Engine(Driver):
 
     def tasks(self) -> list[Callable[[], Awaitable[None]]]:
         """Return what runs as long as the engine does."""
-        return [self._tick, self._drop_unheld, self._copy, self.checking.run, self._warm]
+        return [self._tick, self._drop_unheld, self._copy, self.checking.run, self._warm, self._mind_failure]
 
     async def _tick(self) -> None:
         """Set a sync indicator when there were writes and nobody flushed."""
@@ -118,6 +120,16 @@ class Engine(Driver):
                     await self.flush(Flag.TICK)
                 except TROUBLE as error:
                     log.error("volume %s: tick failed: %s", self.volume.info.name, error)
+
+    async def _mind_failure(self) -> None:
+        """When the volume has become read-only, tell it once, and have the next start compare its source."""
+        while not self.volume.failure:  # noqa: ASYNC110 - the core knows no events, and a tick is soon enough
+            await trio.sleep(self.tick_s)
+        log.error("volume %s is read-only from now on: %s; %s", self.volume.info.name, self.volume.failure, FAILED_HINT)
+        try:
+            await self.call(partial(distrust, self.volume))
+        except OSError as error:
+            log.error("volume %s: the next start can't be told to compare the source: %s", self.volume.info.name, error)
 
     async def _drop_unheld(self) -> None:
         """Finish drops when the last holder of an image is gone."""

@@ -11,6 +11,7 @@ from typing import Any, Final
 import numpy as np
 
 from dmafs.core.diff import diff
+from dmafs.core.gate import FAILED_HINT
 from dmafs.core.image import Image
 from dmafs.core.moments import clone_groups, instant, resolve, seqs_at, snapshot_groups
 from dmafs.core.points import consistency, landmarks, oldest_point
@@ -46,7 +47,7 @@ def status_of(volume: Volume) -> Report:
         "tap": volume.info.tap,
         "size_bytes": size * SECTOR,
         "state": state_of(volume),
-        "failure": volume.failure,
+        "failure": failure_of(volume),
         "copy_fraction": 1.0 if now.copied else now.copied_sectors / size,
         "copy_bytes_per_s": 0,
         "origin": point(now.origin_seq, now.origin_time_ns) if now.copied else None,
@@ -79,6 +80,13 @@ def status_of(volume: Volume) -> Report:
         "last_check": None,
         "last_scrub": None,
     }
+
+
+def failure_of(volume: Volume) -> Report | None:
+    """Return why a volume is read-only: what failed, since when, and what to do; None if it isn't."""
+    if not volume.failure:
+        return None
+    return {"what": volume.failure, "since": format_rfc3339(volume.gate.failed_ns), "hint": FAILED_HINT}
 
 
 def state_of(volume: Volume) -> str:
