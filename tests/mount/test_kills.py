@@ -22,7 +22,7 @@ import pytest
 import xxhash
 
 from dmafs.core.mounts import mounts
-from tests.mount.harness import MIB, REDONE, Rig, assert_same, is_mounted, run, wait_until
+from tests.mount.harness import MIB, REDONE, Rig, assert_same, is_mounted, run
 from tests.mount.kill_loads import (
     BLOCK,
     BLOCKS,
@@ -170,7 +170,11 @@ class Killing:
         return random.Random(self.rng.getrandbits(64))
 
     def kill(self, *, alone: bool) -> None:
-        """Kill the daemon: *alone*, or with the process that would clear its mount then."""
+        """Kill the daemon: *alone*, or with the process that would clear its mount then.
+
+        That process is libfuse's, and now and then it comes too early to see that the mount is dead: it may stay there in
+        either case, for the next daemon to clear.
+        """
         rig = self.rig
         assert rig.daemon is not None
         helpers = [] if alone else helpers_of(rig.daemon.pid)
@@ -178,10 +182,7 @@ class Killing:
         for helper in helpers:
             os.kill(helper, signal.SIGKILL)
         rig.kill()
-        if alone:
-            wait_until(lambda: not is_mounted(rig.mnt), "the mount to be cleared")
-        else:
-            assert is_mounted(rig.mnt), "the dead mount is there, for the next daemon to clear"
+        assert alone or is_mounted(rig.mnt), "the dead mount is there"
 
     def take_down(self) -> None:
         """Assert that what stands on the dead tree answers with errors, and take it away."""
@@ -224,3 +225,22 @@ def test_nothing_acknowledged_is_lost_and_nothing_hangs(rig: Rig, kills: int) ->
     rig.detach(killing.loops.pop())
     rig.stop()
     run("e2fsck", "-fn", rig.primary("files"))
+
+
+def test_a_dead_mount_below_a_loop_device_is_no_hindrance(rig: Rig) -> None:
+    """With a loop device still on the tap of a killed daemon, another store can be made, and the daemon starts again."""
+    rig.allow(REDONE)
+    rig.create()
+    rig.start()
+    device = rig.attach(rig.tap())
+    assert rig.daemon is not None
+    for helper in helpers_of(rig.daemon.pid):
+        os.kill(helper, signal.SIGKILL)
+    rig.kill()
+    other = rig.root / "other.primary"
+    other.write_bytes(bytes(MIB))
+    rig.dmafs("create", rig.root / "other", "--source", other)
+    rig.start()
+    assert_same(rig.primary(), rig.live())
+    rig.detach(device)
+    rig.stop()

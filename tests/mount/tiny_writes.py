@@ -1,0 +1,58 @@
+"""A program: writes single sectors through the engine of a volume, as the daemon does, and prints what memory that took.
+
+``python tiny_writes.py FOLDER SECTORS COUNT...``: random sectors of a volume of SECTORS are written, and flushed every
+ten thousand writes; at each COUNT of writes a line ``events VmRSS`` is printed, the latter in KiB. It has a process of its
+own, so that its memory is what the engine needs. The configuration is the default one.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from pathlib import Path
+
+import trio
+
+from dmafs.core.storage import boot_id, open_source
+from dmafs.core.store import create_volume, open_volume
+from dmafs.service.configuration import Configuration
+from dmafs.service.passing import PassThroughEngine
+from dmafs.taps.passthrough import PassThroughTap
+from dmafs.units import SECTOR
+
+FLUSH_EVERY = 10_000
+
+
+def resident_kib() -> int:
+    """Return the resident memory of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS:"))
+
+
+async def write(folder: Path, sectors: int, counts: list[int]) -> None:
+    """See the module."""
+    source = folder / "primary"
+    with source.open("wb") as file:
+        file.truncate(sectors * SECTOR)
+    create_volume(folder / "store", "disk", source=source, tap="fuse")
+    volume = open_volume(folder / "store" / "disk", limits=Configuration().volume_limits())
+    tap = PassThroughTap(volume, open_source(source, writable=True))
+    engine = PassThroughEngine(volume, tap, tick_s=Configuration().tick_s, limiter=trio.CapacityLimiter(8))
+    rng = random.Random(1)
+    async with trio.open_nursery() as nursery:
+        await engine.recover(boot_id())
+        await nursery.start(engine.run)
+        while not volume.pointers.now.copied:
+            await trio.sleep(0.01)
+        for number in range(1, counts[-1] + 1):
+            await engine.write_tap(rng.randrange(sectors) * SECTOR, number.to_bytes(8, "little") * (SECTOR // 8))
+            if number % FLUSH_EVERY == 0:
+                await engine.flush()
+            if number in counts:
+                print(number, resident_kib(), flush=True)
+        nursery.cancel_scope.cancel()
+    await engine.close()
+
+
+if __name__ == "__main__":
+    trio.run(write, Path(sys.argv[1]), int(sys.argv[2]), [int(word) for word in sys.argv[3:]])
