@@ -172,8 +172,8 @@ class Killing:
     def kill(self, *, alone: bool) -> None:
         """Kill the daemon: *alone*, or with the process that would clear its mount then.
 
-        That process is libfuse's, and now and then it comes too early to see that the mount is dead: it may stay there in
-        either case, for the next daemon to clear.
+        That process is libfuse's, and now and then it comes too early to see that the mount is dead: it may stay there
+        in either case, for the next daemon to clear.
         """
         rig = self.rig
         assert rig.daemon is not None
@@ -227,12 +227,14 @@ def test_nothing_acknowledged_is_lost_and_nothing_hangs(rig: Rig, kills: int) ->
     run("e2fsck", "-fn", rig.primary("files"))
 
 
-def test_a_dead_mount_below_a_loop_device_is_no_hindrance(rig: Rig) -> None:
-    """With a loop device still on the tap of a killed daemon, another store can be made, and the daemon starts again."""
+def test_a_dead_mount_below_a_file_system_is_no_hindrance(rig: Rig) -> None:
+    """While a file system is still mounted from the tap of a killed daemon, stores can be made, and daemons started."""
     rig.allow(REDONE)
-    rig.create()
+    rig.create(size=32 * MIB)
     rig.start()
-    device = rig.attach(rig.tap())
+    device, folder = rig.attach(rig.tap()), rig.folder("files")
+    rig.mkfs(device)
+    rig.mount(device, folder)
     assert rig.daemon is not None
     for helper in helpers_of(rig.daemon.pid):
         os.kill(helper, signal.SIGKILL)
@@ -242,5 +244,6 @@ def test_a_dead_mount_below_a_loop_device_is_no_hindrance(rig: Rig) -> None:
     rig.dmafs("create", rig.root / "other", "--source", other)
     rig.start()
     assert_same(rig.primary(), rig.live())
+    rig.umount(folder)
     rig.detach(device)
     rig.stop()

@@ -1,8 +1,8 @@
-"""A program: writes single sectors through the engine of a volume, as the daemon does, and prints what memory that took.
+"""A program: writes single sectors through the engine of a volume, as the daemon does, and prints its memory.
 
 ``python tiny_writes.py FOLDER SECTORS COUNT...``: random sectors of a volume of SECTORS are written, and flushed every
-ten thousand writes; at each COUNT of writes a line ``events VmRSS`` is printed, the latter in KiB. It has a process of its
-own, so that its memory is what the engine needs. The configuration is the default one.
+ten thousand writes; at each COUNT of writes a line ``events VmRSS`` is printed, the latter in KiB. It has a process of
+its own, so that its memory is what the engine needs. The configuration is the default one.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ async def write(folder: Path, sectors: int, counts: list[int]) -> None:
     async with trio.open_nursery() as nursery:
         await engine.recover(boot_id())
         await nursery.start(engine.run)
-        while not volume.pointers.now.copied:
+        while not volume.pointers.now.copied:  # noqa: ASYNC110 - what is waited for has no event
             await trio.sleep(0.01)
         for number in range(1, counts[-1] + 1):
             await engine.write_tap(rng.randrange(sectors) * SECTOR, number.to_bytes(8, "little") * (SECTOR // 8))
