@@ -1,8 +1,9 @@
-"""A program: a FUSE file system with one file, ``disk``, whose writes fail with EIO while another file is there.
+"""A program: a FUSE file system with one file, ``disk``, whose writes fail or are slow while another file is there.
 
-``python faulty_disk.py MOUNTPOINT BACKING FAULT``: what is written to the disk goes to the file BACKING; while the file
-FAULT exists nothing is written, and reads go on. A loop device over it is a disk whose writes fail. (One over a file on
-a full file system would not do: the kernel's driver takes a write that was done in part for a success.)
+``python faulty_disk.py MOUNTPOINT BACKING FAULT``: what is written to the disk goes to the file BACKING. While the file
+FAULT exists and is empty nothing is written, and the answer is EIO; if it has a number each write takes so many
+seconds. Reads go on. A loop device over it is a disk that does the same. (One over a file on a full file system would
+not do: the kernel's driver takes a write that was done in part for a success.)
 """
 
 from __future__ import annotations
@@ -28,9 +29,14 @@ class FaultyDisk(pyfuse3.Operations):
         self._fd = os.open(backing, os.O_RDWR | os.O_CLOEXEC)
         self._fault = fault
 
-    def _check(self) -> None:
-        if self._fault.exists():
+    async def _check(self) -> None:
+        try:
+            text = self._fault.read_text()
+        except FileNotFoundError:
+            return
+        if not text:
             raise pyfuse3.FUSEError(errno.EIO)
+        await trio.sleep(float(text))
 
     async def getattr(self, inode: pyfuse3.InodeT, ctx: Any = None) -> pyfuse3.EntryAttributes:
         del ctx
@@ -56,12 +62,12 @@ class FaultyDisk(pyfuse3.Operations):
 
     async def write(self, fh: pyfuse3.FileHandleT, off: int, buf: bytes) -> int:
         del fh
-        self._check()
+        await self._check()
         return os.pwrite(self._fd, buf, off)
 
     async def fsync(self, fh: pyfuse3.FileHandleT, datasync: bool) -> None:  # noqa: FBT001 - the kernel's interface
         del fh, datasync
-        self._check()
+        await self._check()
         os.fdatasync(self._fd)
 
 

@@ -6,8 +6,6 @@ import errno
 import json
 import os
 import random
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -15,7 +13,7 @@ from typing import Any, Final
 import pytest
 
 from dmafs.units import AtTime, TimeNs, parse_spelling
-from tests.mount import faulty_disk
+from tests.mount.disks import Disk
 from tests.mount.harness import (
     MIB,
     REDONE,
@@ -23,7 +21,6 @@ from tests.mount.harness import (
     assert_same,
     fails,
     forget,
-    is_mounted,
     moment,
     opened,
     pread,
@@ -43,40 +40,13 @@ FAILED: Final = (
 )
 
 
-class Disk:
-    """A disk whose writes fail from when that is said until it is mended."""
-
-    def __init__(self, rig: Rig) -> None:
-        self.below = rig.folder("below")
-        backing = rig.root / "backing"
-        with backing.open("wb") as file:
-            file.truncate(256 * MIB)
-        self._fault = rig.root / "fault"
-        self._process = subprocess.Popen([sys.executable, faulty_disk.__file__, self.below, backing, self._fault])
-        rig._mounts.append(self.below)
-        wait_until(lambda: is_mounted(self.below), "the faulty disk")
-
-    def fail(self) -> None:
-        self._fault.touch()
-
-    def mend(self) -> None:
-        self._fault.unlink(missing_ok=True)
-
-    def end(self) -> None:
-        assert self._process.wait(30) == 0
-
-
 class Failing:
     """A volume in a store on a disk that fails when it is told to, and what the source has to be."""
 
     def __init__(self, rig: Rig) -> None:
         self.rig, self.rng = rig, random.Random(3)
         self.disk = Disk(rig)
-        self.device = rig.attach(self.disk.below / "disk")
-        rig.mkfs(self.device, "-m", "0")
-        self.place = rig.folder("place")
-        rig.mount(self.device, self.place)
-        rig.store = self.place / "store"
+        self.device, self.place = self.disk.device, self.disk.place
         self.old = self.rng.randbytes(SIZE)
         self.expected = bytearray(self.old)
         rig.create(size=SIZE, content=self.old)
@@ -141,9 +111,6 @@ class Failing:
 
     def end(self) -> None:
         self.rig.stop()
-        self.rig.umount(self.place)
-        self.rig.detach(self.device)
-        self.rig.umount(self.disk.below)
         self.disk.end()
 
 

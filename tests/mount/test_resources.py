@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
-from tests.mount.harness import MIB, Rig, moment, pread, run
+from tests.mount import tiny_writes
+from tests.mount.disks import Disk
+from tests.mount.harness import MIB, Rig, assert_same, moment, opened, pread, run, wait_until
 
 pytestmark = [pytest.mark.mount, pytest.mark.slow]
 
@@ -112,3 +116,72 @@ def test_memory_stays_bounded(rig: Rig) -> None:
         f" VmHWM {read['VmHWM'] // 1024} MiB after reading"
     )
     assert 10 * 1024 < read["VmRSS"] <= read["VmHWM"] < 200 * 1024
+
+
+class Flusher(threading.Thread):
+    """Writes blocks to places of its own and flushes each; *took* are the seconds of each flush."""
+
+    def __init__(self, rig: Rig, number: int) -> None:
+        super().__init__(daemon=True)
+        self._path, self._number = rig.tap(), number
+        self.took: list[float] = []
+        self.end = threading.Event()
+
+    def run(self) -> None:
+        with opened(self._path, os.O_WRONLY) as fd:
+            while not self.end.is_set():
+                data = bytes([self._number + 1, len(self.took) % 256]) * (1 << 15)
+                assert os.pwrite(fd, data, (self._number * 64 + len(self.took) % 64) * len(data)) == len(data)
+                begun = time.monotonic()
+                os.fsync(fd)
+                self.took.append(time.monotonic() - begun)
+
+
+def test_a_slow_store_holds_writers_back(rig: Rig) -> None:
+    """Each flush waits for the store's disk, and each writer for its flush; the daemon's memory doesn't grow meanwhile.
+
+    Nor does it when somebody writes without ever flushing: what the disk hasn't yet is the kernel's to hold.
+    """
+    delay, writers = 0.02, 4
+    disk = Disk(rig)
+    rig.create(size=64 * MIB)
+    rig.start()
+    flushers = [Flusher(rig, number) for number in range(writers)]
+    for flusher in flushers:
+        flusher.start()
+    wait_until(lambda: all(len(flusher.took) >= 10 for flusher in flushers), "quick flushes")
+    disk.slow_down(delay)
+    begun = [len(flusher.took) + 2 for flusher in flushers]  # of those under way one may have been quick
+    wait_until(lambda: all(len(flusher.took) >= first for flusher, first in zip(flushers, begun, strict=True)), "it")
+    before = process_file(rig, "status")["VmRSS"]
+    run("dd", "if=/dev/urandom", f"of={rig.tap()}", "bs=1M", "count=16", "seek=32", "conv=notrunc")
+    wait_until(lambda: all(len(one.took) >= first + 5 for one, first in zip(flushers, begun, strict=True)), "slow ones")
+    after = process_file(rig, "status")["VmRSS"]
+    slow = [took for flusher, first in zip(flushers, begun, strict=True) for took in flusher.took[first:]]
+    print(f"{len(slow)} slow flushes of {min(slow):.3f} s and more, memory grew by {after - before} KiB")
+    assert min(slow) >= delay
+    assert after - before < 16 * 1024
+    disk.mend()
+    for flusher in flushers:
+        flusher.end.set()
+    for flusher in flushers:
+        flusher.join(60)
+        assert not flusher.is_alive()
+    assert_same(rig.primary(), rig.live())
+    rig.stop()
+    disk.end()
+
+
+def test_a_million_tiny_writes(tmp_path: Path) -> None:
+    """Of each write the forward journal keeps a descriptor of 42 bytes in memory until a sync; nothing else grows.
+
+    Neither the maps, the layers and the lists of what is to be flushed do, nor what is kept of its data.
+    """
+    few, many = 250_000, 1_000_000
+    done = run(sys.executable, tiny_writes.__file__, tmp_path, str(1 << 16), str(few), str(many), seconds=300)
+    resident = {int(line.split()[0]): int(line.split()[1]) for line in done.stdout.splitlines()}
+    each = (resident[many] - resident[few]) * 1024 / (many - few)
+    print(
+        f"{resident[few] // 1024} MiB after {few} writes, {resident[many] // 1024} MiB after {many}: {each:.1f} B each"
+    )
+    assert each < 48
