@@ -24,11 +24,21 @@ import pytest
 from dmafs import errors
 from dmafs.cli.main import parser
 from dmafs.core import ondisk, seal
+from dmafs.core.clone import CLONES_MAX
+from dmafs.core.columns import Columns
+from dmafs.core.copy import CHUNK_SECTORS
 from dmafs.core.extent import MAX_EXTENT_SECTORS
 from dmafs.core.moments import LATEST
-from dmafs.core.store import CONFIGURATION_NAME, SOCKET_NAME
+from dmafs.core.segment import BATCH_BYTES
+from dmafs.core.store import CONFIGURATION_NAME, SOCKET_NAME, VOLUMES_MAX
+from dmafs.core.verify import EXTENTS_MAX, PART_SECTORS
 from dmafs.errors import DmafsError
 from dmafs.service.configuration import DURATION, SIZE, Configuration, load_configuration
+from dmafs.service.daemon import FUSE_TASKS
+from dmafs.service.following import TICKS_MAX
+from dmafs.service.mounting import MAX_BACKGROUND
+from dmafs.taps import logreader
+from dmafs.tree.operations import HANDLES_MAX
 from dmafs.units import SECTOR, TimeNs, format_bytes, parse_spelling
 
 ROOT: Final = Path(__file__).parents[2]
@@ -303,6 +313,41 @@ def test_example_values_are_understood() -> None:
     assert [value for kind, value in values if kind == "size"] == [64 << 20, 64 << 20, 1 << 30]
     assert [value for kind, value in values if kind == "duration"] == [86400, 5400]
     assert {kind for kind, _ in values} == set(kinds) - {"number", "seconds"}
+
+
+def test_bounds_are_the_programs() -> None:
+    """The table of bounds has the constants of the program, and the defaults of the keys that it names."""
+    found = {row[0]: row[1:] for row in rows(part(page("dmafs.conf.5"), "BOUNDS"))}
+    constants = {
+        "requests of the tree": FUSE_TASKS,
+        "requests in the kernel": MAX_BACKGROUND,
+        "one event of a write": format_bytes(MAX_EXTENT_SECTORS * SECTOR),
+        "flushes at once": 1,
+        "open files of the tree": HANDLES_MAX,
+        "a step of a sync or drop": format_bytes(BATCH_BYTES),
+        "a step of the first copy": format_bytes(CHUNK_SECTORS * SECTOR),
+        "a step of a verify": format_bytes(PART_SECTORS * SECTOR),
+        "extents a verify names": EXTENTS_MAX,
+        "window of a log, entries": logreader.WINDOW_ROWS,
+        "window of a log, read at once": format_bytes(logreader.BATCH_BYTES),
+        "barriers of ticks": TICKS_MAX,
+        "clones of a store": CLONES_MAX,
+        "volumes of a store": VOLUMES_MAX,
+    }
+    assert {what: most for what, (most, key) in found.items() if key == r"\-"} == {
+        what: str(most) for what, most in constants.items()
+    }
+    columns = Columns(1)
+    columns.add_event(1, 1, 1, ondisk.Flag.DATA, 1)
+    kept = (columns.starts, columns.lengths, columns.physicals, columns.times, columns.checksums)
+    each = sum(column.itemsize for column in kept) + len(columns.flags) + len(columns.verified)
+    assert found["descriptors of a write"] == (f"{each} B", "as the journal")
+    defaults = {(table, field.name): field for table, keys in TABLE_FIELDS.items() for field in keys}
+    for most, key in found.values():
+        if key not in {r"\-", "as the journal"}:
+            table, _, name = key.rpartition(" ")
+            field = defaults[table or "Top level", name]
+            assert most == ("no limit" if field.metadata["default"] == 0 else shown_default(field)), key
 
 
 # -- dmafs-store(5) -------------------------------------------------------------------------------------------------
