@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import select
+import socket
 import stat
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -173,7 +174,7 @@ async def test_any_bytes_end_one_connection_at_most(
     path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Noise, requests with bytes changed, and attempts at other protocols: the next one is served."""
-    monkeypatch.setattr(admission, "HEAD_S", 0.1)
+    monkeypatch.setattr(admission, "HEAD_S", 2.0)
     monkeypatch.setattr(admission, "CONNECTIONS_MAX", 1000)
     random = Random(int(os.environ.get("DMAFS_TEST_SEED", "1")))
     special = [
@@ -217,3 +218,24 @@ async def test_the_end_waits_for_nobody(tmp_path: Path) -> None:
             nursery.cancel_scope.cancel()
     assert trio.current_time() - begun < 5
     assert not path.exists()
+
+
+async def test_another_user_is_refused() -> None:
+    """The kernel says whose process it is; the answer says so, too, and nothing is served."""
+    served: list[object] = []
+
+    async def serve(connection: object) -> None:
+        served.append(connection)
+
+    os.seteuid(65534)
+    try:
+        ours, theirs = socket.socketpair()
+    finally:
+        os.seteuid(0)
+    with theirs:
+        await admission.Admission(serve).handle(trio.SocketStream(trio.socket.from_stdlib_socket(ours)))
+        theirs.settimeout(10)
+        answer = theirs.recv(1 << 16)
+    assert b" 403 " in answer.splitlines()[0]
+    assert b"of user 65534 may not ask" in answer
+    assert not served

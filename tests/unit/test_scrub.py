@@ -174,7 +174,9 @@ def test_the_primary_repairs_what_it_has(volume: Volume, path: Path, tmp_path: P
     segment = segments_of(volume.journal)[0]
     for index in range(2):
         flip(Path(segment.dat.name), segment.physicals[index] * SECTOR)
+    damaged = path.joinpath("mirror.img").read_bytes()[4 * BLOCK : 5 * BLOCK]
     found = scrubbed(volume, primary)
+    assert path.joinpath("mirror.img").read_bytes()[4 * BLOCK : 5 * BLOCK] == damaged, "nobody knows better"
     assert [(one.place, one.start, one.stop, one.repaired) for one in found.damage] == [
         ("mirror", 0, 16, True),
         ("mirror", 32, 40, False),
