@@ -311,10 +311,15 @@ class Clones:
             self._storage.rename(temporary, final)
             self._storage.sync_directory(DIRECTORY)
             return Overlay.open(self._storage, final, self._uuid, self._size_sectors)
-        except (DmafsError, OSError):
+        except (DmafsError, OSError) as error:
             if self._storage.exists(final):
-                with contextlib.suppress(OSError):  # then it stays as a whole
+                with contextlib.suppress(OSError):
                     self._hide(name)
+            if self._storage.exists(final):  # it stays as a whole: then somebody has to hold its base
+                log.warning(
+                    "clone %s of volume %s was made, though not for sure durably: %s", name, self._volume, error
+                )
+                return Overlay.open(self._storage, final, self._uuid, self._size_sectors)
             for leftover in (f".{name}.new", f".{name}.gone"):
                 self._try_to_remove(leftover)
             raise

@@ -60,7 +60,7 @@ class Reader:
         self.found = found
         self.reads = reads
         self.over = False
-        self._work = work
+        self.work = work
         self._call: Callable[[], Any] | None = None
         self._answer: Any = None
         self._error: Exception | None = None
@@ -74,11 +74,11 @@ class Reader:
             return
         try:
             if self._call is None:
-                self._call = next(self._work)
+                self._call = next(self.work)
             else:
                 self._execute()
                 error, self._error = self._error, None
-                self._call = self._work.send(self._answer) if error is None else self._work.throw(error)
+                self._call = self.work.send(self._answer) if error is None else self.work.throw(error)
             self._executed = False
         except NoSuchPointError:
             assert self.held is None, f"{self.kind}: the image at {self.seq} is held"

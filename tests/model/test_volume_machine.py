@@ -161,6 +161,9 @@ class VolumeMachine(Keeping, Cloning, Claims):
         self._settle()
 
     def teardown(self) -> None:
+        for one in (*self.dead, *self.readers, self.running, self.flushing, self.pinning, self.cloning):
+            if one is not None:
+                self.disk.die(one.work)  # now, since its directory goes
         self.readers = []
         try:
             if hasattr(self, "volume"):
