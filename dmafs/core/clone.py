@@ -217,6 +217,11 @@ class Clone:
         overlay.check()
 
 
+def is_leftover(name: str) -> bool:
+    """Say whether a directory of that name is what a creation or a drop that was cut off has left."""
+    return name.startswith(".") and name.endswith((".new", ".gone"))
+
+
 class Clones:
     """All clones of a volume."""
 
@@ -233,10 +238,11 @@ class Clones:
         for name in storage.names(DIRECTORY):
             if valid_name(name):
                 self._by_name[name] = self._open(name)
-            elif name.startswith(".") and name.endswith((".new", ".gone")):
+            elif is_leftover(name):
                 self._try_to_remove(name)
             else:
-                log.error("volume %s: %s/%s is no file of ours; move it out of the store", info.name, DIRECTORY, name)
+                path = storage.path(f"{DIRECTORY}/{name}")
+                log.error("volume %s: %s is no file of ours; move it out of the store", info.name, path)
 
     def _open(self, name: str) -> Clone:
         try:

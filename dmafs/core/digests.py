@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from dmafs.core.extent import Ints
 from dmafs.core.ondisk import DigestHeader, checksum
+from dmafs.core.opening import open_ours
 from dmafs.core.storage import Storage
 from dmafs.errors import CorruptionError
 from dmafs.units import SECTOR
@@ -70,10 +71,7 @@ class Digests:
 
     def __init__(self, storage: Storage, uuid: UUID, size_sectors: int) -> None:
         """Open the table; CorruptionError if it is missing, foreign or of another size."""
-        try:
-            self.file = storage.open(NAME)
-        except FileNotFoundError:
-            raise CorruptionError(f"{NAME} is missing", hint="restore it; the mirror can't be checked") from None
+        self.file = open_ours(storage, NAME, needed="without it nothing in the mirror can be trusted")
         try:
             self._require_ours(uuid, size_sectors)
         except BaseException:

@@ -21,7 +21,8 @@ import numpy as np
 from dmafs.core.digests import BLOCK, BLOCK_SECTORS, Digests, Verdicts, digest_of, matches, partial_blocks
 from dmafs.core.extent import Ints, join, united
 from dmafs.core.ondisk import LOST, VolumeInfo
-from dmafs.core.storage import Buffer, Storage
+from dmafs.core.opening import open_ours
+from dmafs.core.storage import Buffer, File, Storage
 from dmafs.errors import CorruptionError, StoreError
 from dmafs.units import SECTOR
 
@@ -33,23 +34,27 @@ _NOTHING: Final = np.empty(0, np.int64)
 _CHECK_BLOCKS: Final = 256
 
 
+def open_mirror(storage: Storage, info: VolumeInfo) -> File:
+    """Open the mirror's file; CorruptionError if it is missing or of another size."""
+    file = open_ours(storage, NAME, needed="all history needs it")
+    size, right = file.size(), info.size_sectors * SECTOR
+    if size != right:
+        file.close()
+        raise CorruptionError(
+            f"{file.name} has {size} bytes instead of {right}",
+            hint="the file was truncated or extended from outside; restore it",
+        )
+    return file
+
+
 class Mirror:
     """The mirror of one volume; addresses in sectors."""
 
     def __init__(self, storage: Storage, info: VolumeInfo) -> None:
         """Open image and digests; CorruptionError if one is missing or of another size."""
-        try:
-            self.file = storage.open(NAME)
-        except FileNotFoundError:
-            raise CorruptionError(f"{NAME} is missing", hint="restore it; all history needs it") from None
+        self.file = open_mirror(storage, info)
         self.size_sectors = info.size_sectors
         try:
-            size = self.file.size()
-            if size != self.size_sectors * SECTOR:
-                raise CorruptionError(
-                    f"{self.file.name} has {size} bytes instead of {self.size_sectors * SECTOR}",
-                    hint="the file was truncated or extended from outside; restore it",
-                )
             self.digests = Digests(storage, info.uuid, info.size_sectors)
         except BaseException:
             self.file.close()

@@ -113,6 +113,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import struct
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
@@ -135,6 +136,9 @@ POINTERS_SIZE: Final = 8192
 NO_BOOT: Final = UUID(int=0)
 VOLUME_JSON_LIMIT: Final = 65536
 NAME_LIMIT: Final = 256
+LOG_DIRECTORY: Final = "log"
+LOG_NAME: Final = re.compile(r"([0-9]{20})\.log")
+"""Of a mapped device's logs, in that directory."""
 SIZE_SECTORS_MAX: Final = (2**63 - 1) // 512
 """The largest size whose bytes the operating system can address."""
 

@@ -37,6 +37,7 @@ from dmafs.core.ondisk import (
     decode_records,
     encode_record,
 )
+from dmafs.core.opening import open_ours
 from dmafs.core.segment import read_header
 from dmafs.core.storage import Buffer, File, Storage
 from dmafs.core.work import Work
@@ -93,13 +94,15 @@ class Overlay:
     def open(cls, storage: Storage, directory: str, uuid: UUID, size_sectors: int) -> Overlay:
         """Open both files and recover them; CorruptionError if they aren't whole."""
         with contextlib.ExitStack() as undo:
-            ext = storage.open(f"{directory}/{EXT}")
+            ext = open_ours(storage, f"{directory}/{EXT}", needed="the clone is of no use without it")
             undo.callback(ext.close)
-            dat = storage.open(f"{directory}/{DAT}")
+            dat = open_ours(storage, f"{directory}/{DAT}", needed="the clone is of no use without it")
             undo.callback(dat.close)
             header = read_header(ext, Kind.CLONE, uuid)
             if header.name != directory.rpartition("/")[2]:
-                raise CorruptionError(f"{ext.name} belongs to clone {header.name}", hint="the directory was renamed")
+                raise CorruptionError(
+                    f"{ext.name} belongs to clone {header.name}", hint="the directory was renamed; rename it back"
+                )
             overlay = cls(header, ext, dat, size_sectors)
             undo.pop_all()
         return overlay

@@ -14,11 +14,25 @@ from typing import Any
 from uuid import UUID
 
 from dmafs.core.ondisk import POINTERS_SIZE, SLOT_OFFSETS, SLOT_SIZE, Pointers
+from dmafs.core.opening import open_ours
 from dmafs.core.recovery import case, pointers_case
-from dmafs.core.storage import Storage
-from dmafs.errors import CorruptionError
+from dmafs.core.storage import File, Storage
+from dmafs.errors import CorruptionError, StoreError, VersionError
 
 NAME = "pointers"
+
+
+def read_slots(file: File) -> list[Pointers | StoreError]:
+    """Return what each slot holds, or why it can't be used; CorruptionError if the file is too short."""
+    found: list[Pointers | StoreError] = []
+    for offset in SLOT_OFFSETS:
+        data = bytearray(SLOT_SIZE)
+        file.read_into(data, offset)
+        try:
+            found.append(Pointers.decode(data, f"{file.name} at byte {offset}"))
+        except (CorruptionError, VersionError) as error:
+            found.append(error)
+    return found
 
 
 class PointerFile:
@@ -26,7 +40,7 @@ class PointerFile:
 
     def __init__(self, storage: Storage, uuid: UUID) -> None:
         """Open the file and take the newer valid slot; CorruptionError if there is none of this volume's."""
-        self._file = storage.open(NAME)
+        self._file = open_ours(storage, NAME, needed="without it nobody knows what of the volume counts")
         self._lock = threading.Lock()
         try:
             self.now = self._newest(uuid)
@@ -48,14 +62,12 @@ class PointerFile:
             file.close()
 
     def _newest(self, uuid: UUID) -> Pointers:
-        found, problems = [], []
-        for offset in SLOT_OFFSETS:
-            data = bytearray(SLOT_SIZE)
-            self._file.read_into(data, offset)
-            try:
-                found.append(Pointers.decode(data, f"{self._file.name} at byte {offset}"))
-            except CorruptionError as error:
-                problems.append(error)
+        slots = read_slots(self._file)
+        found = [slot for slot in slots if isinstance(slot, Pointers)]
+        problems = [slot for slot in slots if isinstance(slot, StoreError)]
+        for problem in problems:
+            if isinstance(problem, VersionError):
+                raise problem
         if not found:
             case(pointers_case(slots="none", snapshot="whole", target=False), NAME)  # R41
             raise problems[0]
@@ -63,7 +75,7 @@ class PointerFile:
         if newest.uuid != uuid:
             raise CorruptionError(
                 f"{self._file.name} belongs to volume {newest.uuid}, not to {uuid}",
-                hint="the file comes from another store",
+                hint="the file comes from another volume; put this one's back",
             )
         return newest
 

@@ -14,7 +14,8 @@ Names in ``forward/``, ``file_case``::
     R3   yes   yes  a segment
 
 Segments, in the order of their seqs, ``segment_case``. *needed*: no later one begins at or before the first event
-behind the tail. *header*: blank is too short or all zeros. *follows*: it begins where the one before ends, the first
+behind the tail. *header*: blank is too short or all zeros, or stands alone, without records and without a data file;
+records without a data file make it damaged, too. *follows*: it begins where the one before ends, the first
 one at or before the event behind the tail. *later*: it isn't the last one. *sealed*: it has a valid seal. *whole*: its
 records and data reach the next segment. *durable*: how much is claimed of what is missing here (with a header that
 isn't good all of it, if it doesn't follow what is before it): none, some, or all up to the next segment or the end::
@@ -103,7 +104,10 @@ primary again. *kernel*: the one that the volume was opened under. *gap*: one la
 from __future__ import annotations
 
 import logging
-from typing import Final, Literal, NamedTuple
+from collections.abc import Callable
+from typing import Final, Literal, NamedTuple, NoReturn
+
+from dmafs.errors import StoreError
 
 log = logging.getLogger(__name__)
 
@@ -112,6 +116,8 @@ STEM_DIGITS: Final = 20  # of 2**64 - 1, so that names sort as seqs do
 
 Header = Literal["blank", "damaged", "good"]
 Durable = Literal["none", "some", "all"]
+Refuse = Callable[[str, StoreError], None]
+"""Is told which file of the volume is refused and why, and raises the error, unless all that is wrong is wanted."""
 Suffix = Literal["ext", "gone", "new", "dat", "pin", "foreign"]
 SUFFIXES: Final = ("ext", "gone", "new", "dat", "pin")
 """Of files in ``backward/``."""
@@ -120,6 +126,8 @@ REFUSED: Final = frozenset(
     {"R1", "R6", "R8", "R9", "R10", "R12", "R16", "R19", "R20", "R21", "R26", "R38", "R41", "R42"}
 )
 """The rows that say so."""
+PASSED_OVER: Final = ("a segment before it is missing", "refused")
+"""What a part is said to be damaged by that was refused, where somebody wants to know of all that is."""
 
 
 def stem(first: int) -> str:
@@ -131,6 +139,11 @@ def case(label: str, what: str) -> str:
     """Log that a row counts for something, and return its label."""
     log.debug("recovery %s: %s", label, what)
     return label
+
+
+def refuse(_name: str, error: StoreError) -> NoReturn:
+    """Raise *error*: what is refused isn't opened."""
+    raise error
 
 
 class FoundSegment(NamedTuple):

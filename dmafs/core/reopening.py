@@ -13,21 +13,25 @@ import logging
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, Literal, NoReturn
+from typing import Final, Literal
 from uuid import UUID
 
 from dmafs.core.ondisk import HEADER_SIZE, Kind
+from dmafs.core.opening import open_ours
 from dmafs.core.part import Part
 from dmafs.core.recovery import (
     DIRECTORY,
+    PASSED_OVER,
     REFUSED,
     STEM_DIGITS,
     Durable,
     FoundSegment,
     Header,
+    Refuse,
     case,
     end_case,
     file_case,
+    refuse,
     segment_case,
     stem,
     tail_case,
@@ -35,7 +39,7 @@ from dmafs.core.recovery import (
 from dmafs.core.seal import Seal, read_seal
 from dmafs.core.segment import Segment, read_header
 from dmafs.core.storage import Storage
-from dmafs.errors import CorruptionError
+from dmafs.errors import CorruptionError, StoreError, VersionError
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +66,7 @@ class _Look:
     seal: Seal | None = None
     segment: Segment | None = None
     """Read if it isn't known by its seal."""
-    error: CorruptionError | None = None
+    error: StoreError | None = None
     durable: int = 0
     """Up to where its records say that journal and primary were durable."""
     certain: int = 0
@@ -72,13 +76,24 @@ class _Look:
 class Recovery:
     """The segments of a journal as they are found, in order."""
 
-    def __init__(self, storage: Storage, uuid: UUID, tail: int, tail_time_ns: int, *, windowed: bool = False) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        uuid: UUID,
+        tail: int,
+        tail_time_ns: int,
+        *,
+        windowed: bool = False,
+        refuse: Refuse = refuse,
+    ) -> None:
         """Begin at the *tail*: events up to it are in the mirror.
 
         Of a *windowed* journal the segment of event *tail* is needed, too: where nothing behind counts, it has the last
-        indicator.
+        indicator. If *refuse*, which is told what is refused, doesn't raise it, all is looked at and nothing is done.
         """
         self._storage = storage
+        self._told = refuse
+        self.refused = False
         self._uuid = uuid
         self._tail, self._tail_time_ns = tail, tail_time_ns
         self._windowed = windowed
@@ -96,6 +111,8 @@ class Recovery:
         """
         try:
             claimed, durable = self._decide(durable)
+            if self.refused:
+                return durable
             lonely = [] if any(part.damage for part in self.parts) else self._lonely
             for first in [*self._leftovers, *lonely]:
                 self._unlink(first)
@@ -105,11 +122,19 @@ class Recovery:
                     part.segment.trim()
             self._storage.sync_directory(DIRECTORY)
         except BaseException:
-            for look in self._looks:
-                if look.segment is not None:
-                    look.segment.close()
+            self.close()
             raise
         return durable
+
+    def close(self) -> None:
+        """Close all files."""
+        for look in self._looks:
+            if look.segment is not None:
+                look.segment.close()
+
+    def _refuse(self, name: str, error: StoreError) -> None:
+        self.refused = True
+        self._told(name, error)
 
     def _decide(self, durable: int) -> tuple[int, int]:
         """Go through the tables without changing a file; return what is claimed, and what the records say of it."""
@@ -136,21 +161,33 @@ class Recovery:
             ours = suffix in found and len(digits) == STEM_DIGITS and digits.isascii() and digits.isdigit()
             ext = ours and f"{digits}.ext" in names
             if case(file_case(ours=ours, ext=ext), name) == "R1":
-                raise CorruptionError(f"{DIRECTORY}/{name} is no file of ours", hint="move it out of the store")
-            found[suffix].add(int(digits))
+                path = f"{DIRECTORY}/{name}"
+                foreign = f"{self._storage.path(path)} is no file of ours"
+                self._refuse(path, CorruptionError(foreign, hint="move it out of the store"))
+            else:
+                found[suffix].add(int(digits))
         self._lonely = sorted(found[".dat"] - found[".ext"])
         return sorted(found[".ext"])
 
     def _look(self, first: int, stop: int | None) -> _Look:
         """See what is in a segment: its header and its seal and, unless a later one makes these enough, all of it."""
         look = _Look(first, stop)
-        ext = self._storage.open(f"{stem(first)}.ext")
+        try:
+            ext = open_ours(self._storage, f"{stem(first)}.ext", needed="some of the history can't be read without it")
+        except CorruptionError as error:
+            look.header, look.error = "damaged", error
+            return look
         try:
             header = read_header(ext, Kind.FORWARD, self._uuid)
             if header.first != first:
-                raise CorruptionError(f"{ext.name} begins at seq {header.first}", hint="the file was renamed")
+                raise CorruptionError(
+                    f"{ext.name} begins at seq {header.first}",
+                    hint=f"the file was renamed; give it back its name, which ends in {stem(header.first)}.ext",
+                )
             look.seal = read_seal(ext, header.salt, first)
-        except CorruptionError as error:
+        except (CorruptionError, VersionError) as error:
+            if isinstance(error, VersionError):
+                self._refuse(f"{stem(first)}.ext", error)
             look.error = error
             data = bytearray(min(ext.size(), HEADER_SIZE))
             ext.read_into(data, 0)
@@ -165,7 +202,8 @@ class Recovery:
         try:
             look.segment = Segment.open(self._storage, stem(first), Kind.FORWARD, self._uuid)
         except CorruptionError as error:
-            look.error = error
+            empty = self._storage.size(f"{stem(first)}.ext") <= HEADER_SIZE
+            look.header, look.error = "blank" if empty else "damaged", error
             return look
         look.durable = max(look.durable, look.segment.claimed_durable, look.segment.claims_beyond_end())
         return look
@@ -195,8 +233,9 @@ class Recovery:
         )
         label = case(segment_case(found), name)
         if label in REFUSED:
-            self._refuse(look, missing, claimed)
-        if label in {"R4", "R5", "R11"}:
+            self._refuse(name, self._reason(look, missing, claimed))
+            self._pass_over(look, claimed)
+        elif label in {"R4", "R5", "R11"}:
             self._leftovers.append(look.first)
             if look.segment is not None:
                 look.segment.close()
@@ -224,7 +263,7 @@ class Recovery:
 
     def _take_damaged(self, look: _Look, stop: int, missing: int) -> None:
         """Go on behind a segment that had been durable and can't be read; reads that need it will fail."""
-        name = f"{stem(look.first)}.ext"
+        name = self._storage.path(f"{stem(look.first)}.ext")
         message = look.error.message if look.error else f"{name} or its data ends before seq {missing}"
         log.error("%s: moments after seq %d can't be read", message, look.first - 1)
         if look.segment is not None:
@@ -233,15 +272,28 @@ class Recovery:
         self.parts.append(part)
         self.head = stop - 1
 
-    def _refuse(self, look: _Look, missing: int, claimed: int) -> NoReturn:
+    def _reason(self, look: _Look, missing: int, claimed: int) -> StoreError:
         if look.error is not None:
-            raise look.error
+            return look.error
         if look.first > missing:
-            raise CorruptionError(
-                f"forward journal has no events {missing} to {look.first - 1}",
-                hint=f"a segment before {stem(look.first)}.ext is missing or damaged",
+            path = self._storage.path(f"{stem(missing)}.ext" if self.parts else DIRECTORY)
+            events = f"events {missing} to {look.first - 1}, before {stem(look.first)}.ext"
+            return CorruptionError(
+                f"file {path} is missing: it had {events}" if self.parts else f"forward journal {path} has no {events}",
+                hint="restore the segment that is missing; without it the volume can't be opened",
             )
-        raise _ended(missing - 1, claimed)
+        return self._ended(missing - 1, claimed, stem(look.first))
+
+    def _pass_over(self, look: _Look, claimed: int) -> None:
+        """Go on behind a segment that was refused, as if all were there up to the next one."""
+        if look.error is None and look.first > self.head + 1:  # it is what is before that is missing
+            self.head = look.first - 1
+            self.parts.append(Part.damaged(stem(look.first), look.first, look.first, time_ns=0, message=PASSED_OVER[0]))
+            self._take(look, claimed)
+            return
+        end = look.stop or max(claimed + 1, look.first)
+        self.parts.append(Part.damaged(stem(look.first), look.first, end, time_ns=0, message=PASSED_OVER[1]))
+        self.head = end - 1
 
     def _end(self, claimed: int) -> None:
         """Decide about the end of what counts."""
@@ -250,18 +302,25 @@ class Recovery:
             ends = "behind" if self.head < self._tail == claimed else "before"
         label = case(end_case(ends=ends, last=self._last(), windowed=self._windowed), f"seq {self.head}")
         if label in {"R20", "R21"}:
-            raise _ended(self.head, claimed)
-        if label == "R26":
-            raise CorruptionError(
-                f"the end of the forward journal, {self.parts[-1].stem}, is damaged",
-                hint="the newest history is lost, resync from the primary",
-            )
+            self._refuse(DIRECTORY, self._ended(self.head, claimed, self.parts[-1].stem if self.parts else ""))
+        if label == "R26" and not self.refused:  # else that is what was refused
+            name = f"{self.parts[-1].stem}.ext"
+            end = f"{self._storage.path(name)}, the end of the forward journal, is damaged"
+            self._refuse(name, CorruptionError(end, hint="restore the file; without it the volume can't be opened"))
         if label == "R22":
             self._leftovers += [part.first for part in self.parts]
             for part in self.parts:
                 if part.segment is not None:
                     part.segment.close()
             self.parts, self.head = [], self._tail
+
+    def _ended(self, head: int, claimed: int, last: str) -> CorruptionError:
+        where = f", in {last}.ext" if last else ""
+        return CorruptionError(
+            f"forward journal {self._storage.path(DIRECTORY)} ends at seq {head}{where}, "
+            f"but everything up to seq {claimed} had been made durable",
+            hint="restore the segment that is missing or damaged; without it the volume can't be opened",
+        )
 
     def _last(self) -> Literal["none", "open", "sealed", "damaged"]:
         """Say what the last segment is. A sealed one is read, since it will be appended to."""
@@ -337,10 +396,3 @@ class Recovery:
         for suffix in (".ext", ".dat"):
             if self._storage.exists(stem(first) + suffix):
                 self._storage.unlink(stem(first) + suffix)
-
-
-def _ended(head: int, claimed: int) -> CorruptionError:
-    return CorruptionError(
-        f"forward journal ends at seq {head}, but everything up to seq {claimed} had been made durable",
-        hint="a segment is missing or damaged; the newest history is lost, resync from the primary",
-    )

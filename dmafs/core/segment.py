@@ -41,6 +41,7 @@ from dmafs.core.ondisk import (
     encode_record,
     seal_records,
 )
+from dmafs.core.opening import open_ours
 from dmafs.core.pair import Pair
 from dmafs.core.seal import LANDMARKS, Seal, Summary, digest_of, encode, landmarks_of
 from dmafs.core.storage import Buffer, File, Storage, discard_files
@@ -53,6 +54,9 @@ SCAN_BYTES: Final = 4 << 20
 """How much of a descriptor queue is decoded at once: bounds the memory of opening."""
 BATCH_BYTES: Final = 8 << 20
 """What a sync or a drop copies in one step: bounds its memory, and how long it can't be stopped."""
+
+
+_NEEDED: Final = "some of the history can't be read without it"
 
 
 class Segment(Pair):
@@ -89,15 +93,12 @@ class Segment(Pair):
 
         O(records). CorruptionError where it isn't ours, a file is missing, or the descriptors aren't what was sealed.
         """
+        ext = open_ours(storage, stem + suffix, needed=_NEEDED)
         try:
-            ext = storage.open(stem + suffix)
-        except FileNotFoundError:
-            raise _missing(stem + suffix) from None
-        try:
-            dat = storage.open(stem + ".dat")
-        except FileNotFoundError:
+            dat = open_ours(storage, stem + ".dat", needed=_NEEDED)
+        except BaseException:
             ext.close()
-            raise _missing(stem + ".dat") from None
+            raise
         try:
             header = read_header(ext, kind, uuid)
             segment = cls(storage, stem, header, ext, dat)
@@ -433,7 +434,3 @@ def read_header(ext: File, kind: Kind, uuid: UUID) -> Header:
             hint="move the foreign file out of the store",
         )
     return header
-
-
-def _missing(name: str) -> CorruptionError:
-    return CorruptionError(f"file {name} is missing", hint="restore it; the history that needs it can't be read")

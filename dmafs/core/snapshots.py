@@ -40,12 +40,13 @@ from dmafs.core.batch import Lost
 from dmafs.core.extent import Ints, lacking
 from dmafs.core.limits import IndexLimits
 from dmafs.core.ondisk import HEADER_SIZE, RECORD_SIZE, Header, Kind, Records, new_salt
-from dmafs.core.recovery import SUFFIXES, Suffix, case, pointers_case, snapshot_case
+from dmafs.core.opening import open_ours
+from dmafs.core.recovery import SUFFIXES, Refuse, Suffix, case, pointers_case, refuse, snapshot_case
 from dmafs.core.segment import Segment, parts, read_header
 from dmafs.core.snapshot import DIRECTORY, Snapshot, require_unpinned
 from dmafs.core.storage import Buffer, Storage, discard_files
 from dmafs.core.work import Work
-from dmafs.errors import CorruptionError, ExistsError, NoSuchSnapshotError
+from dmafs.errors import CorruptionError, ExistsError, NoSuchSnapshotError, StoreError
 from dmafs.units import SECTOR
 
 log = logging.getLogger(__name__)
@@ -56,15 +57,21 @@ SEQ_END: Final = 2**63
 class Snapshots(SnapshotMaps):
     """All snapshots of a volume, in the order of their seqs."""
 
-    def __init__(self, storage: Storage, uuid: UUID, limits: IndexLimits) -> None:
-        """Read the header of every snapshot. O(snapshots)."""
+    def __init__(self, storage: Storage, uuid: UUID, limits: IndexLimits, *, refuse: Refuse = refuse) -> None:
+        """Read the header of every snapshot. O(snapshots). What isn't ours or is damaged is told *refuse*."""
         super().__init__(storage, uuid, limits)
         self._names: dict[str, Snapshot] = {}
         self._hidden: dict[int, Snapshot] = {}  # by serial
         self._serials = 0
         names = sorted(storage.names(DIRECTORY), key=lambda name: name.endswith(".pin"))  # pins last
         stems = {name.rpartition(".")[0] for name in names if name.endswith((".ext", ".gone"))}
-        for path in [path for path in (f"{DIRECTORY}/{name}" for name in names) if self._is_leftover(path, stems)]:
+        leftovers = []
+        for path in (f"{DIRECTORY}/{name}" for name in names):
+            try:
+                leftovers += [path] if self._is_leftover(path, stems) else []
+            except StoreError as error:
+                refuse(path, error)
+        for path in leftovers:
             storage.unlink(path)
 
     def _is_leftover(self, path: str, stems: set[str]) -> bool:
@@ -74,7 +81,7 @@ class Snapshots(SnapshotMaps):
         kind: Suffix = suffix if suffix in SUFFIXES else "foreign"  # type: ignore[assignment]  # it is one of them
         label = case(snapshot_case(suffix=kind, beside=pinned is not None if kind == "pin" else stem in stems), path)
         if label == "R38":
-            raise CorruptionError(f"{path} is no file of ours", hint="move it out of the store")
+            raise CorruptionError(f"{self._storage.path(path)} is no file of ours", hint="move it out of the store")
         if label in {"R31", "R32"}:
             self._enter(stem, suffix)
         if label == "R36" and pinned is not None:
@@ -95,22 +102,26 @@ class Snapshots(SnapshotMaps):
         snapshot: Literal["missing", "whole"] = "missing" if missing else "whole"
         if case(pointers_case(slots="some", snapshot=snapshot, target=target), f"open snapshot {seq}") == "R42":
             raise CorruptionError(
-                f"the files of the open snapshot {seq} are missing",
+                f"files {self._storage.path(f'{DIRECTORY}/{seq:020d}')}.ext and .dat, the open snapshot, are missing",
                 hint="restore them; the history before the mirror needs them",
             )
 
     def _enter(self, stem: str, suffix: str) -> None:
         """Add the snapshot whose descriptors are in ``stem.suffix``."""
         path = f"{DIRECTORY}/{stem}.{suffix}"
-        file = self._storage.open(path)
+        file = open_ours(self._storage, path, needed="it is a snapshot")
         try:
             header = read_header(file, Kind.BACKWARD, self._uuid)
         finally:
             file.close()
         number = stem.partition("-")[2]
-        snapshot = self._add(header, int(number) if number.isdigit() else 0, gone=suffix == "gone")
+        twin = int(number) if number.isascii() and number.isdigit() else 0
+        snapshot = self._add(header, twin, gone=suffix == "gone")
         if f"{DIRECTORY}/{stem}" != snapshot.stem:
-            raise CorruptionError(f"{path} holds the snapshot {snapshot.stem}", hint="the file was renamed")
+            raise CorruptionError(
+                f"{self._storage.path(path)} holds the snapshot {snapshot.stem}",
+                hint=f"the file was renamed; give it back its name, which ends in {snapshot.stem}.{suffix}",
+            )
 
     def _add(self, header: Header, twin: int, *, gone: bool = False) -> Snapshot:
         self._serials += 1

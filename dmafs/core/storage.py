@@ -92,6 +92,9 @@ class File(Protocol):
 class Storage(Protocol):
     """A directory tree, named by relative paths with ``/``."""
 
+    def path(self, name: str) -> str:
+        """Return what messages call a file or directory."""
+
     def create(self, name: str) -> File:
         """Create a file that isn't there yet and open it for reading and writing."""
 
@@ -273,9 +276,13 @@ class RealStorage:
         """Work below *root*, which exists."""
         self._root = root
 
+    def path(self, name: str) -> str:
+        """See ``Storage``."""
+        return str(self._root / name)
+
     def _open(self, name: str, flags: int) -> RealFile:
-        path = self._root / name
-        return RealFile(os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | flags, 0o600), str(path))
+        path = self.path(name)
+        return RealFile(os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | flags, 0o600), path)
 
     def create(self, name: str) -> RealFile:
         """See ``Storage``."""
@@ -449,7 +456,7 @@ def lock_directory(path: Path) -> int:
         os.close(fd)
         raise StoreBusyError(
             f"store {path} is in use by another process",
-            hint="a daemon serves it, or a command is just working on it",
+            hint=f"a daemon serves it, which dmafs status {path} tells of, or a command is just working on it",
         ) from error
     return fd
 

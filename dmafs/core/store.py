@@ -13,8 +13,11 @@ from pathlib import Path
 from typing import Final
 
 from dmafs.core.limits import VolumeLimits
+from dmafs.core.mirror import NAME as MIRROR_NAME
 from dmafs.core.mounts import devices_below, mounts
 from dmafs.core.ondisk import VOLUME_JSON_LIMIT, VolumeInfo
+from dmafs.core.opening import NOT_OURS
+from dmafs.core.pointers import NAME as POINTERS_NAME
 from dmafs.core.privacy import require_private, require_private_volume
 from dmafs.core.storage import RealStorage, Storage, lock_directory, open_source
 from dmafs.core.sync import finish
@@ -39,8 +42,9 @@ SOCKET_NAME: Final = "control.sock"
 CONFIGURATION_NAME: Final = "dmafs.conf"
 VOLUMES_MAX: Final = 64
 _SYSFS_DEVICES: Final = Path("/sys/dev/block")
-_NOT_OURS: Final = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)  # missing, or something else in its place
-_NOT_THERE: Final = {errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.ELOOP, errno.ENOTCONN, errno.ESTALE}
+_NOT_THERE: Final = {
+    errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.ELOOP, errno.ENOTCONN, errno.ESTALE, errno.ECONNABORTED,
+}  # fmt: skip
 """Also of a file in a mount whose server is gone, which anybody's loop device may have."""
 
 
@@ -82,14 +86,16 @@ class Store:
         steady = SteadyClock(clock)
         try:
             require_private(self.path)
-            for name in volume_names(self.path):
+            for name in directories_of_volumes(self.path):
+                try:
+                    require_described(self.path / name)
+                except CorruptionError as error:
+                    raise advised(error, self.path) from None
                 require_private_volume(self.path / name)
                 self.volumes[name] = volume = open_volume(self.path / name, limits=limits, clock=steady)
                 steady.pass_over(volume.journal.head_time_ns)
             if not self.volumes:
-                raise NoStoreError(
-                    f"directory {path} is no store: it has no volume", hint="dmafs create STORE --source PATH makes one"
-                )
+                raise no_store(self.path)
         except BaseException:
             self.close()
             raise
@@ -102,6 +108,37 @@ class Store:
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
+
+
+def no_store(path: Path) -> NoStoreError:
+    """Return the error of a directory without volumes."""
+    cut_off = sorted(entry.name[1:-4] for entry in path.iterdir() if is_in_making(entry.name))
+    if cut_off:
+        message = (
+            f"directory {path} is no store: it has no volume, but {path / f'.{cut_off[0]}.new'}, which is half made"
+        )
+        return NoStoreError(message, hint=f"make it anew: dmafs create {path} {cut_off[0]} --source PATH")
+    return NoStoreError(
+        f"directory {path} is no store: it has no volume", hint=f"dmafs create {path} --source PATH makes one"
+    )
+
+
+def require_described(path: Path) -> None:
+    """Raise CorruptionError if a volume's directory has no volume.json."""
+    if not os.path.lexists(path / INFO_NAME):
+        raise CorruptionError(
+            f"file {path / INFO_NAME} is missing",
+            hint=f"restore it; without it the volume can't be opened, nor the store until {path} is moved out of it",
+        )
+
+
+def require_apart(store: Path, source: Path) -> None:
+    """Raise PlacementError if a store lies on the source of one of its volumes, as far as that source is there."""
+    if source.exists() and path_lies_on(store, source):
+        raise PlacementError(
+            f"store {store} is on its own source {source}",
+            hint="each write would make another one; copy the store to another disk and serve it there",
+        )
 
 
 def open_volume(path: Path, *, limits: VolumeLimits | None = None, clock: Callable[[], int] = time.time_ns) -> Volume:
@@ -119,21 +156,31 @@ def open_volume_in(
     try:
         volume = Volume(storage, limits=limits, clock=clock)
     except OSError as error:
-        raise _unreadable(error, path) from error
+        raise advised(_unreadable(error, path), path.parent) from error
+    except CorruptionError as error:
+        raise advised(error, path.parent) from error
     try:
         if volume.pointers.now.sync_target:  # R43
             run(finish(volume))
         run(volume.drop_unheld())  # R31, R32
     except (StoreFullError, CorruptionError) as error:  # the next sync or drop goes on with it; all images are right
         log.error("volume %s is open, but work on it can't be finished: %s", volume.info.name, error.message)
+    except OSError as error:
+        volume.close()
+        raise advised(_unreadable(error, path), path.parent) from error
     except BaseException:
         volume.close()
         raise
     return volume
 
 
+def advised(error: StoreError, store: Path) -> StoreError:
+    """Return an error of a damaged store whose hint says how all of the damage is listed."""
+    return type(error)(error.message, hint=f"{error.hint}; all that is wrong is listed by: dmafs check {store}")
+
+
 def _unreadable(error: OSError, path: Path) -> StoreError:
-    kind = CorruptionError if error.errno in _NOT_OURS else StoreError
+    kind = CorruptionError if error.errno in NOT_OURS else StoreError
     return kind(
         f"file {error.filename or path} can't be opened: {(error.strerror or '').lower()}",
         hint="restore it, or look at the store's disk",
@@ -147,6 +194,14 @@ def volume_names(path: Path) -> list[str]:
     except OSError as error:
         raise NoStoreError(f"store {path} can't be read: {error.strerror}", hint="check the path") from error
     return sorted(name for name in names if valid_name(name))[:VOLUMES_MAX]  # others are volumes in the making
+
+
+def directories_of_volumes(path: Path) -> list[str]:
+    """Return the names of the volumes in a store's directory, and of what was one but has lost its volume.json."""
+    names = set(volume_names(path))
+    for part in (POINTERS_NAME, MIRROR_NAME):
+        names |= {entry.parent.name for entry in path.glob(f"*/{part}") if valid_name(entry.parent.name)}
+    return sorted(names)[:VOLUMES_MAX]
 
 
 def create_volume(
@@ -322,7 +377,7 @@ def _check_store(store: Path, name: str) -> None:
         raise ExistsError(f"volume {name} already exists in {store}", hint="choose another volume name")
     names = volume_names(store)
     ours = {*names, SOCKET_NAME, CONFIGURATION_NAME, "lost+found"}
-    foreign = sorted(entry.name for entry in store.iterdir() if entry.name not in ours and not _in_making(entry.name))
+    foreign = sorted(entry.name for entry in store.iterdir() if entry.name not in ours and not is_in_making(entry.name))
     if foreign:
         raise ExistsError(
             f"store {store} is not empty: it has {foreign[0]}", hint="give an empty or a new directory, or a store"
@@ -345,7 +400,7 @@ def _check_unprotected(store: Path, source: Path) -> None:
             )
 
 
-def _in_making(name: str) -> bool:
+def is_in_making(name: str) -> bool:
     """Say whether a directory of that name holds a volume in the making, or one whose creation was cut off."""
     return name.startswith(".") and name.endswith(".new") and valid_name(name[1:-4])
 

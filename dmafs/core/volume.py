@@ -65,7 +65,7 @@ class Volume:
         self.limits = limits or VolumeLimits()
         self.clock = clock
         self.storage = storage
-        self.info = VolumeInfo.decode(storage.read_bytes(INFO_NAME, VOLUME_JSON_LIMIT), INFO_NAME)
+        self.info = VolumeInfo.decode(storage.read_bytes(INFO_NAME, VOLUME_JSON_LIMIT), storage.path(INFO_NAME))
         self.gate = Gate(self.info.name, clock)
         with contextlib.ExitStack() as undo:
             self.pointers = PointerFile(storage, self.info.uuid)

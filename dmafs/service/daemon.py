@@ -21,7 +21,7 @@ import trio
 
 from dmafs.core.resync import needs_resync
 from dmafs.core.storage import boot_id
-from dmafs.core.store import SOCKET_NAME, Store, is_inside, path_lies_on
+from dmafs.core.store import SOCKET_NAME, Store, is_inside, require_apart
 from dmafs.errors import MountError, PlacementError
 from dmafs.service.appliance import Appliance
 from dmafs.service.configuration import Configuration, load_configuration
@@ -68,8 +68,7 @@ def _check_sources(store: Store, mount_point: Path) -> None:
             raise PlacementError(
                 f"source {source} is below the mount point {mount_point}", hint="give another mount point"
             )
-        if source.exists() and path_lies_on(store.path, source):
-            raise PlacementError(f"store {store.path} is on its own source {source}", hint="move the store")
+        require_apart(store.path, source)
 
 
 async def _run(store: Store, mount_point: Path, configuration: Configuration) -> None:

@@ -38,6 +38,7 @@ from pathlib import Path
 from typing import Final, NewType, Self
 from uuid import UUID
 
+from dmafs.core.ondisk import LOG_DIRECTORY, LOG_NAME
 from dmafs.errors import ExistsError, SourceBusyError, SourceError, StoreError, TapBusyError, TapError
 from dmafs.taps import loopdev
 from dmafs.taps.devicemapper import DeviceMapper, Mapped, Target, numbered, spelled
@@ -49,14 +50,12 @@ Lsn = NewType("Lsn", int)
 
 MARK_BYTES_MAX: Final = 479
 """No mark's text is longer."""
-LOG_DIRECTORY: Final = "log"
 DRAIN_S: Final = 0.05
 """How long writes may be held up, until the log has everything, before a rotation is given up."""
 HEAD_BYTES: Final = 4096
 """Of a log, that are never punched: its super block is in them, whatever the primary's sector size."""
 
 _TARGET: Final = "log-writes"
-_LOG_NAME: Final = re.compile(r"([0-9]{20})\.log")
 _MARK: Final = re.compile(rf"[!-\[\]-~]{{1,{MARK_BYTES_MAX}}}")  # a word; device-mapper takes \ for an escape
 _STATUS: Final = re.compile(r"([0-9]+) ([0-9]+)( logging_disabled)?")
 _LSN_END: Final = 2**63
@@ -326,7 +325,7 @@ def _device_uuid(volume_uuid: UUID) -> str:
 
 def log_paths(directory: Path) -> list[Path]:
     """Return the files of all logs of the volume in *directory*, in ascending order."""
-    return sorted(path for path in (directory / LOG_DIRECTORY).glob("*.log") if _LOG_NAME.fullmatch(path.name))
+    return sorted(path for path in (directory / LOG_DIRECTORY).glob("*.log") if LOG_NAME.fullmatch(path.name))
 
 
 def first_of(log: Path) -> Lsn:
@@ -462,5 +461,5 @@ def _log_of(table: Sequence[Target], logs: Path) -> Path | None:
     """Return the file in *logs* that is behind the log device of a table, if there is one."""
     numbers = _numbers(table)
     backing = loopdev.backing(numbers[1]) if numbers else None
-    ours = (path for path in logs.glob("*.log") if _LOG_NAME.fullmatch(path.name))
+    ours = (path for path in logs.glob("*.log") if LOG_NAME.fullmatch(path.name))
     return next((path for path in ours if backing and backing.is_file(path)), None)

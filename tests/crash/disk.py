@@ -361,6 +361,10 @@ class SimulatedStorage:
             raise CorruptionError(f"file {path} is longer than {limit} bytes", hint="it isn't ours")
         return self._disk.files[inode]
 
+    def path(self, name: str) -> str:
+        """See ``Storage``."""
+        return self._path(name)
+
     def names(self, directory: str) -> list[str]:
         """See ``Storage``."""
         return sorted(self._disk.names[self._directory(self._path(directory))])

@@ -11,6 +11,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from dmafs.core.ondisk import LOG_DIRECTORY
 from dmafs.core.storage import RealFile
 from dmafs.errors import SourceBusyError, TapBusyError, TapError
 from dmafs.taps import mapped
@@ -124,7 +125,7 @@ class Target:
         self._begin(first)
 
     def _begin(self, first: Lsn) -> None:
-        self.log = mapped._make_log(self._directory / mapped.LOG_DIRECTORY, first, self.log_bytes)
+        self.log = mapped._make_log(self._directory / LOG_DIRECTORY, first, self.log_bytes)
         self.disabled = False
         self._next, self._entries = SECTOR, 0
 

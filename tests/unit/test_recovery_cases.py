@@ -11,7 +11,7 @@ from uuid import UUID
 
 import pytest
 
-from dmafs.core.ondisk import HEADER_SIZE, POINTERS_SIZE, Flag
+from dmafs.core.ondisk import HEADER_SIZE, POINTERS_SIZE, RECORD_SIZE, Flag
 from dmafs.core.recovery import REFUSED
 from dmafs.core.resync import begin_after_stop
 from dmafs.core.store import open_volume
@@ -20,7 +20,7 @@ from dmafs.core.volume import Volume
 from dmafs.core.work import run
 from dmafs.errors import CorruptionError
 from dmafs.units import SECTOR
-from tests.unit.recovery_states import Open, reaches, recover, scenarios
+from tests.unit.recovery_states import Open, ext, journal, reaches, recover, scenarios
 from tests.unit.test_recovery import labels
 from tests.unit.tools import TINY, Ticking, copied_volume, fill, image_bytes, new_volume, segments_of, tree
 
@@ -286,3 +286,34 @@ def test_what_is_cut_off_is_what_was_not_durable(tmp_path: Path) -> None:
         tail = 8 if label == "R22" else 0
         with contextlib.closing(recover(path, tail=tail, durable=tail, windowed=windowed)) as found:
             assert sum(len(segment) for segment in segments_of(found)) == count, label
+
+
+@pytest.mark.parametrize("records", [0, 4])
+def test_a_segment_without_its_data_file(tmp_path: Path, records: int) -> None:
+    """With nothing but a header the journal ends before it; what had records once is refused and stays as it is."""
+    journal(tmp_path)
+    ext(tmp_path, 9).with_suffix(".dat").unlink()
+    with ext(tmp_path, 9).open("r+b") as file:
+        file.truncate(HEADER_SIZE + records * RECORD_SIZE)
+    kept = tree(tmp_path)
+    if records:
+        with pytest.raises(CorruptionError, match=f"file {tmp_path}/.*{9:020d}.dat is missing"):
+            recover(tmp_path)
+        assert tree(tmp_path) == kept
+        return
+    with contextlib.closing(recover(tmp_path)) as found:
+        assert found.head == 8
+    assert not ext(tmp_path, 9).exists()
+
+
+@pytest.mark.parametrize("suffix", [".ext", ".dat"])
+def test_a_link_in_the_place_of_a_segments_file(tmp_path: Path, suffix: str) -> None:
+    """It isn't followed; of a segment that is long durable it is damage there, and nowhere else."""
+    journal(tmp_path, sealed=True)
+    path = ext(tmp_path, 5).with_suffix(suffix)
+    path.rename(tmp_path / "away")
+    path.symlink_to(tmp_path / "away")
+    with contextlib.closing(recover(tmp_path)) as found:
+        with pytest.raises(CorruptionError, match=f"file {path} can't be opened"):
+            found.segment_of(5)
+        assert found.segment_of(1).next_seq == 5

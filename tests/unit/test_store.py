@@ -415,7 +415,7 @@ def test_a_log_that_cannot_be_followed_is_refused(bench: Bench) -> None:
     store.close()
 
 
-@pytest.mark.parametrize("number", [errno.ENOENT, errno.ENOTCONN, errno.ESTALE])
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.ENOTCONN, errno.ESTALE, errno.ECONNABORTED])
 def test_a_file_in_a_dead_mount_is_no_other_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     """Somebody's loop device over a file whose server is gone is in nobody's way."""
     dead, source = tmp_path / "dead", tmp_path / "source"
