@@ -26,11 +26,12 @@ from functools import partial
 from typing import Any, Final, NamedTuple
 
 from dmafs.core.digests import HOLE, matches
+from dmafs.core.files import replace_whole
 from dmafs.core.image import Piece
 from dmafs.core.mirror import NAME as MIRROR_NAME
 from dmafs.core.ondisk import FORMAT_VERSION, RECORD_SIZE, checksum, decode_records
 from dmafs.core.segment import Segment
-from dmafs.core.storage import File, replace_whole
+from dmafs.core.storage import File
 from dmafs.core.throttle import Throttle, pause
 from dmafs.core.volume import Volume
 from dmafs.core.vrmo import MIRROR

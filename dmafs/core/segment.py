@@ -27,6 +27,7 @@ import numpy as np
 
 from dmafs.core.batch import Extent, described, end_of, name_sector
 from dmafs.core.extent import Ints
+from dmafs.core.files import discard_files
 from dmafs.core.ondisk import (
     EVENT_FLAGS,
     HEADER_SIZE,
@@ -44,7 +45,7 @@ from dmafs.core.ondisk import (
 from dmafs.core.opening import open_ours
 from dmafs.core.pair import Pair
 from dmafs.core.seal import LANDMARKS, Seal, Summary, digest_of, encode, landmarks_of
-from dmafs.core.storage import Buffer, File, Storage, discard_files
+from dmafs.core.storage import Buffer, File, Storage
 from dmafs.errors import CorruptionError, DmafsError
 from dmafs.units import SECTOR
 

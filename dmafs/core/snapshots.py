@@ -38,13 +38,14 @@ import numpy as np
 from dmafs.core.backward import SnapshotMaps
 from dmafs.core.batch import Lost
 from dmafs.core.extent import Ints, lacking
+from dmafs.core.files import discard_files
 from dmafs.core.limits import IndexLimits
 from dmafs.core.ondisk import HEADER_SIZE, RECORD_SIZE, Header, Kind, Records, new_salt
 from dmafs.core.opening import open_ours
 from dmafs.core.recovery import SUFFIXES, Refuse, Suffix, case, pointers_case, refuse, snapshot_case
 from dmafs.core.segment import Segment, parts, read_header
 from dmafs.core.snapshot import DIRECTORY, Snapshot, require_unpinned
-from dmafs.core.storage import Buffer, Storage, discard_files
+from dmafs.core.storage import Buffer, Storage
 from dmafs.core.work import Work
 from dmafs.errors import CorruptionError, ExistsError, NoSuchSnapshotError, StoreError
 from dmafs.units import SECTOR

@@ -15,7 +15,6 @@ Rules:
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import errno
 import fcntl
@@ -29,7 +28,6 @@ from uuid import UUID
 
 from dmafs.errors import (
     CorruptionError,
-    ExistsError,
     NoStoreError,
     SourceBusyError,
     SourceError,
@@ -459,42 +457,6 @@ def lock_directory(path: Path) -> int:
             hint=f"a daemon serves it, which dmafs status {path} tells of, or a command is just working on it",
         ) from error
     return fd
-
-
-def write_whole(storage: Storage, name: str, content: bytes) -> None:
-    """Create a small file durably and at once: a temporary name, datasync, rename, directory sync."""
-    if storage.exists(name):
-        raise ExistsError(f"file {name} already exists", hint="remove it if it isn't needed")
-    replace_whole(storage, name, content)
-
-
-def replace_whole(storage: Storage, name: str, content: bytes) -> None:
-    """Write a small file likewise, in the place of another one if there is one."""
-    directory = name.rpartition("/")[0]
-    temporary = f"{name}.new"
-    with contextlib.suppress(FileNotFoundError):
-        storage.unlink(temporary)
-    file = storage.create(temporary)
-    try:
-        file.write([content], 0)
-        file.datasync()
-    finally:
-        file.close()
-    storage.rename(temporary, name)
-    storage.sync_directory(directory)
-
-
-def discard_files(storage: Storage, stem: str, *suffixes: str) -> None:
-    """Unlink what there is of the files that a change which failed has made: descriptors first, then data.
-
-    Where that fails the error is none that a volume goes on after: what is left might count later.
-    """
-    for suffix in (*suffixes, ".dat"):
-        try:
-            with contextlib.suppress(FileNotFoundError):
-                storage.unlink(stem + suffix)
-        except OSError as error:
-            raise OSError(errno.EIO, f"{error.strerror or error}, so it is left behind", stem + suffix) from error
 
 
 def close_all(files: Iterable[File]) -> None:

@@ -24,7 +24,6 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from uuid import UUID, uuid4
 
@@ -33,6 +32,7 @@ from dmafs.core import recovery as forward
 from dmafs.core import snapshot as backward
 from dmafs.core.clone import Allowance, Clones
 from dmafs.core.columns import Indicator
+from dmafs.core.files import write_whole
 from dmafs.core.gate import Gate
 from dmafs.core.image import Image
 from dmafs.core.journal import ForwardJournal
@@ -44,7 +44,8 @@ from dmafs.core.pointers import PointerFile
 from dmafs.core.segment import Segment
 from dmafs.core.snapshot import Snapshot
 from dmafs.core.snapshots import Snapshots
-from dmafs.core.storage import File, Storage, write_whole
+from dmafs.core.statistics import Statistics
+from dmafs.core.storage import File, Storage
 from dmafs.core.vrmo import BACKWARD, ZERO, Stack
 from dmafs.core.window import Window
 from dmafs.core.work import Work
@@ -494,12 +495,3 @@ class Volume:
         self.clones.check()
         for image in [one for one in self._images.values() if one.pins or self.recoverable(one.seq)]:
             image.check()
-
-
-@dataclass(slots=True)
-class Statistics:
-    """What syncs have copied since the volume was opened, in sectors."""
-
-    syncs: int = 0
-    saved_sectors: int = 0
-    applied_sectors: int = 0

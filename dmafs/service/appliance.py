@@ -49,7 +49,6 @@ from dmafs.service.report import (
     diff_of,
     image_at,
     points_of,
-    scrub_told,
     state_of,
     status_of,
 )
@@ -351,10 +350,7 @@ class Appliance:
                 report["copy_fraction"] = engine.progress.fraction
                 report["copy_bytes_per_s"] = int(engine.progress.bytes_per_s)
             report |= {"device": engine.device_report(), "loss": engine.loss, "syncing": engine.syncing}
-            report["commits"] = engine.commits
-            report["check"] = engine.checking.current.report() if engine.checking.current else None
-            report["last_check"] = engine.checking.last
-            report["last_scrub"] = scrub_told(engine.checking.last_scrub)
+            report |= {"commits": engine.commits, **engine.checking.report()}
             volumes.append(report)
         daemon: Report = {"pid": os.getpid(), "schedule": self.schedule()}
         return {"daemon": daemon, "alarms": self.alarms.report(), "volumes": volumes}

@@ -25,7 +25,7 @@ from dmafs.core.volume import Volume
 from dmafs.core.work import Result, Work
 from dmafs.errors import CheckBusyError, DmafsError, NoSuchPointError, StoreError, TapError
 from dmafs.service.driver import Await
-from dmafs.service.report import Report, differences_of
+from dmafs.service.report import Report, differences_of, scrub_told
 from dmafs.service.tasks import RETRY_S, TROUBLE, Progress
 from dmafs.units import SECTOR, format_bytes, format_rfc3339
 
@@ -107,6 +107,11 @@ class Checking:
         self.last: Report | None = None
         """What the last comparison that came to an end has found; forgotten with the daemon."""
         self.last_scrub: Scrubbed | None = None
+
+    def report(self) -> Report:
+        """Return what is under way, and what was found last."""
+        current = self.current.report() if self.current else None
+        return {"check": current, "last_check": self.last, "last_scrub": scrub_told(self.last_scrub)}
 
     def lost(self) -> None:
         """Have no resync that is under way end a gap: capture is being lost."""

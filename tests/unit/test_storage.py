@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from dmafs.core import storage as module
-from dmafs.core.storage import RealFile, RealStorage, close_all, lock_directory, open_source, write_whole
+from dmafs.core.files import write_whole
+from dmafs.core.storage import RealFile, RealStorage, close_all, lock_directory, open_source
 from dmafs.errors import CorruptionError, ExistsError, NoStoreError, SourceBusyError, SourceError, StoreBusyError
 from dmafs.units import SECTOR
 from tests.unit.tools import files, fill

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from dmafs.core.storage import File, RealStorage, Storage, write_whole
+from dmafs.core.files import write_whole
+from dmafs.core.storage import File, RealStorage, Storage
 from dmafs.errors import CorruptionError, ExistsError
 from dmafs.units import SECTOR
 from tests.crash.disk import SimulatedDisk, SimulatedStorage
