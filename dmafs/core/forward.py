@@ -11,6 +11,7 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator
 from functools import partial
+from typing import Final
 from uuid import UUID
 
 import numpy as np
@@ -27,6 +28,9 @@ from dmafs.core.work import Work, run
 from dmafs.errors import CorruptionError
 from dmafs.units import SECTOR
 
+UNREAD_MAX: Final = 2
+"""Sealed segments whose descriptors stay in memory although nobody has read them since they were written."""
+
 
 class ForwardMaps:
     """The segments of a journal in order, and what is in memory of them. Called on one thread, unless said so."""
@@ -41,6 +45,7 @@ class ForwardMaps:
         self.head = 0
         self._loaded: OrderedDict[int, Part] = OrderedDict()  # sealed ones by first seq, least recently used first
         self._filled: list[Part] = []  # those that are full, and weren't sealed when they were looked at last
+        self._unread: list[int] = []  # first seqs of sealed ones that nobody has asked for since they were written
         self._slot = 0  # of the first segment; all but the last segment are slots of the tree
         self._tree = LayerTree(self._leaf, later_wins=True, limit_bytes=index.bytes)
 
@@ -101,6 +106,8 @@ class ForwardMaps:
             found = found or opened
         if part.first in self._loaded:
             self._loaded.move_to_end(part.first)
+        if part.first in self._unread:
+            self._unread.remove(part.first)
         return found
 
     def _columns(self, part: Part) -> Columns:
@@ -125,29 +132,37 @@ class ForwardMaps:
     def excess(self) -> bool:
         """Say whether more sealed segments are in memory than the limits allow. O(segments in memory)."""
         self._note_sealed()
-        return len(self._loaded) > self._index.journals or self._records() > self._index.records
+        too_many = len(self._loaded) > self._index.journals or self._records() > self._index.records
+        return too_many or len(self._unread) > UNREAD_MAX
 
     def _note_sealed(self) -> None:
         """Have the segments that a thread has sealed be forgotten like others."""
         for part in [part for part in self._filled if part.seal is not None]:
             self._filled.remove(part)
             self._loaded[part.first] = part
+            self._unread.append(part.first)
 
     def _records(self) -> int:
         return sum(part.records for part in self._loaded.values())
 
     def unload(self) -> list[Segment]:
-        """Forget sealed segments, those used least recently first, down to the limits, for the caller to close."""
+        """Forget sealed segments down to the limits, for the caller to close.
+
+        Those that nobody has read since they were written go first, then those used least recently.
+        """
         self._note_sealed()
+        unread = self._unread[: max(0, len(self._unread) - UNREAD_MAX)]
         released, records = [], self._records()
-        for first, part in list(self._loaded.items()):
-            if len(self._loaded) <= self._index.journals and records <= self._index.records:
+        for first in [*unread, *(first for first in self._loaded if first not in unread)]:
+            within = len(self._loaded) <= self._index.journals and records <= self._index.records
+            if within and first not in unread:
                 break
+            part = self._loaded.pop(first)
             if part.segment is not None:
                 released.append(part.segment)
             records -= part.records
             part.segment = None
-            del self._loaded[first]
+        self._unread = [first for first in self._unread if first in self._loaded]
         return released
 
     # -- looking up ---------------------------------------------------------------------------------------------

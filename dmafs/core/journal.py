@@ -298,6 +298,7 @@ class ForwardJournal(ForwardMaps):
         self._filled = [part for part in self._filled if part not in released]
         for part in released:
             self._loaded.pop(part.first, None)
+        self._unread = [first for first in self._unread if first in self._loaded]
         return released
 
     def _is_done(self, last: Part) -> bool:

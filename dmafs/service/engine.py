@@ -248,6 +248,7 @@ class Engine(Driver):
             self.commits += not self.volume.journal.is_clean()
             self.volume.indicate(flag if only_if() else Flag.TICK)
         await self.drive(self.volume.settle(self.synced))
+        self._mind_excess()
 
     async def settle(self, *, mark: str = "") -> None:
         """Have all writes that are complete on the primary be in the journal: with a pass-through they are."""
