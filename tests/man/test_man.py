@@ -25,10 +25,11 @@ from dmafs import errors
 from dmafs.cli.main import parser
 from dmafs.core import ondisk, seal
 from dmafs.core.clone import CLONES_MAX
-from dmafs.core.columns import Columns
 from dmafs.core.copy import CHUNK_SECTORS
 from dmafs.core.extent import MAX_EXTENT_SECTORS
+from dmafs.core.forward import UNREAD_MAX
 from dmafs.core.moments import LATEST
+from dmafs.core.scrub import DAMAGE_MAX, STEP_BYTES
 from dmafs.core.segment import BATCH_BYTES
 from dmafs.core.store import CONFIGURATION_NAME, SOCKET_NAME, VOLUMES_MAX
 from dmafs.core.verify import EXTENTS_MAX, PART_SECTORS
@@ -328,6 +329,9 @@ def test_bounds_are_the_programs() -> None:
         "a step of the first copy": format_bytes(CHUNK_SECTORS * SECTOR),
         "a step of a verify": format_bytes(PART_SECTORS * SECTOR),
         "extents a verify names": EXTENTS_MAX,
+        "a step of a scrub": format_bytes(STEP_BYTES),
+        "places a scrub names": DAMAGE_MAX,
+        "full segments nobody has read": UNREAD_MAX,
         "window of a log, entries": logreader.WINDOW_ROWS,
         "window of a log, read at once": format_bytes(logreader.BATCH_BYTES),
         "barriers of ticks": TICKS_MAX,
@@ -337,14 +341,9 @@ def test_bounds_are_the_programs() -> None:
     assert {what: most for what, (most, key) in found.items() if key == r"\-"} == {
         what: str(most) for what, most in constants.items()
     }
-    columns = Columns(1)
-    columns.add_event(1, 1, 1, ondisk.Flag.DATA, 1)
-    kept = (columns.starts, columns.lengths, columns.physicals, columns.times, columns.checksums)
-    each = sum(column.itemsize for column in kept) + len(columns.flags) + len(columns.verified)
-    assert found["descriptors of a write"] == (f"{each} B", "as the journal")
     defaults = {(table, field.name): field for table, keys in TABLE_FIELDS.items() for field in keys}
     for most, key in found.values():
-        if key not in {r"\-", "as the journal"}:
+        if key != r"\-":
             table, _, name = key.rpartition(" ")
             field = defaults[table or "Top level", name]
             assert most == ("no limit" if field.metadata["default"] == 0 else shown_default(field)), key
