@@ -91,7 +91,7 @@ class DmTap(ChainedTap):
     def check(self) -> None:
         """See ``LoggedTap``. A log that has its end is whole."""
         with self._using:
-            if self.mapped is not None and not self.ended and self.mapped.status().disabled:
+            if self.mapped is not None and not self.ended and self.mapped.has_stopped_logging():
                 raise LogLostError(
                     f"{self.mapped.node} has stopped logging: its log is full, or can't be written",
                     hint="make space in the store",

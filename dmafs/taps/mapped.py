@@ -185,8 +185,7 @@ class MappedTap:
 
     def status(self) -> TapStatus:
         """Ask the kernel."""
-        lines = self._dm.status(self._name)
-        match = _STATUS.fullmatch(lines[0].text) if len(lines) == 1 and lines[0].kind == _TARGET else None
+        match = self._logging()
         found = self._dm.find(name=self._name)
         if match is None or found is None:
             raise TapError(f"{self.node} is no {_TARGET} device any more", hint=f"dmsetup table {self._name} says what")
@@ -199,6 +198,16 @@ class MappedTap:
             disabled=match[3] is not None,
             open_count=found.open_count - ours,
         )
+
+    def has_stopped_logging(self) -> bool:
+        """Say whether the log has lost something. Not so where the device was removed by force: then it has its end."""
+        match = self._logging()
+        return match is not None and match[3] is not None
+
+    def _logging(self) -> re.Match[str] | None:
+        """Return what the kernel says of logging, None if the device has another table."""
+        lines = self._dm.status(self._name)
+        return _STATUS.fullmatch(lines[0].text) if len(lines) == 1 and lines[0].kind == _TARGET else None
 
     def has_written(self) -> bool:
         """Say whether anything was written or discarded since the last call; also on the first one."""

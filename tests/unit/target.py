@@ -154,6 +154,10 @@ class Target:
             limit = self.log.stat().st_size // SECTOR
             return TapStatus(self._entries, self._next // SECTOR, limit, self.disabled, self.users)
 
+    def has_stopped_logging(self) -> bool:
+        with self._kernel.lock:
+            return self._kernel.device is self and self.disabled
+
     def has_written(self) -> bool:
         before, self._known = self._known, self.written
         self.asked += 1

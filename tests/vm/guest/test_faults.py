@@ -388,7 +388,9 @@ def test_a_device_removed_by_hand_while_no_daemon_runs_ends_in_order(rig: TapRig
 
 def test_a_device_removed_by_hand_while_the_daemon_runs_is_told(rig: TapRig) -> None:
     """Plainly it can't be removed, and capture goes on; by force it can: the daemon tells, and loses nothing."""
-    rig.allow("its device was removed")
+    rig.allow(
+        "its device was removed", "comparing what is in doubt failed: can't send a message"
+    )  # if one was going on
     rig.protect(SIZE, configuration=QUICK)
     with Blocks(NODE, SIZE, seed=SEED, pause_s=0.01) as blocks:
         blocks.wait_for(100)
