@@ -18,9 +18,10 @@ from uuid import UUID
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
 from dmafs.core.extent import Ints
-from dmafs.core.ondisk import DigestHeader, checksum
+from dmafs.core.ondisk import LOST, DigestHeader, checksum
 from dmafs.core.opening import open_ours
 from dmafs.core.storage import Storage
 from dmafs.errors import CorruptionError
@@ -39,6 +40,7 @@ VERDICT_CHUNKS: Final = 2048
 CHUNK_BLOCKS: Final = 1 << 14
 _WINDOW: Final = 512  # entries of the table that are read and written at once: 4 KiB
 _ENTRY: Final = 8
+_ZEROS: Final = np.uint64(xxhash.xxh3_64_intdigest(bytes(BLOCK)))
 _SMALL_ZERO: Final = 512  # a longer run of zeros is punched out of the table
 
 Digest = npt.NDArray[np.uint64]
@@ -64,6 +66,18 @@ def partial_blocks(starts: Ints, stops: Ints, size_sectors: int) -> Ints:
     heads = starts[starts % BLOCK_SECTORS != 0] // BLOCK_SECTORS
     tails = stops[(stops % BLOCK_SECTORS != 0) & (stops != size_sectors)] // BLOCK_SECTORS
     return np.unique(np.concatenate([heads, tails]))
+
+
+def unequal(data: memoryview, digests: Digest) -> list[int]:
+    """Return the numbers of those blocks of *data* that aren't what their digests say."""
+    xxh3 = xxhash.xxh3_64_intdigest  # nearly all are equal at once, and nothing more is called for them
+    expected = np.where(digests == HOLE, _ZEROS, digests).tolist()
+    return [
+        number
+        for number, digest in enumerate(expected)
+        if (xxh3(data[number * BLOCK : number * BLOCK + BLOCK]) != digest or digest == LOST)
+        and not matches(data[number * BLOCK : number * BLOCK + BLOCK], int(digests[number]))
+    ]
 
 
 class Digests:

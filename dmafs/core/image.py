@@ -8,6 +8,7 @@ waits for earlier readers before it overwrites the mirror or closes a file.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -16,8 +17,10 @@ import numpy as np
 from dmafs.core.extent import Ints, united
 from dmafs.core.layers import stacked
 from dmafs.core.segment import Segment
+from dmafs.core.vbm import Pieces
 from dmafs.core.vrmo import MIRROR, ZERO, Vrmo, settled
 from dmafs.core.work import Work, run
+from dmafs.errors import CorruptionError
 from dmafs.units import SECTOR
 
 if TYPE_CHECKING:
@@ -142,6 +145,66 @@ class Image:
                 segment.read_into(entry, skip, part, nowait=nowait)
         begin = offset - first * SECTOR
         return buffer[begin : begin + length]
+
+    def read_nowait(self, offset: int, length: int, scratch: memoryview) -> memoryview | None:
+        """Return the bytes ``[offset, offset + length)``, which are in *scratch* until it is used again.
+
+        None if they aren't whole sectors within the image, or something isn't in memory or in the page cache: then
+        ``locate`` and ``read_pieces`` are the way. CorruptionError where data doesn't match its checksum. This is all
+        that most reads take, so nothing is made that isn't needed.
+        """
+        if (offset | length) % SECTOR or offset + length > self.size or length > len(scratch):
+            return None
+        start = offset // SECTOR
+        found = self.vrmo.resolve_nowait(start, start + length // SECTOR) if self.volume.keeps(self) else None
+        if found is None:
+            return None
+        view = scratch[:length]
+        try:
+            return view if self._fill(view, start, found) else None
+        except BlockingIOError:
+            return None
+
+    def _fill(self, view: memoryview, first: int, found: Pieces) -> bool:
+        """Fill *view*, which begins at sector *first*, from the page cache; False if a journal isn't in memory."""
+        mirror = self.volume.mirror
+        mirror_read = len(found) > 1 and self._read_across(view, first, found)
+        for begin, end, reference in found:
+            if reference == MIRROR and mirror_read:
+                continue
+            part = view if len(found) == 1 else view[(begin - first) * SECTOR : (end - first) * SECTOR]
+            if reference == MIRROR:
+                mirror.read_into(part, begin, nowait=True)
+            elif reference & ZERO:
+                part[:] = bytes(len(part))
+            else:
+                segment, index = self.volume.descriptor_nowait(reference)
+                if segment is None:
+                    return False
+                segment.read_into(index, begin - segment.starts[index], part, nowait=True)
+        return True
+
+    def _read_across(self, view: memoryview, first: int, found: Pieces) -> bool:
+        """Read what is on the mirror at once, along with what is between, unless that is more; say whether it was."""
+        on_mirror = [(begin, end) for begin, end, reference in found if reference == MIRROR]
+        if len(on_mirror) < 2:  # noqa: PLR2004
+            return False
+        low, high = on_mirror[0][0], on_mirror[-1][1]
+        if 2 * sum(end - begin for begin, end in on_mirror) < high - low:
+            return False
+        try:
+            self.volume.mirror.read_into(view[(low - first) * SECTOR : (high - first) * SECTOR], low, nowait=True)
+        except CorruptionError:  # maybe between
+            return False
+        return True
+
+    def prefetch(self, pieces: Iterable[Piece]) -> None:
+        """Have the system begin to read pieces, so that it has all of them to do at once."""
+        for start, stop, segment, entry, _ in pieces:
+            if segment is not None:
+                segment.prefetch(entry)
+            elif entry == MIRROR:
+                self.volume.mirror.prefetch(start, stop)
 
     def read(self, offset: int, length: int) -> memoryview:
         """Return the bytes ``[offset, offset + length)``, clipped to the image; blocks."""

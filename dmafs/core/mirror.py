@@ -18,7 +18,7 @@ from typing import Final
 
 import numpy as np
 
-from dmafs.core.digests import BLOCK, BLOCK_SECTORS, Digests, Verdicts, digest_of, matches, partial_blocks
+from dmafs.core.digests import BLOCK, BLOCK_SECTORS, Digests, Verdicts, digest_of, matches, partial_blocks, unequal
 from dmafs.core.extent import Ints, join, united
 from dmafs.core.ondisk import LOST, VolumeInfo
 from dmafs.core.opening import open_ours
@@ -106,6 +106,10 @@ class Mirror:
         if whole is not view:
             view[:] = whole[(start - begin) * SECTOR : (stop - begin) * SECTOR]
 
+    def prefetch(self, start: int, stop: int) -> None:
+        """Have the system begin to read sectors."""
+        self.file.prefetch(start * SECTOR, (stop - start) * SECTOR)
+
     def _read(self, buffer: memoryview, start: int, *, nowait: bool = False) -> None:
         if nowait:
             self.file.read_into_nowait(buffer, start * SECTOR)
@@ -116,20 +120,23 @@ class Mirror:
         self, data: memoryview, first: int, last: int, in_flux: tuple[Ints, Ints], *, nowait: bool = False
     ) -> list[int]:
         """Return those of the blocks ``[first, last)``, which have *data*, that aren't what their digests say."""
-        digests = self.digests.read(first, last, nowait=nowait).tolist()
+        digests = self.digests.read(first, last, nowait=nowait)
+        wrong = unequal(data, digests)
         flux = _covered(*in_flux, first, last)
-        bad, run = [], first
-        for block, digest in enumerate(digests, first):
-            at = (block - first) * BLOCK
-            trusted = flux is not None and flux[block - first]
-            if trusted or not matches(data[at : at + BLOCK], digest):
-                if run < block:
-                    self._verdicts.add(run, block)
-                run = block + 1
-                bad += [] if trusted else [block]
-        if run < last:
-            self._verdicts.add(run, last)
-        return bad
+        if not wrong and flux is None:
+            self._verdicts.add(first, last)
+            return []
+        if flux is None:
+            flux = bytearray(last - first)
+        bad = [number for number in wrong if not flux[number]]
+        for number in wrong:
+            flux[number] = 1
+        run = 0
+        for number in [*(number for number, unknown in enumerate(flux) if unknown), last - first]:
+            if run < number:
+                self._verdicts.add(first + run, first + number)
+            run = number + 1
+        return [first + number for number in bad]
 
     def _damage(self, bad: list[int]) -> CorruptionError:
         what = f"block {bad[0]}" if len(bad) == 1 else f"{len(bad)} blocks from {bad[0]} on"

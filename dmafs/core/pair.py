@@ -42,17 +42,24 @@ class Pair(Columns):
         Raises CorruptionError when the event's data doesn't match its checksum; with *nowait* BlockingIOError when
         the data isn't in the page cache.
         """
-        if self.is_zero(index):
+        if self.flags[index] == Flag.ZERO:
             buffer[:] = bytes(len(buffer))
-        elif self.verified[index]:
+        elif self.verified[index] or len(buffer) == self.lengths[index] * SECTOR:
             offset = (self.physicals[index] + skip) * SECTOR
             if nowait:
                 self.dat.read_into_nowait(buffer, offset)
             else:
                 self.dat.read_into(buffer, offset)
+            if not self.verified[index]:
+                self._compare(index, buffer)
         else:
             whole = self.verify(index, nowait=nowait)
             buffer[:] = memoryview(whole)[skip * SECTOR : skip * SECTOR + len(buffer)]
+
+    def prefetch(self, index: int) -> None:
+        """Have the system begin to read the data of event number *index*."""
+        if not self.is_zero(index):
+            self.dat.prefetch(self.physicals[index] * SECTOR, self.lengths[index] * SECTOR)
 
     def verify(self, index: int, *, nowait: bool = False) -> bytearray:
         """Read all data of event number *index*, check it (promise 5) and return it."""

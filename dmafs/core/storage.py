@@ -15,6 +15,7 @@ Rules:
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -64,6 +65,9 @@ class File(Protocol):
 
     def uncache(self, offset: int, length: int) -> None:
         """Have a range, as far as it is durable, come from the disk when it is read next."""
+
+    def prefetch(self, offset: int, length: int) -> None:
+        """Have the system begin to read a range, without waiting for it; nothing is said of errors."""
 
     def size(self) -> int:
         """Return the size in bytes."""
@@ -200,6 +204,11 @@ class RealFile:
     def uncache(self, offset: int, length: int) -> None:
         """See ``File``."""
         os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_DONTNEED)
+
+    def prefetch(self, offset: int, length: int) -> None:
+        """See ``File``."""
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_WILLNEED)
 
     def size(self) -> int:
         """See ``File``."""

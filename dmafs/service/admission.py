@@ -46,8 +46,8 @@ class Connection:
     def __init__(self, stream: trio.SocketStream, scope: trio.CancelScope) -> None:
         """Wrap *stream*; cancel *scope*, in which it is served, when its time is over."""
         self.socket = stream.socket
-        self.send_eof = stream.send_eof
         self._stream = stream
+        self._sending = trio.Lock()
         self._scope = scope
         self._answers = 0
         self._patience_s = HEAD_S
@@ -86,12 +86,18 @@ class Connection:
         await self._stream.aclose()
 
     async def send_all(self, data: bytes) -> None:
-        """Send *data*; BrokenResourceError if it isn't taken in time."""
+        """Send *data*, behind what is being sent already; BrokenResourceError if it isn't taken in time."""
         try:
             with trio.fail_after(STALL_S):
-                await self._stream.send_all(data)
+                async with self._sending:  # the server may find fault with a request while the last one is answered
+                    await self._stream.send_all(data)
         except trio.TooSlowError as error:
             raise trio.BrokenResourceError from error
+
+    async def send_eof(self) -> None:
+        """Send nothing more, once all is sent."""
+        async with self._sending:
+            await self._stream.send_eof()
 
     async def cut_at_end(self) -> None:
         """Wait to be cancelled, and have nobody wait for the other side then."""

@@ -301,9 +301,9 @@ class Appliance:
         """See ``Backend``."""
         self._engine(image.volume.info.name).release(image)
 
-    async def read(self, image: Image, offset: int, length: int) -> memoryview:
+    async def read(self, image: Image, offset: int, length: int, *, ahead: int = 0) -> memoryview:
         """See ``Backend``."""
-        return await self._engine(image.volume.info.name).read(image, offset, length)
+        return await self._engine(image.volume.info.name).read(image, offset, length, ahead=ahead)
 
     async def digest(self, image: Image) -> str:
         """See ``Backend``."""

@@ -28,11 +28,13 @@ from dmafs.service.configuration import Configuration, load_configuration
 from dmafs.service.control import serve_control
 from dmafs.service.engine import Engine
 from dmafs.service.keeper import Keeper
-from dmafs.service.mounting import mount_source, prepare_mount_point, tune
+from dmafs.service.mounting import abort, mount_source, prepare_mount_point, tune
 from dmafs.service.privileges import drop_privileges, needed
 from dmafs.service.progress import show_progress
 from dmafs.service.scheduler import Scheduler
 from dmafs.service.tapping import open_engine
+from dmafs.tree import requests
+from dmafs.tree.around import ReadAround
 from dmafs.tree.operations import Tree
 
 log = logging.getLogger(__name__)
@@ -146,7 +148,9 @@ async def _serve_mount(
             await nursery.start(engine.run)
         await nursery.start(serve_control, appliance, store.path / SOCKET_NAME)
         try:
-            pyfuse3.init(Tree(appliance, appliance.started_ns), str(mount_point), options)
+            tree = Tree(appliance, appliance.started_ns)
+            requests.install(tree.around.step)
+            pyfuse3.init(tree, str(mount_point), options)
         except RuntimeError as error:
             raise MountError(
                 f"mount point {mount_point} can't be mounted on: {error}", hint="is fuse3 installed, and /dev/fuse?"
@@ -154,20 +158,32 @@ async def _serve_mount(
         try:
             scheduled, mounted = trio.CancelScope(), trio.CancelScope()
             ending.act = scheduled.cancel
-            nursery.start_soon(_schedule, scheduler, Keeper(appliance), scheduled, mounted)
+            nursery.start_soon(_schedule, scheduler, Keeper(appliance), tree.around, scheduled, mounted)
             nursery.start_soon(trio.to_thread.run_sync, tune, mount_point)
             nursery.start_soon(show_progress, engines)
             with contextlib.suppress(OSError):  # the terminal may be gone already
                 print(f"dmafs: serving {store.path} at {mount_point}", file=sys.stderr, flush=True)  # noqa: T201
-            with mounted:
-                await pyfuse3.main(min_tasks=1, max_tasks=FUSE_TASKS)
+            nursery.start_soon(tree.around.run)
+            try:
+                with mounted:
+                    await pyfuse3.main(min_tasks=1, max_tasks=FUSE_TASKS)
+            except BaseException:
+                abort(mount_point)
+                raise
+            finally:  # the session must not end before
+                with trio.CancelScope(shield=True):
+                    await tree.around.close()
         finally:
             pyfuse3.close(unmount=True)
         nursery.cancel_scope.cancel()
 
 
 async def _schedule(
-    scheduler: Scheduler, keeper: Keeper, scheduled: trio.CancelScope, mounted: trio.CancelScope
+    scheduler: Scheduler,
+    keeper: Keeper,
+    around: ReadAround,
+    scheduled: trio.CancelScope,
+    mounted: trio.CancelScope,
 ) -> None:
     """Run scheduler and keeper until the daemon is told to end, and end the mount then.
 
@@ -178,5 +194,6 @@ async def _schedule(
         async with trio.open_nursery() as nursery:
             nursery.start_soon(scheduler.run)
             nursery.start_soon(keeper.run)
+    await around.close()
     mounted.deadline = trio.current_time() + GRACE_S
     pyfuse3.terminate()

@@ -268,8 +268,11 @@ class Engine(Driver):
 
     # -- reading ------------------------------------------------------------------------------------------------
 
-    async def read(self, image: Image, offset: int, length: int) -> memoryview:
-        """Return bytes of an image, fewer at its end: at once from the page cache, else from a thread."""
+    async def read(self, image: Image, offset: int, length: int, *, ahead: int = 0) -> memoryview:
+        """Return bytes of an image, fewer at its end: at once from the page cache, else from a thread.
+
+        In that case what the next *ahead* bytes need is prefetched, as far as it is known where that is.
+        """
         length = max(0, min(length, image.size - offset))
         if not length:
             return memoryview(b"")
@@ -279,8 +282,15 @@ class Engine(Driver):
         try:
             return image.read_pieces(pieces, offset, length, nowait=True)
         except BlockingIOError:
-            with self.reading():
-                return await trio.to_thread.run_sync(image.read_pieces, pieces, offset, length, limiter=self.limiter)
+            pass
+        further = image.resolve_nowait(offset + length, min(ahead, image.size - offset - length)) or []
+
+        def read() -> memoryview:
+            image.prefetch([*pieces, *further])
+            return image.read_pieces(pieces, offset, length)
+
+        with self.reading():
+            return await trio.to_thread.run_sync(read, limiter=self.limiter)
 
     async def answer(self, work: Work[Result]) -> Result:
         """Do work that changes nothing; who waits for it may give up."""

@@ -73,3 +73,11 @@ def tune(point: Path) -> None:
                 (_BDI / f"{os.major(mount.device)}:{minor}" / "read_ahead_kb").write_text(str(READ_AHEAD_KB))
             with contextlib.suppress(OSError):
                 (_CONNECTIONS / str(minor) / "max_background").write_text(str(MAX_BACKGROUND))
+
+
+def abort(point: Path) -> None:
+    """End all requests of our mount with an error, where we may: nobody answers them any more."""
+    for mount in mounts():
+        if mount.point == str(point) and mount.kind == FILESYSTEM_TYPE:
+            with contextlib.suppress(OSError):
+                (_CONNECTIONS / str(os.minor(mount.device)) / "abort").write_text("1")

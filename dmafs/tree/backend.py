@@ -92,8 +92,8 @@ class Backend(Protocol):
     def release(self, image: Image) -> None:
         """Undo one hold."""
 
-    async def read(self, image: Image, offset: int, length: int) -> memoryview:
-        """Return bytes of an image, fewer at its end."""
+    async def read(self, image: Image, offset: int, length: int, *, ahead: int = 0) -> memoryview:
+        """Return bytes of an image, fewer at its end; if the disk is waited for, *ahead* bytes more are prefetched."""
 
     async def digest(self, image: Image) -> str:
         """Return the xxh3-128 digest of an image's bytes as hex digits. Reads all of it."""

@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
@@ -25,6 +26,7 @@ from pyfuse3 import FUSEError
 from dmafs.core.clone import Clone
 from dmafs.core.image import Image
 from dmafs.errors import NotFoundError
+from dmafs.tree.around import ReadAround
 from dmafs.tree.backend import Backend
 from dmafs.tree.guard import guarded, text_of, with_deadline
 from dmafs.tree.names import Names
@@ -52,6 +54,10 @@ LISTED_MAX: Final = 1 << 17
 DIGESTS_MAX: Final = 4
 """Digests under way at once; more is EBUSY, since each of them reads a whole image while its caller waits."""
 PAST_TIMEOUT_S: Final = 3600
+SCRATCH: Final = 1 << 20
+"""The longest read that the kernel asks for."""
+AHEAD: Final = 4 << 20
+"""How far the disk is told of what a sequential read will want."""
 IMAGE_MODE: Final = stat.S_IFREG | 0o440
 TAP_MODE: Final = stat.S_IFREG | 0o600
 _WRITING: Final = os.O_WRONLY | os.O_RDWR
@@ -65,9 +71,11 @@ class Handle:
     """An open file: a past image (held), a clone (counted), a tap, or live."""
 
     volume: str
+    inode: int
     image: Image | None = None
     clone: Clone | None = None
     tap: bool = False
+    next: int = 0  # where a sequential read goes on
 
 
 class Tree(pyfuse3.Operations):
@@ -89,6 +97,8 @@ class Tree(pyfuse3.Operations):
         self._next_handle = 1
         self._uid, self._gid = os.getuid(), os.getgid()
         self._started_ns = started_ns
+        self._scratch = memoryview(bytearray(SCRATCH))
+        self.around = ReadAround(backend.read)
 
     # -- names --------------------------------------------------------------------------------------------------
 
@@ -346,14 +356,14 @@ class Tree(pyfuse3.Operations):
         node = self._table.node(inode)
         match node:
             case PastImage(volume, seq):
-                handle = Handle(volume, image=self._backend.image(volume, seq))
+                handle = Handle(volume, inode, image=self._backend.image(volume, seq))
             case LiveFile(volume):
                 self._backend.live(volume)
-                handle = Handle(volume)
+                handle = Handle(volume, inode)
             case TapFile(volume):
-                handle = Handle(volume, tap=True)
+                handle = Handle(volume, inode, tap=True)
             case CloneFile(volume):
-                handle = Handle(volume, clone=self._names.clone(node))
+                handle = Handle(volume, inode, clone=self._names.clone(node))
             case _:
                 raise FUSEError(errno.EISDIR)
         cached, direct = isinstance(node, PastImage), isinstance(node, LiveFile)
@@ -368,17 +378,30 @@ class Tree(pyfuse3.Operations):
         self._handles[number] = handle
         return pyfuse3.FileInfo(fh=number, keep_cache=cached, direct_io=direct)
 
-    @guarded
     async def read(  # type: ignore[override]  # any buffer will do
         self, fh: pyfuse3.FileHandleT, off: int, size: int
     ) -> memoryview | bytearray:
-        """Read."""
+        """Read. Of the past most is there at once; it is in a buffer that pyfuse3 copies before anything else runs."""
         handle = self._handles[fh]
+        image = handle.image
+        if image is None:
+            return await self._read(handle, off, size)
+        self.around.missed(handle.inode, image, off, size)
+        ahead, handle.next = AHEAD if off == handle.next else 0, off + size
+        with contextlib.suppress(Exception):  # it is guarded below
+            data = image.read_nowait(off, size, self._scratch)
+            if data is not None:
+                return data
+        return await self._read(handle, off, size, ahead)
+
+    @guarded
+    async def _read(self, handle: Handle, off: int, size: int, ahead: int = 0) -> memoryview | bytearray:
+        """Read whatever it takes."""
         if handle.tap:
             return await self._backend.read_tap(handle.volume, off, size)
         if handle.clone is not None:
             return await self._backend.read_clone(handle.clone, off, size)
-        return await self._backend.read(handle.image or self._backend.live(handle.volume), off, size)
+        return await self._backend.read(handle.image or self._backend.live(handle.volume), off, size, ahead=ahead)
 
     @guarded
     async def write(self, fh: pyfuse3.FileHandleT, off: int, buf: bytes) -> int:

@@ -249,6 +249,9 @@ class SimulatedFile:
     def uncache(self, offset: int, length: int) -> None:
         """See ``File``. There is no cache."""
 
+    def prefetch(self, offset: int, length: int) -> None:
+        """See ``File``. There is no cache."""
+
     def size(self) -> int:
         """See ``File``."""
         return len(self._content)

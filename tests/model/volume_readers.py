@@ -125,6 +125,8 @@ class Readers(Model):
         def located(pieces: list[Piece]) -> None:
             read = image.read_pieces(pieces, offset, length)
             assert read == whole[offset : offset + length], f"the image at {seq} isn't history's"
+            at_once = image.read_nowait(offset, length, memoryview(bytearray(length)))
+            assert at_once is None or at_once == whole[offset : offset + length], f"the image at {seq} isn't history's"
 
         def measured(sectors: int) -> None:
             assert nonzero_sectors(whole) <= sectors <= self.oracle.size_sectors

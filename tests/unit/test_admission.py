@@ -16,6 +16,7 @@ from typing import cast
 
 import pytest
 import trio
+import trio.testing
 
 from dmafs.service import admission, control
 from dmafs.service.admission import CONNECTIONS_MAX
@@ -201,6 +202,31 @@ async def test_any_bytes_end_one_connection_at_most(
             assert len(received) < 1 << 16
     assert await is_served(path)
     assert "report this" not in caplog.text, caplog.text
+
+
+async def test_what_is_sent_at_once_goes_out_one_after_the_other() -> None:
+    """A server that finds fault with a request sends that while the answer to the one before still goes out."""
+    near, far = socket.socketpair()
+    first, second = b"a" * (4 << 20), b"b" * 100
+    async with trio.SocketStream(trio.socket.from_stdlib_socket(near)) as stream:
+        connection = admission.Connection(stream, trio.CancelScope())
+        received = bytearray()
+
+        async def receive() -> None:
+            async with trio.SocketStream(trio.socket.from_stdlib_socket(far)) as other:
+                async for part in other:
+                    received.extend(part)
+
+        with trio.fail_after(10):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(connection.send_all, first)
+                await trio.testing.wait_all_tasks_blocked()
+                nursery.start_soon(connection.send_all, second)
+                await trio.testing.wait_all_tasks_blocked()
+                nursery.start_soon(connection.send_eof)
+                await trio.testing.wait_all_tasks_blocked()
+                nursery.start_soon(receive)
+    assert received == first + second
 
 
 async def test_the_end_waits_for_nobody(tmp_path: Path) -> None:
