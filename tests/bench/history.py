@@ -7,6 +7,7 @@ event, which stay in the forward journal. Everything is random by fixed seeds, a
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import json
@@ -27,7 +28,7 @@ from tests.bench.report import progress
 from tests.bench.stores import BLOCK
 from tests.bench.system import attached, dmafs, mounted, run, served, status
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 """To be raised when what is made here changes."""
 VOLUME: Final = "disk"
 CONFIGURATION: Final = """\
@@ -96,6 +97,13 @@ class History:
         return (self.mirror_seq + self.newest_seq) // 2
 
 
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add what the benchmarks on a history have in common."""
+    parser.add_argument("--json", action="store_true", help="print JSON, with what each number was made from")
+    parser.add_argument("--quick", action="store_true", help="a tenth of all sizes; its numbers prove nothing")
+    parser.add_argument("--fixture", metavar="DIR", type=Path, help="keep the history in this folder, and use it again")
+
+
 @contextlib.contextmanager
 def prepared(fixture: Path | None, sizes: Sizes) -> Iterator[History]:
     """Yield a history: the one in the folder *fixture*, made if it isn't there; else one that is removed at the end."""
@@ -139,8 +147,12 @@ def _made(folder: Path, sizes: Sizes) -> History:
             target = _make_target(files / "overwritten", sizes, rng)
             for number in range(sizes.snapshots):
                 _change(files, paths, rng, number)
-                run("sync", "-f", files)
-                (mnt / "snapshots" / f"s{number + 1:03}").mkdir()
+                # What is frozen can be mounted read-only with all that is in it, without its journal.
+                run("fsfreeze", "--freeze", files)
+                try:
+                    (mnt / "snapshots" / f"s{number + 1:03}").mkdir()
+                finally:
+                    run("fsfreeze", "--unfreeze", files)
             dmafs("sync", store)
             (mirror_seq,) = (volume["mirror"]["seq"] for volume in status(store))
             progress(f"writing {sizes.events} events")

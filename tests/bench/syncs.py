@@ -26,6 +26,7 @@ from dmafs.core.sync import sync
 from dmafs.core.volume import Volume
 from dmafs.core.work import run
 from dmafs.units import SECTOR
+from tests.bench.cache import settle
 from tests.bench.report import Result, at_least, at_most, progress, spread, timed, told
 from tests.bench.stores import (
     BLOCK,
@@ -42,7 +43,6 @@ from tests.bench.stores import (
 
 SPEED_GOAL: Final = 0.6
 SPREAD_GOAL: Final = 1.1
-_CHUNK: Final = 8 << 20
 
 
 class Syncing:
@@ -68,7 +68,8 @@ class Syncing:
         """Capture one event for each address in random order, and time the sync of them."""
         capture(self._volume, self._rng.permutation(self._starts), data_every=1)
         run(self._volume.flush())
-        _settle(self._path / "mirror.img", *(self._path / "forward").glob("*.dat"))
+        settle([self._path / "mirror.img", *(self._path / "forward").glob("*.dat")])
+        gc.collect()
         before = self._volume.statistics.saved_sectors
         taken, seq = timed(lambda: run(sync(self._volume)))
         assert seq == self._volume.journal.head
@@ -108,7 +109,8 @@ class Bare:
     def round_s(self) -> float:
         """Time the loop; the backward file is a new one each time."""
         self._files[2].unlink(missing_ok=True)
-        _settle(*self._files[:2])
+        settle(self._files[:2])
+        gc.collect()
         with self._open() as (mirror, forward, backward):
             return timed(lambda: self._loop(mirror, forward, backward))[0]
 
@@ -123,26 +125,6 @@ class Bare:
         for offset, place in self._moves:
             os.pwrite(mirror, os.pread(forward, BLOCK, place), offset)
         os.fdatasync(mirror)
-
-
-def _settle(*paths: Path) -> None:
-    """Have files on disk and, as far as memory goes, in the page cache, and no garbage to be collected meanwhile."""
-    for path in paths:
-        with path.open("rb") as file:
-            os.fdatasync(file.fileno())
-            end = 0
-            while (begin := _next_data(file.fileno(), end)) is not None:
-                end = os.lseek(file.fileno(), begin, os.SEEK_HOLE)
-                for at in range(begin, end, _CHUNK):
-                    os.pread(file.fileno(), min(_CHUNK, end - at), at)
-    gc.collect()
-
-
-def _next_data(file: int, at: int) -> int | None:
-    try:
-        return os.lseek(file, at, os.SEEK_DATA)
-    except OSError:  # nothing but a hole behind it
-        return None
 
 
 def syncs(scratch: Path, events: int, snapshots: tuple[int, ...], rounds: int) -> Iterator[Result]:

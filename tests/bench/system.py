@@ -86,7 +86,9 @@ def process(*command: str | Path, log: Path, env: Mapping[str, str] | None = Non
 @contextlib.contextmanager
 def serving(point: Path, *command: str | Path, log: Path, env: Mapping[str, str] | None = None) -> Iterator[int]:
     """Have a process that mounts something at *point*; yield its id once that is there."""
-    with process(*command, log=log, env=env) as begun:
+    with contextlib.ExitStack() as stack:
+        stack.callback(_unmount, point)
+        begun = stack.enter_context(process(*command, log=log, env=env))
 
         def is_ready() -> bool:
             if begun.poll() is not None:
@@ -95,6 +97,12 @@ def serving(point: Path, *command: str | Path, log: Path, env: Mapping[str, str]
 
         wait_until(is_ready, f"a mount at {point}")
         yield begun.pid
+
+
+def _unmount(point: Path) -> None:
+    """Take away what a process that has ended may have left mounted: borg does."""
+    if is_mounted(point):
+        run("umount", point)
 
 
 @contextlib.contextmanager
