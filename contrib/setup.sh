@@ -1,10 +1,11 @@
 # shellcheck shell=bash
-# Installs what dmafs needs on Debian 12 or its like. To be sourced, by contrib/test and contrib/demo.
+# Installs what dmafs needs on Debian 12 or its like. To be sourced, by contrib/test, contrib/bench and contrib/demo.
 #
 #   dmafs_root "$0" "$@"   go on as root (loop devices and mounts need it), through sudo if need be
 #   dmafs_setup [EXTRA]    system packages, kernel devices, virtual environment, dmafs itself; EXTRA is `test` or nothing
 #   dmafs_vm               what a User-Mode Linux guest needs: system packages, and the kernel, whose program is then
 #                          $DMAFS_UML_KERNEL and whose modules are in $DMAFS_UML_MODULES
+#   dmafs_bench            system packages of the programs that benchmarks compare with
 #
 # dmafs_setup puts the virtual environment's programs first in PATH. It does only what is missing, so a second run takes
 # no time. Its folder is $DMAFS_VENV, by default .venv in the repository. A guest's kernel that isn't installed is kept
@@ -29,6 +30,11 @@ DMAFS_VM_PACKAGES=(
     kmod iproute2 # modules and the loopback interface of the guest, which uses the host's programs
     dmsetup # the other opinion on what device-mapper's state is
     fuse3 e2fsprogs xfsprogs fio # what runs on the devices
+)
+DMAFS_BENCH_PACKAGES=(
+    qemu-utils qemu-system-common # chains of overlays, and the storage daemon that shows them
+    borgbackup python3-pyfuse3 # an archive, mounted
+    fio # random reads
 )
 
 _dmafs_say() { printf 'setup: %s\n' "$*" >&2; }
@@ -219,4 +225,8 @@ dmafs_vm() {
     mv -T "$unpacked/new/root" "$DMAFS_UML"
     rm -rf "$unpacked"
     _dmafs_uml_below "$DMAFS_UML/usr"
+}
+
+dmafs_bench() {
+    _dmafs_system_packages "${DMAFS_BENCH_PACKAGES[@]}"
 }

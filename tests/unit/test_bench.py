@@ -12,6 +12,10 @@ from typing import Any
 
 import pytest
 
+from tests.bench.chains import Chains
+from tests.bench.history import History
+from tests.bench.peers import BORG, CHAIN, DMAFS, RAW
+from tests.bench.read import judged
 from tests.bench.report import Result, at_least, at_most, text, told
 
 ROOT = Path(__file__).parents[2]
@@ -27,6 +31,42 @@ def test_a_goal_is_reached_or_missed() -> None:
     shown = text({"machine": {"cores": 2}, "quick": True}, [at_most("a", 3, "ms", 2), told("b", 1, "s")]).splitlines()
     assert shown[-1] == "0 of 1 goals reached"
     assert "FAIL" in shown[3]
+
+
+def test_readings_are_judged() -> None:
+    """A peer's median is told; dmafs' is set in relation to those peers' that were measured, by the other's measure."""
+    samples = {
+        ("tar", DMAFS): [1.0, 9.0, 2.0],
+        ("tar", CHAIN): [4.0],
+        ("tar", RAW): [1.0, 1.0],
+        ("dd by its other name", DMAFS): [80.0],
+        ("dd again", RAW): [100.0],
+    }
+    found = {result.name: result for result in judged("backward", samples)}
+    assert {name: result.value for name, result in found.items()} == {
+        "backward: tar, dmafs": 2.0,
+        "backward: tar, q-s-d qcow2": 4.0,
+        "backward: tar, raw": 1.0,
+        "backward: dd by its other name, dmafs": 80.0,
+        "backward: dd again, raw": 100.0,
+        "backward: tar, dmafs / q-s-d qcow2": 0.5,
+        "backward: tar, dmafs / raw": 2.0,
+        "backward: dd by its other name, dmafs / raw": 0.8,
+    }
+    assert found["backward: tar, dmafs / q-s-d qcow2"].passed is True
+    assert found["backward: tar, dmafs / raw"].passed is False
+    assert found["backward: dd by its other name, dmafs / raw"].passed is False
+    assert not any(BORG in name for name in found)
+
+
+def test_chains_of_a_history() -> None:
+    """A snapshot's image is the chain up to its overlay; that of the forward journal has one more than snapshots."""
+    history = History(Path("h"), [("seq:0", 0), *((f"s{number}", 10 * number) for number in range(1, 5))], 40, 61)
+    assert history.backward == ("s2", 20)
+    assert history.forward_seq == 50
+    chains = Chains(Path("c"), 4)
+    assert [path.name for path in chains.overlays("backward")] == ["001.qcow2", "002.qcow2"]
+    assert [path.name for path in chains.overlays("forward")][-2:] == ["004.qcow2", "005.qcow2"]
 
 
 @pytest.fixture
