@@ -153,7 +153,6 @@ class Monitor:
 def _writable(made: Chains) -> Iterator[tuple[Monitor, Path]]:
     """Have a storage daemon with the first overlay; yield its monitor, and the disk as a file."""
     disk, place = made.folder / "disk", made.folder / "monitor"
-    disk.touch()
     with serving(
         disk,
         "qemu-storage-daemon",

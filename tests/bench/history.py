@@ -14,6 +14,7 @@ import json
 import mmap
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -107,6 +108,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 @contextlib.contextmanager
 def prepared(fixture: Path | None, sizes: Sizes) -> Iterator[History]:
     """Yield a history: the one in the folder *fixture*, made if it isn't there; else one that is removed at the end."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # what is mounted is unmounted
     if fixture is None:
         with tempfile.TemporaryDirectory(prefix="dmafs-bench.", dir=os.environ.get("TMPDIR", "/var/tmp")) as name:  # noqa: S108
             yield _made(Path(name).resolve() / "history", sizes)

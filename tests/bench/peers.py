@@ -82,7 +82,6 @@ def chain(chains: Chains, moment: str) -> Iterator[Peer]:
 @contextlib.contextmanager
 def _exported(chains: Chains, name: str, node: str) -> Iterator[Path]:
     path = chains.folder / f"{name}.shown"
-    path.touch()
     with serving(
         path,
         "qemu-storage-daemon",
@@ -97,10 +96,10 @@ def _exported(chains: Chains, name: str, node: str) -> Iterator[Path]:
 def borg(chains: Chains) -> Iterator[Peer]:
     """Have borg's archive of the image in the backward journal mounted."""
     point = chains.folder / "borg.mnt"
-    point.mkdir(exist_ok=True)
     archive = f"{chains.repository}::backward"
     command = ("borg", "mount", "--foreground", archive, point)
-    with serving(point, *command, log=chains.folder / "borg.log", env=chains.borg_environment()):
+    log, environment = chains.folder / "borg.log", chains.borg_environment()
+    with serving(point, *command, log=log, folder=True, env=environment):
         backing = [file for file in chains.repository.rglob("*") if file.is_file()]
         path = point / chains.raw("backward").relative_to("/")
         yield Peer(BORG, path, backing)

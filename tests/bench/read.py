@@ -4,6 +4,11 @@ The image in the middle of the backward journal and the one in the middle of the
 programs. The same bytes are read from a raw file, from that file and from a chain of qcow2 overlays with the same
 history behind QEMU's storage daemon (FUSE, as dmafs), and, the former image, from borg's archive of it. All are
 compared before anything is timed, then they take turns.
+
+Each reading but ``dd again`` and ``dd by its other name`` is of a cold image: no loop device has it and next to nothing
+of it is in the page cache, which is looked at each time; all files that it is made from are in there. The raw file is
+made from nothing but itself, so it is in the page cache always: what is set in relation to it is compared with
+memory. ``tar`` and ``find`` read a read-only mount on a buffered loop device, all others the image file.
 """
 
 from __future__ import annotations

@@ -71,6 +71,7 @@ def process(*command: str | Path, log: Path, env: Mapping[str, str] | None = Non
             stdout=output,
             stderr=output,
             env={**os.environ, **(env or {})},
+            start_new_session=True,  # an interrupt from the terminal is for the benchmark, which ends all in order
         )
     try:
         yield begun
@@ -84,8 +85,15 @@ def process(*command: str | Path, log: Path, env: Mapping[str, str] | None = Non
 
 
 @contextlib.contextmanager
-def serving(point: Path, *command: str | Path, log: Path, env: Mapping[str, str] | None = None) -> Iterator[int]:
-    """Have a process that mounts something at *point*; yield its id once that is there."""
+def serving(
+    point: Path, *command: str | Path, log: Path, folder: bool = False, env: Mapping[str, str] | None = None
+) -> Iterator[int]:
+    """Have a process that mounts a file or a folder at *point*; yield its id once that is there."""
+    _unmount(point)
+    if folder:
+        point.mkdir(exist_ok=True)
+    else:
+        point.touch()
     with contextlib.ExitStack() as stack:
         stack.callback(_unmount, point)
         begun = stack.enter_context(process(*command, log=log, env=env))
@@ -100,7 +108,7 @@ def serving(point: Path, *command: str | Path, log: Path, env: Mapping[str, str]
 
 
 def _unmount(point: Path) -> None:
-    """Take away what a process that has ended may have left mounted: borg does."""
+    """Take away what a process that has ended may have left mounted: borg does, and who is killed."""
     if is_mounted(point):
         run("umount", point)
 
@@ -108,8 +116,8 @@ def _unmount(point: Path) -> None:
 @contextlib.contextmanager
 def served(store: Path, point: Path) -> Iterator[int]:
     """Have a daemon of a store, whose volumes are protected; yield its process id."""
-    point.mkdir(exist_ok=True)
-    with serving(point, *DMAFS, "serve", store, point, log=point.with_name(point.name + ".log")) as pid:
+    log = point.with_name(point.name + ".log")
+    with serving(point, *DMAFS, "serve", store, point, log=log, folder=True) as pid:
         wait_until(lambda: all(volume["state"] == "protected" for volume in status(store)), "the initial copy")
         yield pid
 
