@@ -1,8 +1,8 @@
 """What is in memory of the backward journal: descriptors of some snapshots, and merged layers of all.
 
 Descriptors are loaded when they are needed, and forgotten, those used least recently first, when there are too many.
-A snapshot that the mirror has reached has a *slot* in the tree of layers; the last of them is the open one, which still
-grows and stands beside the tree.
+A snapshot that the mirror has reached has a *slot* in the tree of layers, and its layer in a file beside it
+(``index``); the last of them is the open one, which still grows and stands beside the tree.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from uuid import UUID
 
 from sortedcontainers import SortedDict
 
+from dmafs.core.extent import Ints
+from dmafs.core.index import keep_index, read_index, snapshot_owner
 from dmafs.core.layers import Growing, Layer, LayerTree, Selectable, entries, net_layer, stacked
 from dmafs.core.limits import IndexLimits
 from dmafs.core.ondisk import Kind
@@ -23,6 +25,8 @@ from dmafs.core.storage import Storage
 from dmafs.core.vrmo import backward_reference, split_reference
 from dmafs.core.work import Work, run
 from dmafs.errors import CorruptionError
+
+Entries = tuple[Ints, Ints, Ints]
 
 
 class SnapshotMaps:
@@ -170,24 +174,40 @@ class SnapshotMaps:
     def _leaf(self, slot: int) -> Work[Layer]:
         """Make the layer of a closed snapshot; its journal isn't kept in memory for that, since many may be asked."""
         while (snapshot := self._by_slot.get(slot)) is not None:
-            base, version = backward_reference(snapshot.serial, 0), snapshot.version
-            if snapshot.segment is not None:
-                layer: Layer = yield partial(net_layer, *entries(snapshot.segment, base, 0, len(snapshot.segment)))
-                return layer
+            base, version, segment = backward_reference(snapshot.serial, 0), snapshot.version, snapshot.segment
+            held = None if segment is None else (segment.records, entries(segment, base, 0, len(segment)))
             try:
-                layer = yield partial(self._read_layer, snapshot.stem, _suffix(snapshot), base)
+                layer: Layer = yield partial(self._layer, snapshot.stem, _suffix(snapshot), base, held)
             except (CorruptionError, OSError):
                 if _untouched(snapshot, version):
                     raise
             else:
-                if _untouched(snapshot, version):
+                if held is not None or _untouched(snapshot, version):
                     return layer
         return net_layer(*stacked([]))  # dropped meanwhile
 
-    def _read_layer(self, stem: str, suffix: str, base: int) -> Layer:
+    def _layer(self, stem: str, suffix: str, base: int, held: tuple[int, Entries] | None) -> Layer:
+        """Return the layer of a closed snapshot, of its index if that is right. Runs in a thread.
+
+        *held* are records and entries that are in memory. They don't change any more, but more may follow meanwhile: an
+        index is of them only if its owner has as many.
+        """
+        owner = snapshot_owner(self._storage, stem + suffix, self._uuid)
+        if owner and owner.records >= self._limits.indexed and (held is None or held[0] == owner.records):
+            found = read_index(self._storage, stem, owner, base=base)
+            if found is not None:
+                return found
+        records, own = held or self._read_entries(stem, suffix, base)
+        layer = net_layer(*own)
+        owner = snapshot_owner(self._storage, stem + suffix, self._uuid, events=len(own[0]))
+        if owner is None or owner.records != records:
+            return layer
+        return keep_index(self._storage, stem, owner, layer, self._limits, base=base, beside=(".ext", ".gone"))
+
+    def _read_entries(self, stem: str, suffix: str, base: int) -> tuple[int, Entries]:
         segment = self._open(stem, suffix)
         try:
-            return net_layer(*entries(segment, base, 0, len(segment)))
+            return segment.records, entries(segment, base, 0, len(segment))
         finally:
             segment.close()
 

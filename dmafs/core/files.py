@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+from typing import Final
 
 from dmafs.core.storage import Storage
 from dmafs.errors import ExistsError
+
+INDEX: Final = ".idx"
+"""Of a pair of files, beside ``.ext`` and ``.dat``; see ``index``."""
 
 
 def write_whole(storage: Storage, name: str, content: bytes) -> None:
@@ -20,8 +24,7 @@ def replace_whole(storage: Storage, name: str, content: bytes) -> None:
     """Write a small file likewise, in the place of another one if there is one."""
     directory = name.rpartition("/")[0]
     temporary = f"{name}.new"
-    with contextlib.suppress(FileNotFoundError):
-        storage.unlink(temporary)
+    unlink_if_there(storage, temporary)
     file = storage.create(temporary)
     try:
         file.write([content], 0)
@@ -32,14 +35,19 @@ def replace_whole(storage: Storage, name: str, content: bytes) -> None:
     storage.sync_directory(directory)
 
 
+def unlink_if_there(storage: Storage, name: str) -> None:
+    """Unlink a file that may be missing."""
+    with contextlib.suppress(FileNotFoundError):
+        storage.unlink(name)
+
+
 def discard_files(storage: Storage, stem: str, *suffixes: str) -> None:
-    """Unlink what there is of the files that a change which failed has made: descriptors first, then data.
+    """Unlink what there is of the files that a change which failed has made: descriptors first, then the rest.
 
     Where that fails the error is none that a volume goes on after: what is left might count later.
     """
-    for suffix in (*suffixes, ".dat"):
+    for suffix in (*suffixes, ".dat", INDEX):
         try:
-            with contextlib.suppress(FileNotFoundError):
-                storage.unlink(stem + suffix)
+            unlink_if_there(storage, stem + suffix)
         except OSError as error:
             raise OSError(errno.EIO, f"{error.strerror or error}, so it is left behind", stem + suffix) from error

@@ -1,8 +1,9 @@
 """What is in memory of the forward journal, and what is asked of it: descriptors of some segments, layers of all.
 
-Of a sealed segment only what its seal says is always in memory. Its descriptors are loaded when somebody needs them,
-and forgotten, those used least recently first, when there are too many; who goes through many segments reads each
-without keeping it. The last segment, and others that aren't sealed yet, stay in memory.
+Of a sealed segment only what its seal says is always in memory. Its layer is in a file beside it (``index``). Its
+descriptors are loaded when somebody needs them, and forgotten, those used least recently first, when there are too
+many; who goes through many segments reads each without keeping it. The last segment, and others that aren't sealed yet,
+stay in memory.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ import numpy as np
 
 from dmafs.core.columns import Columns, Indicator
 from dmafs.core.extent import Ints
+from dmafs.core.index import Owner, keep_index, read_index
 from dmafs.core.layers import Growing, Layer, LayerTree, Selectable, entries, net_layer, stacked
 from dmafs.core.limits import IndexLimits
 from dmafs.core.ondisk import Flag
 from dmafs.core.part import Part
+from dmafs.core.seal import Seal
 from dmafs.core.segment import Segment
 from dmafs.core.storage import Storage
 from dmafs.core.work import Work, run
@@ -47,6 +50,8 @@ class ForwardMaps:
         self._filled: list[Part] = []  # those that are full, and weren't sealed when they were looked at last
         self._unread: list[int] = []  # first seqs of sealed ones that nobody has asked for since they were written
         self._slot = 0  # of the first segment; all but the last segment are slots of the tree
+        self.sealed = 0
+        """How many segments were sealed since the volume was opened."""
         self._tree = LayerTree(self._leaf, later_wins=True, limit_bytes=index.bytes)
 
     # -- descriptors in memory ----------------------------------------------------------------------------------
@@ -141,6 +146,8 @@ class ForwardMaps:
             self._filled.remove(part)
             self._loaded[part.first] = part
             self._unread.append(part.first)
+            self._tree.again(self._slot + self._number_of(part.first))
+            self.sealed += 1
 
     def _records(self) -> int:
         return sum(part.records for part in self._loaded.values())
@@ -303,13 +310,26 @@ class ForwardMaps:
             return net_layer(*stacked([]))
         part = self.parts[slot - self._slot]
         try:
-            columns = yield from self._read(part)
+            part.require_known()
+            layer: Layer = yield partial(self._layer, part, part.seal)
         except (CorruptionError, OSError):
             if self._is_here(part):
                 raise
             return net_layer(*stacked([]))
-        layer: Layer = yield partial(net_layer, *entries(columns, part.first, 0, len(columns)))
         return layer
+
+    def _layer(self, part: Part, seal: Seal | None) -> Layer:
+        """Return the layer of a whole segment, of its index if it is sealed. Runs in a thread."""
+        few = seal is None or seal.summary.records < self._index.indexed
+        owner = None if seal is None or few else Owner(self._uuid, seal.summary.records, seal.digest)
+        found = read_index(self._storage, part.stem, owner, base=part.first) if owner else None
+        if found is not None:
+            return found
+        columns = self._columns(part)
+        layer = net_layer(*entries(columns, part.first, 0, len(columns)))
+        if owner is None:
+            return layer
+        return keep_index(self._storage, part.stem, owner, layer, self._index, base=part.first, beside=(".ext",))
 
     def rebuilt(self, upto: int) -> list[Selectable]:
         """Return layers that hold all events up to *upto*, from their descriptors alone."""

@@ -5,9 +5,11 @@ The image at a moment is a stack of layers over the mirror: of the forward journ
 one winning, or of the snapshots from its own to the open one, the earlier one winning (fig. 16).
 
 ``LayerTree`` keeps the stacks short. Each finished part of history, a segment or a closed snapshot, has a *slot*,
-ascending with time; ``FAN_OUT`` neighbouring blocks of slots are merged into one block of the next level, as a log-
-structured merge tree does. Any run of slots is then covered by O(log slots) blocks. Blocks are made when first needed,
-kept up to a limit of bytes, and can be thrown away at any time (promise 9).
+ascending with time, and a layer of its own, a *leaf*, which most often is a file that is mapped (``index``): so leaves
+are there at once, and take no memory. A page of a map is made as fast from some ten layers as from one; where there are
+more than ``STACK_MAX``, ``FAN_OUT`` neighbouring blocks of slots are merged into one block of the next level, as a log-
+structured merge tree does, small ones first. Any run of slots is then covered by few blocks, as far as the limit of
+bytes allows. Blocks are made when first needed, and can be thrown away at any time (promise 9).
 
 What is still growing is no slot: ``select`` finds its entries in the columns themselves.
 """
@@ -15,7 +17,7 @@ What is still growing is no slot: ``select`` finds its entries in the columns th
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 from itertools import count
@@ -30,9 +32,13 @@ from dmafs.core.vbm import ZERO
 from dmafs.core.work import Work
 
 FAN_OUT: Final = 8
-"""Blocks merged into one: a run of 10,000 slots takes at most 2 * 7 * 5 layers, about half of it on average, and each
-entry is kept in five levels."""
+"""Blocks merged into one."""
 
+STACK_MAX: Final = 128
+"""Layers that a moment may be made from: each takes some 5 us of what a page takes to be made."""
+
+_ENTRY_BYTES: Final = 24  # in memory
+_STACKS_KEPT: Final = 64
 _LEVELS: Final = 22  # FAN_OUT ** 21 is 2**63
 GROWN_ENTRIES: Final = 1 << 17
 """Entries of a growing part that are searched one by one, at some 2 ns each; with more they are sorted once."""
@@ -53,26 +59,29 @@ class Selectable(Protocol):
 class Layer:
     """The net change of a run of history. Immutable."""
 
-    __slots__ = ("references", "starts", "stops")
+    __slots__ = ("_base", "_references", "bytes", "starts", "stops")
 
-    def __init__(self, starts: Ints, stops: Ints, references: Ints) -> None:
-        """Take a disjoint ascending list."""
-        self.starts, self.stops, self.references = starts, stops, references
+    def __init__(self, starts: Ints, stops: Ints, references: Ints, *, base: int = 0, mapped: bool = False) -> None:
+        """Take a disjoint ascending list, and references counted from *base*; *mapped* if that is no memory."""
+        self.starts, self.stops, self._references = starts, stops, references
+        self._base = base
+        self.bytes = 0 if mapped else starts.nbytes + stops.nbytes + references.nbytes
+        """The memory that the entries take."""
 
     def __len__(self) -> int:
         """Return the number of entries."""
         return len(self.starts)
 
     @property
-    def bytes(self) -> int:
-        """Return the memory that the entries take."""
-        return self.starts.nbytes + self.stops.nbytes + self.references.nbytes
+    def references(self) -> Ints:
+        """Return what the entries refer to."""
+        return self._references + self._base if self._base else self._references
 
     def select(self, start: int, stop: int) -> tuple[Ints, Ints, Ints]:
         """See ``Selectable``. O(log n) and what it returns."""
         low = int(self.stops.searchsorted(start, "right"))
         high = int(self.starts.searchsorted(stop, "left"))
-        return self.starts[low:high], self.stops[low:high], self.references[low:high]
+        return self.starts[low:high], self.stops[low:high], self._references[low:high] + self._base
 
 
 class Growing:
@@ -147,6 +156,9 @@ class LayerTree:
         self._builds: dict[int, Key] = {}  # blocks that are being made, of slots that haven't changed since
         self._numbers = count()
         self._wanted: list[tuple[int, int]] = []  # runs of slots that are being prepared
+        self._stacks: dict[
+            tuple[int, int], list[Key]
+        ] = {}  # what runs of slots are covered by, until something changes
 
     # -- slots --------------------------------------------------------------------------------------------------
 
@@ -154,6 +166,7 @@ class LayerTree:
         """Add a slot behind all others, finished."""
         assert not self._slots or slot > self._slots[-1]
         self._slots.append(slot)
+        self._stacks.clear()
 
     def remove(self, slot: int) -> None:
         """Remove a slot."""
@@ -164,7 +177,14 @@ class LayerTree:
         """Forget the blocks that a slot is in, also those that are just being made."""
         for level in range(_LEVELS):
             self._blocks.pop((level, slot // FAN_OUT**level), None)
+        self._stacks.clear()
         self._abandon(lambda level, block: slot // FAN_OUT**level == block)
+
+    def again(self, slot: int) -> None:
+        """Forget the leaf of a slot: it is the same when it is made again, but may be mapped then."""
+        self._blocks.pop((0, slot), None)
+        self._stacks.clear()
+        self._abandon(lambda level, block: (level, block) == (0, slot))
 
     def release(self, slot: int) -> None:
         """Remove the slots up to *slot*; blocks that reach beyond it stay: who asks for them leaves out the rest."""
@@ -176,6 +196,7 @@ class LayerTree:
         del self._slots[: bisect_left(self._slots, slot + 1)]
         for key in [key for key in self._blocks if is_released(*key)]:
             del self._blocks[key]
+        self._stacks.clear()
         self._abandon(is_released)
 
     def _abandon(self, concerns: Callable[[int, int], bool]) -> None:
@@ -200,10 +221,36 @@ class LayerTree:
             low += width
         return found
 
+    def _children(self, level: int, block: int) -> list[Key]:
+        """Return the blocks of the next lower level that a block is made of; no empty ones."""
+        width: int = FAN_OUT ** (level - 1)
+        found = []
+        for child in range(block * FAN_OUT, (block + 1) * FAN_OUT):
+            index = bisect_left(self._slots, child * width)
+            if index < len(self._slots) and self._slots[index] < (child + 1) * width:
+                found.append((level - 1, child))
+        return found
+
+    def _parts(self, key: Key) -> list[Key]:
+        """Return the fewest blocks that together are a block, and are made or leaves, ascending."""
+        if key in self._blocks or not key[0]:
+            return [key]
+        return [part for child in self._children(*key) for part in self._parts(child)]
+
+    def _stack(self, low: int, high: int) -> list[Key]:
+        """Return the same for the slots ``[low, high)``. O(1) as long as nothing changes, else O(blocks)."""
+        found = self._stacks.get((low, high))
+        if found is None:
+            found = [part for key in self._cover(low, high) for part in self._parts(key)]
+            if len(self._stacks) >= _STACKS_KEPT:
+                self._stacks.clear()
+            self._stacks[low, high] = found
+        return found
+
     def layers_nowait(self, low: int, high: int) -> list[Layer] | None:
         """Return layers that together are the slots ``[low, high)``, later ones winning; None if one isn't made yet."""
         found = []
-        for key in self._cover(low, high):
+        for key in self._stack(low, high):
             layer = self._blocks.get(key)
             if layer is None:
                 return None
@@ -212,15 +259,59 @@ class LayerTree:
         return found if self._later_wins else found[::-1]
 
     def prepare(self, low: int, high: int) -> Work[None]:
-        """Make the layers of the slots ``[low, high)``; what changes meanwhile is made again."""
+        """Make the layers of the slots ``[low, high)``, and few; what changes meanwhile is made again."""
         wanted = low, high
         self._wanted.append(wanted)
         try:
-            while missing := [key for key in self._cover(low, high) if key not in self._blocks]:
-                yield from self._make(*missing[0])
+            while missing := [key for key in self._stack(low, high) if key not in self._blocks]:
+                for key in missing:
+                    if self._has_slot(key):
+                        yield from self._make(*key)
+            while (yield from self._merge(low, high)):
+                pass
             self._evict()
         finally:
             self._wanted.remove(wanted)
+
+    def _has_slot(self, key: Key) -> bool:
+        """Say whether the slot of a leaf is there."""
+        index = bisect_left(self._slots, key[1])
+        return index < len(self._slots) and self._slots[index] == key[1]
+
+    def _merge(self, low: int, high: int) -> Work[bool]:
+        """Merge blocks of the slots ``[low, high)`` into larger ones, of one level; return whether that may go on."""
+        length = len(self._stack(low, high))
+        if length <= STACK_MAX:
+            return False
+        needed = self._needed()
+        room = self._limit_bytes - sum(layer.bytes for key, layer in self._blocks.items() if key in needed)
+        merged = False
+        for key in self._mergeable(low, high):
+            parts = self._parts(key)
+            layers = [self._blocks[part] for part in parts if part in self._blocks]
+            room -= sum(_ENTRY_BYTES * len(layer) - layer.bytes for layer in layers)
+            if length <= STACK_MAX or room < 0:
+                return False
+            if len(parts) > 1:
+                yield from self._make(*key)
+                length -= len(parts) - 1
+                merged = True
+        return merged
+
+    def _mergeable(self, low: int, high: int) -> list[Key]:
+        """Return the blocks of the lowest level at which there are some that aren't merged, ascending."""
+        found: dict[int, list[Key]] = {}
+        queue = self._cover(low, high)
+        while queue:
+            key = queue.pop()
+            if key[0] and key not in self._blocks:
+                found.setdefault(key[0], []).append(key)
+                queue += self._children(*key)
+        for level in sorted(found):
+            keys = sorted(key for key in found[level] if len(self._parts(key)) > 1)
+            if keys:
+                return keys
+        return []
 
     def _make(self, level: int, block: int) -> Work[Layer]:
         """Make a block, from the smaller ones in it."""
@@ -234,6 +325,7 @@ class LayerTree:
             layer = yield from self._merged(level, block)
             if number in self._builds:
                 self._blocks[key] = layer
+                self._stacks.clear()
         finally:
             self._builds.pop(number, None)
         return layer
@@ -242,32 +334,28 @@ class LayerTree:
         """Return what the slots in a block amount to."""
         if level == 0:
             return (yield from self._leaf(block))
-        width = FAN_OUT ** (level - 1)
-        parts: list[Layer] = []
-        for child in range(block * FAN_OUT, (block + 1) * FAN_OUT):
-            index = bisect_left(self._slots, child * width)
-            if index < len(self._slots) and self._slots[index] < (child + 1) * width:
-                parts.append((yield from self._make(level - 1, child)))
-        if len(parts) == 1:
-            return parts[0]
-        layer: Layer = yield partial(merge, parts if self._later_wins else parts[::-1])
-        return layer
+        parts = []
+        for key in self._parts((level, block)):
+            layer = yield from self._make(*key)
+            parts.append(layer)
+        merged: Layer = yield partial(merge, parts if self._later_wins else parts[::-1])
+        return merged
+
+    def _needed(self) -> set[Key]:
+        """Return the blocks that somebody waits for."""
+        return {key for wanted in self._wanted for key in self._stack(*wanted)}
 
     def _evict(self) -> None:
-        """Forget the blocks used least recently, down to the limit, but none that somebody waits for.
-
-        A layer that several blocks are, since the others in them have no slots, counts once.
-        """
-        users = Counter(id(layer) for layer in self._blocks.values())
-        total = sum({id(layer): layer.bytes for layer in self._blocks.values()}.values())
-        needed = {key for wanted in self._wanted for key in self._cover(*wanted)}
+        """Forget the blocks used least recently, down to the limit, but none that somebody waits for."""
+        needed = self._needed()
+        total = sum(layer.bytes for layer in self._blocks.values())
         for key, layer in list(self._blocks.items()):
             if total <= self._limit_bytes:
                 return
-            if key not in needed:
+            if key not in needed and layer.bytes:
                 del self._blocks[key]
-                users[id(layer)] -= 1
-                total -= 0 if users[id(layer)] else layer.bytes
+                self._stacks.clear()
+                total -= layer.bytes
 
     def check(self) -> None:
         """Assert that slots ascend, and that each block is a disjoint list with a slot in it."""

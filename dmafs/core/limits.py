@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from dmafs.units import SECTOR
 
@@ -29,6 +29,10 @@ class IndexLimits:
     """Snapshots, or sealed segments, whose descriptors are in memory, and their two files open."""
     records: int = 1 << 21
     """Descriptors of all these together, at some 50 bytes."""
+    indexed: int = 256
+    """Entries from which on a layer is kept in a file: with fewer the descriptors are read as soon."""
+    reserve_bytes: int = 0
+    """Space of the store's filesystem that these files leave."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,3 +47,8 @@ class VolumeLimits:
     """Space of the store's filesystem that capture leaves for syncs."""
     clone_bytes: int = 10 << 30
     """What one clone of the volume may take."""
+
+    @property
+    def indexes(self) -> IndexLimits:
+        """Return the bounds of indexes, which leave twice the space that capture leaves."""
+        return replace(self.index, reserve_bytes=2 * self.reserve_bytes)

@@ -248,7 +248,7 @@ class Header:
     @classmethod
     def decode(cls, data: bytes | bytearray, where: str) -> Header:
         """Return the header in *data*; CorruptionError or VersionError naming *where* if it is none of ours."""
-        _check_block(data, HEADER_SIZE, _HEADER_MAGIC, where)
+        check_block(data, HEADER_SIZE, _HEADER_MAGIC, where)
         (_, _, kind, uuid, salt, first, seq, time_ns, flags, length, name, instant, sealed) = _HEADER.unpack_from(data)
         try:
             if flags > _TEMPORARY | _FROZEN or length > NAME_LIMIT:
@@ -262,7 +262,7 @@ class Header:
             raise CorruptionError(f"header of {where} has a field out of range", hint="the file is foreign") from error
 
 
-def _check_block(data: bytes | bytearray, size: int, magic: bytes, where: str) -> None:
+def check_block(data: bytes | bytearray, size: int, magic: bytes, where: str) -> None:
     """Check length, magic, version and checksum of a header or slot of 512 bytes."""
     if len(data) != size or data[:8] != magic:
         raise CorruptionError(f"{where} doesn't begin with {magic.decode()}", hint="the file is foreign or damaged")
@@ -368,7 +368,7 @@ class Pointers:
     @classmethod
     def decode(cls, data: bytes | bytearray, where: str) -> Pointers:
         """Return the slot in *data*; CorruptionError or VersionError naming *where* if it is none of ours."""
-        _check_block(data, SLOT_SIZE, _SLOT_MAGIC, where)
+        check_block(data, SLOT_SIZE, _SLOT_MAGIC, where)
         (_, _, flags, uuid, generation, d, m, mt, s, st, o, c, q, qt, boot_id) = _SLOT.unpack_from(data)
         clean, copied = bool(flags & 1), bool(flags & 2)
         return cls(UUID(bytes=uuid), generation, clean, copied, d, m, mt, s, st, o, c, q, qt, UUID(bytes=boot_id))
@@ -388,7 +388,7 @@ class DigestHeader:
     @classmethod
     def decode(cls, data: bytes | bytearray, where: str) -> DigestHeader:
         """Return the header in *data*; CorruptionError or VersionError naming *where* if it is none of ours."""
-        _check_block(data, HEADER_SIZE, _DIGESTS_MAGIC, where)
+        check_block(data, HEADER_SIZE, _DIGESTS_MAGIC, where)
         return cls(UUID(bytes=_DIGESTS.unpack_from(data)[3]))
 
 

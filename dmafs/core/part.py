@@ -6,6 +6,7 @@ from typing import Final
 from uuid import UUID
 
 from dmafs.core.columns import Indicator
+from dmafs.core.files import INDEX, unlink_if_there
 from dmafs.core.ondisk import Flag, Kind
 from dmafs.core.seal import Seal, Summary
 from dmafs.core.segment import Segment
@@ -120,9 +121,10 @@ class Part:
         return Segment.open(storage, self.stem, Kind.FORWARD, uuid, seal=self.seal)
 
     def remove(self, storage: Storage) -> None:
-        """Unlink both files, the descriptors first."""
+        """Unlink its files, the descriptors first."""
         if self.segment is not None:
             self.segment.remove()
         else:
             storage.unlink(self.stem + ".ext")
             storage.unlink(self.stem + ".dat")
+        unlink_if_there(storage, self.stem + INDEX)

@@ -99,6 +99,13 @@ primary again. *kernel*: the one that the volume was opened under. *gap*: one la
     R47  no     other   yes  -       the resync begins anew
     R48  no     other   no   yes     a gap begins, and a resync
     R49  no     other   no   no      the initial copy begins anew
+
+An index, in ``forward/`` or ``backward/``, is of use or not, which is seen when it is needed, ``index_case``. *beside*:
+the descriptors that it is named after::
+
+    row  beside  what is done
+    R50  yes     nothing
+    R51  no      left over: unlinked
 """
 
 from __future__ import annotations
@@ -230,6 +237,11 @@ def pointers_case(*, slots: Literal["none", "some"], snapshot: Literal["missing"
     if snapshot == "missing":
         return "R42"
     return "R43" if target else "R44"
+
+
+def index_case(*, beside: bool) -> str:
+    """Return the row for an index."""
+    return "R50" if beside else "R51"
 
 
 def stop_case(*, clean: bool, kernel: Literal["same", "other"], gap: bool, copied: bool) -> str:

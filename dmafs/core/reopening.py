@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 from uuid import UUID
 
+from dmafs.core.files import INDEX, unlink_if_there
 from dmafs.core.ondisk import HEADER_SIZE, Kind
 from dmafs.core.opening import open_ours
 from dmafs.core.part import Part
@@ -31,6 +32,7 @@ from dmafs.core.recovery import (
     case,
     end_case,
     file_case,
+    index_case,
     refuse,
     segment_case,
     stem,
@@ -103,6 +105,7 @@ class Recovery:
         self.head, self.head_time_ns = tail, tail_time_ns
         self._leftovers: list[int] = []  # segments that don't count, unlinked once the rest is known to be whole
         self._lonely: list[int] = []  # data without descriptors
+        self._indexes: list[int] = []  # and indexes
 
     def read(self, durable: int) -> int:
         """Find out what counts, cut off what doesn't, and make the rest durable.
@@ -116,6 +119,8 @@ class Recovery:
             lonely = [] if any(part.damage for part in self.parts) else self._lonely
             for first in [*self._leftovers, *lonely]:
                 self._unlink(first)
+            for first in self._indexes:
+                unlink_if_there(self._storage, stem(first) + INDEX)
             self._cut(claimed)
             for part in self.parts:
                 if part.segment is not None:
@@ -154,19 +159,23 @@ class Recovery:
 
     def _names(self) -> list[int]:
         """Return the first seqs of all segments, ascending; data without descriptors is a leftover."""
-        found: dict[str, set[int]] = {".ext": set(), ".dat": set()}
+        found: dict[str, set[int]] = {".ext": set(), ".dat": set(), INDEX: set()}
         names = self._storage.names(DIRECTORY)
         for name in names:
             digits, suffix = name[:-4], name[-4:]
             ours = suffix in found and len(digits) == STEM_DIGITS and digits.isascii() and digits.isdigit()
             ext = ours and f"{digits}.ext" in names
-            if case(file_case(ours=ours, ext=ext), name) == "R1":
+            if ours and suffix == INDEX:
+                case(index_case(beside=ext), name)
+                found[suffix].add(int(digits))
+            elif case(file_case(ours=ours, ext=ext), name) == "R1":
                 path = f"{DIRECTORY}/{name}"
                 foreign = f"{self._storage.path(path)} is no file of ours"
                 self._refuse(path, CorruptionError(foreign, hint="move it out of the store"))
             else:
                 found[suffix].add(int(digits))
         self._lonely = sorted(found[".dat"] - found[".ext"])
+        self._indexes = sorted(found[INDEX] - found[".ext"])
         return sorted(found[".ext"])
 
     def _look(self, first: int, stop: int | None) -> _Look:
@@ -393,6 +402,5 @@ class Recovery:
         del self.parts[number:]
 
     def _unlink(self, first: int) -> None:
-        for suffix in (".ext", ".dat"):
-            if self._storage.exists(stem(first) + suffix):
-                self._storage.unlink(stem(first) + suffix)
+        for suffix in (".ext", ".dat", INDEX):
+            unlink_if_there(self._storage, stem(first) + suffix)

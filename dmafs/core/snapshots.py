@@ -19,6 +19,8 @@ Doing step 2 twice adds nothing, since the first time's entries are held then. A
 snapshot in state ``.gone`` until the last close. Snapshots marked temporary exist only for a held image, and are
 dropped at the last close or when the store is opened next.
 
+An index of a snapshot's layer is beside the pair, and goes with it (``index``).
+
 A *pinned* snapshot isn't dropped: an empty file ``<stem>.pin`` stands beside the pair. Without a snapshot that users
 see it means nothing, and is unlinked when the store is opened.
 """
@@ -28,6 +30,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import re
 from bisect import bisect_right
 from collections.abc import Iterator
 from typing import Final, Literal
@@ -38,11 +41,11 @@ import numpy as np
 from dmafs.core.backward import SnapshotMaps
 from dmafs.core.batch import Lost
 from dmafs.core.extent import Ints, lacking
-from dmafs.core.files import discard_files
+from dmafs.core.files import INDEX, discard_files, unlink_if_there
 from dmafs.core.limits import IndexLimits
 from dmafs.core.ondisk import HEADER_SIZE, RECORD_SIZE, Header, Kind, Records, new_salt
 from dmafs.core.opening import open_ours
-from dmafs.core.recovery import SUFFIXES, Refuse, Suffix, case, pointers_case, refuse, snapshot_case
+from dmafs.core.recovery import SUFFIXES, Refuse, Suffix, case, index_case, pointers_case, refuse, snapshot_case
 from dmafs.core.segment import Segment, parts, read_header
 from dmafs.core.snapshot import DIRECTORY, Snapshot, require_unpinned
 from dmafs.core.storage import Buffer, Storage
@@ -53,6 +56,7 @@ from dmafs.units import SECTOR
 log = logging.getLogger(__name__)
 
 SEQ_END: Final = 2**63
+_STEM: Final = re.compile(r"[0-9]{20}(-[0-9]+)?")
 
 
 class Snapshots(SnapshotMaps):
@@ -78,6 +82,8 @@ class Snapshots(SnapshotMaps):
     def _is_leftover(self, path: str, stems: set[str]) -> bool:
         """Take in a file, or say that it is left over; *stems* are those of files of descriptors."""
         stem, _, suffix = path.removeprefix(f"{DIRECTORY}/").rpartition(".")
+        if f".{suffix}" == INDEX and _STEM.fullmatch(stem):
+            return case(index_case(beside=stem in stems), path) == "R51"
         pinned = next((one for one in self._twins(stem) if one.pin == path), None) if suffix == "pin" else None
         kind: Suffix = suffix if suffix in SUFFIXES else "foreign"  # type: ignore[assignment]  # it is one of them
         label = case(snapshot_case(suffix=kind, beside=pinned is not None if kind == "pin" else stem in stems), path)
@@ -398,6 +404,8 @@ class Snapshots(SnapshotMaps):
         def unlink() -> None:
             self._storage.unlink(snapshot.stem + ".gone")
             self._storage.unlink(snapshot.stem + ".dat")
+            for one in (snapshot, *older):
+                unlink_if_there(self._storage, one.stem + INDEX)
             self._storage.sync_directory(DIRECTORY)
 
         with self._working_on(snapshot, *older):

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Final, Protocol
 from uuid import UUID
 
+from dmafs.core.mapping import mapped
 from dmafs.errors import (
     CorruptionError,
     NoStoreError,
@@ -59,6 +60,12 @@ class File(Protocol):
 
     def read_into_nowait(self, buffer: bytearray | memoryview, offset: int) -> None:
         """Fill *buffer* from the page cache; BlockingIOError when that would have to wait for the disk."""
+
+    def map(self) -> memoryview:
+        """Return all of a file that isn't written any more, read-only; it stays when the file is closed or unlinked.
+
+        OSError where that can't be done.
+        """
 
     def write(self, buffers: Sequence[Buffer], offset: int) -> None:
         """Write all *buffers* one after the other from *offset* on."""
@@ -184,6 +191,10 @@ class RealFile:
             else:
                 raise BlockingIOError
         self.read_into(buffer, offset)
+
+    def map(self) -> memoryview:
+        """See ``File``: maps it."""
+        return mapped(self._fd, self.size(), self.name)
 
     def write(self, buffers: Sequence[Buffer], offset: int) -> None:
         """See ``File``."""

@@ -73,14 +73,14 @@ class Volume:
             undo.callback(self.pointers.close)
             self.mirror = Mirror(storage, self.info)
             undo.callback(self.mirror.close)
-            self.snapshots = Snapshots(storage, self.info.uuid, self.limits.index)
+            self.snapshots = Snapshots(storage, self.info.uuid, self.limits.indexes)
             undo.callback(self.snapshots.close)
             self.journal = ForwardJournal(
                 storage,
                 self.info.uuid,
                 self.limits.segments,
                 clock,
-                index=self.limits.index,
+                index=self.limits.indexes,
                 windowed=self.info.tap != "fuse",
             )
             undo.callback(self.journal.close)

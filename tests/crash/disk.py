@@ -238,6 +238,10 @@ class SimulatedFile:
         """See ``File``."""
         self.read_into(buffer, offset)
 
+    def map(self) -> memoryview:
+        """See ``File``."""
+        return memoryview(self._content)
+
     def write(self, buffers: Sequence[Buffer], offset: int) -> None:
         """See ``File``."""
         self._require_open()

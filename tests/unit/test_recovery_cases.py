@@ -222,6 +222,26 @@ def power_cut_while_copying(path: Path) -> Open:
 # -- what each of them does -----------------------------------------------------------------------------------------
 
 
+@reaches("R50")
+def index_beside_descriptors(path: Path) -> Open:
+    stem = with_snapshot(path)
+    stem.with_suffix(".idx").write_bytes(b"x")
+    return volume_opening(path)
+
+
+@reaches("R51")
+def index_without_descriptors(path: Path) -> Open:
+    with_snapshot(path)
+    left = [path / directory / f"{7:020d}.idx" for directory in ("forward", "backward")]
+    for one in left:
+        one.write_bytes(b"x")
+
+    def look(_: Volume) -> None:
+        assert not any(one.exists() for one in left)
+
+    return volume_opening(path, look)
+
+
 def met(caplog: pytest.LogCaptureFixture) -> Iterator[str]:
     for record in caplog.records:
         if found := re.match(r"recovery (R\d+): ", record.getMessage()):
