@@ -41,12 +41,19 @@ def unlink_if_there(storage: Storage, name: str) -> None:
         storage.unlink(name)
 
 
+def discard_index(storage: Storage, stem: str) -> None:
+    """Unlink an index, if there is one; where that fails it is left behind, and means nothing."""
+    with contextlib.suppress(OSError):
+        storage.unlink(stem + INDEX)
+
+
 def discard_files(storage: Storage, stem: str, *suffixes: str) -> None:
-    """Unlink what there is of the files that a change which failed has made: descriptors first, then the rest.
+    """Unlink what there is of the files that a change which failed has made: descriptors first, then data.
 
     Where that fails the error is none that a volume goes on after: what is left might count later.
     """
-    for suffix in (*suffixes, ".dat", INDEX):
+    discard_index(storage, stem)
+    for suffix in (*suffixes, ".dat"):
         try:
             unlink_if_there(storage, stem + suffix)
         except OSError as error:

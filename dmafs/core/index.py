@@ -41,7 +41,7 @@ from uuid import UUID
 import numpy as np
 import xxhash
 
-from dmafs.core.files import INDEX, unlink_if_there
+from dmafs.core.files import INDEX, discard_index, unlink_if_there
 from dmafs.core.layers import Layer
 from dmafs.core.limits import IndexLimits
 from dmafs.core.ondisk import FORMAT_VERSION, HEADER_SIZE, RECORD_SIZE, Kind, check_block, checksum
@@ -125,8 +125,7 @@ def keep_index(
             return found
     except (DmafsError, OSError) as error:
         log.debug("index %s isn't written: %s", storage.path(name), error)
-    with contextlib.suppress(OSError):
-        unlink_if_there(storage, name)
+    discard_index(storage, stem)
     return layer
 
 

@@ -6,7 +6,7 @@ from typing import Final
 from uuid import UUID
 
 from dmafs.core.columns import Indicator
-from dmafs.core.files import INDEX, unlink_if_there
+from dmafs.core.files import discard_index
 from dmafs.core.ondisk import Flag, Kind
 from dmafs.core.seal import Seal, Summary
 from dmafs.core.segment import Segment
@@ -127,4 +127,4 @@ class Part:
         else:
             storage.unlink(self.stem + ".ext")
             storage.unlink(self.stem + ".dat")
-        unlink_if_there(storage, self.stem + INDEX)
+        discard_index(storage, self.stem)

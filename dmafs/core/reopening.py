@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 from uuid import UUID
 
-from dmafs.core.files import INDEX, unlink_if_there
+from dmafs.core.files import INDEX, discard_index, unlink_if_there
 from dmafs.core.ondisk import HEADER_SIZE, Kind
 from dmafs.core.opening import open_ours
 from dmafs.core.part import Part
@@ -120,7 +120,7 @@ class Recovery:
             for first in [*self._leftovers, *lonely]:
                 self._unlink(first)
             for first in self._indexes:
-                unlink_if_there(self._storage, stem(first) + INDEX)
+                discard_index(self._storage, stem(first))
             self._cut(claimed)
             for part in self.parts:
                 if part.segment is not None:
@@ -402,5 +402,6 @@ class Recovery:
         del self.parts[number:]
 
     def _unlink(self, first: int) -> None:
-        for suffix in (".ext", ".dat", INDEX):
+        for suffix in (".ext", ".dat"):
             unlink_if_there(self._storage, stem(first) + suffix)
+        discard_index(self._storage, stem(first))

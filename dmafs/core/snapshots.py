@@ -41,7 +41,7 @@ import numpy as np
 from dmafs.core.backward import SnapshotMaps
 from dmafs.core.batch import Lost
 from dmafs.core.extent import Ints, lacking
-from dmafs.core.files import INDEX, discard_files, unlink_if_there
+from dmafs.core.files import INDEX, discard_files, discard_index
 from dmafs.core.limits import IndexLimits
 from dmafs.core.ondisk import HEADER_SIZE, RECORD_SIZE, Header, Kind, Records, new_salt
 from dmafs.core.opening import open_ours
@@ -405,7 +405,7 @@ class Snapshots(SnapshotMaps):
             self._storage.unlink(snapshot.stem + ".gone")
             self._storage.unlink(snapshot.stem + ".dat")
             for one in (snapshot, *older):
-                unlink_if_there(self._storage, one.stem + INDEX)
+                discard_index(self._storage, one.stem)
             self._storage.sync_directory(DIRECTORY)
 
         with self._working_on(snapshot, *older):

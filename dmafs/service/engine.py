@@ -169,12 +169,23 @@ class Engine(Driver):
         self.progress.update(self.progress.total)
 
     async def _warm(self) -> None:
-        """Make what opening images needs, so that the first one doesn't wait for it."""
-        try:
-            await self.drive(self.volume.warm(), stoppable=True)
-        except TROUBLE as error:  # who opens an image that needs it gets the error
-            log.error("volume %s: the index can't be made: %s", self.volume.info.name, error)
-        self._mind_excess()
+        """Make what opening images needs, so that none waits for it: at first, and when more of history is finished."""
+        told = ""
+        while True:
+            finished = self._finished()
+            try:
+                await self.drive(self.volume.warm(), stoppable=True)
+            except TROUBLE as error:  # who opens an image that needs it gets the error
+                if told != str(error):
+                    log.error("volume %s: the index can't be made: %s", self.volume.info.name, error)
+                told = str(error)
+            self._mind_excess()
+            while self._finished() == finished:  # noqa: ASYNC110 - the core knows no events, and a tick is soon enough
+                await trio.sleep(self.tick_s)
+
+    def _finished(self) -> tuple[int, int]:
+        """Return what changes when a segment is sealed or a snapshot may be closed."""
+        return self.volume.journal.sealed, self.volume.pointers.now.mirror_seq
 
     def flush_step(self, flag: Flag) -> Work[object]:
         """Flush, as steps of work. To wait for the tap can be cancelled: nobody may read what it waits for."""

@@ -64,7 +64,7 @@ class History:
     def __init__(self, path: Path, seed: int) -> None:
         self.rng = random.Random(seed)
         segments = SegmentLimits(data_sectors=8, records=self.rng.choice([3, 6, 20]))
-        index = IndexLimits(bytes=self.rng.choice([0, 500, 1 << 20]), journals=self.rng.choice([1, 3, 100]))
+        index = IndexLimits(bytes=self.rng.choice([0, 500, 1 << 20]), journals=self.rng.choice([1, 3, 100]), indexed=1)
         limits = VolumeLimits(segments=segments, index=index, reserve_bytes=0, images=self.rng.choice([1, 8]))
         self.volume = copied_volume(path / "disk", fill(0, SECTORS), limits=limits)
         self.moments = {self.volume.journal.head: bytes(SECTORS)}
@@ -186,6 +186,7 @@ class History:
 def test_any_interleaving_shows_history_as_it_was(tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Claims 1 and 2."""
     monkeypatch.setattr(layers, "FAN_OUT", 2)
+    monkeypatch.setattr(layers, "STACK_MAX", 1 + number % 3)
     monkeypatch.setattr(layers, "GROWN_ENTRIES", 2)
     print(f"\nDMAFS_TEST_SEED={SEED}")
     history = History(tmp_path, SEED * 1000 + number)

@@ -137,10 +137,16 @@ class StackMachine(RuleBasedStateMachine):
 
     steps = 0
 
-    @initialize(later=st.booleans(), fan_out=st.integers(2, 4), limit=st.sampled_from([0, 300, 1 << 20]))
-    def begin(self, later: bool, fan_out: int, limit: int) -> None:  # noqa: FBT001
+    @initialize(
+        later=st.booleans(),
+        fan_out=st.integers(2, 4),
+        limit=st.sampled_from([0, 300, 1 << 20]),
+        stack_max=st.integers(1, 4),
+    )
+    def begin(self, later: bool, fan_out: int, limit: int, stack_max: int) -> None:  # noqa: FBT001
         self.patch = pytest.MonkeyPatch()
         self.patch.setattr(layers, "FAN_OUT", fan_out)
+        self.patch.setattr(layers, "STACK_MAX", stack_max)
         self.later = later
         self.runs: dict[int, list[tuple[int, int, int]]] = {}
         self.next_slot = self.moved = self.released = 0

@@ -170,7 +170,8 @@ class Claims(Model):
         }
         pins = {one.pin for one in self.volume.snapshots if named(one) in self.pinned}
         there = {f"{path.parent.name}/{path.name}" for path in self.store.glob("*ward/*")}
-        assert there == forward | backward | pins
+        indexes = {name.rpartition(".")[0] + ".idx" for name in forward | backward}
+        assert there - indexes == forward | backward | pins
         clones = {f"clones/{name}{file}" for name in self.clones for file in ("", f"/{EXT}", f"/{DAT}")}
         assert {str(path.relative_to(self.store)) for path in self.store.glob("clones/**/*")} == clones
         hidden = {snapshot.seq for snapshot in self.volume.snapshots.all() if snapshot.hidden}

@@ -101,6 +101,8 @@ class Model(RuleBasedStateMachine):
         stepwise=st.sampled_from([False, False, False, True]),
         nosy=st.booleans(),
         room=st.sampled_from([0, 4, 16, 1 << 20]),
+        indexed=st.sampled_from([1, 3, 256]),
+        stack_max=st.integers(1, 4),
     )
     def create(  # noqa: PLR0917 - drawn by name
         self,
@@ -112,13 +114,16 @@ class Model(RuleBasedStateMachine):
         stepwise: bool,  # noqa: FBT001
         nosy: bool,  # noqa: FBT001
         room: int = 1 << 20,
+        indexed: int = 1,
+        stack_max: int = 1,
     ) -> None:
-        self.limits = dataclasses.replace(LIMITS, index=IndexLimits(bytes=index_bytes, journals=2))
+        self.limits = dataclasses.replace(LIMITS, index=IndexLimits(bytes=index_bytes, journals=2, indexed=indexed))
         self.nosy = nosy
         for module, name, value in (
             (vrmo, "PAGE_SECTORS_MIN", page_sectors),
             (vrmo, "PAGES", 64),
             (layers, "FAN_OUT", fan_out),
+            (layers, "STACK_MAX", stack_max),
             (layers, "GROWN_ENTRIES", 3),
             (copy, "CHUNK_SECTORS", 8),
             (copy, "SAVE_SECTORS", 16),

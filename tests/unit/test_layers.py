@@ -9,8 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dmafs.core.layers import FAN_OUT, Layer, LayerTree, net_layer
+from dmafs.core import layers
+from dmafs.core.layers import FAN_OUT, Layer, LayerTree
 from dmafs.core.work import Work, run
+
+
+@pytest.fixture(autouse=True)
+def merged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have blocks merged whenever they can be."""
+    monkeypatch.setattr(layers, "STACK_MAX", 1)
 
 
 class Bench:
@@ -18,13 +25,14 @@ class Bench:
 
     def __init__(self, limit_bytes: int = 1 << 20) -> None:
         self.made: list[int] = []
+        self.mapped = False
         self.reference = 1
         self.tree = LayerTree(self.leaf, later_wins=True, limit_bytes=limit_bytes)
 
     def leaf(self, slot: int) -> Work[Layer]:
         self.made.append(slot)
-        reference = self.reference
-        layer: Layer = yield lambda: net_layer(*(np.array([value]) for value in (slot, slot + 1, reference)))
+        columns = [np.array([value]) for value in (slot, slot + 1, self.reference)]
+        layer: Layer = yield lambda: Layer(*columns, mapped=self.mapped)
         return layer
 
     def add(self, *slots: int) -> None:
@@ -105,15 +113,14 @@ def test_those_who_wait_take_nothing_from_each_other() -> None:
     assert len(bench.made) == len(set(bench.made))
 
 
-def test_memory_is_bounded_when_blocks_share_a_layer() -> None:
-    """After thinning most blocks have one slot, and are what the smaller block in them is."""
+def test_memory_is_bounded_when_blocks_have_few_slots() -> None:
+    """After thinning most have one."""
     limit = 3 * 24
     bench = Bench(limit_bytes=limit)
     bench.add(*(number * FAN_OUT**2 + 1 for number in range(10)))
     for number in range(10):
         run(bench.tree.prepare(number * FAN_OUT**2, (number + 1) * FAN_OUT**2))
-    kept = {id(layer): layer.bytes for layer in bench.tree._blocks.values()}
-    assert sum(kept.values()) == limit
+    assert sum(layer.bytes for layer in bench.tree._blocks.values()) == limit
 
 
 def test_what_is_released_while_it_is_made_is_not_kept() -> None:
@@ -137,4 +144,41 @@ def test_work_that_is_given_up_leaves_nothing_behind() -> None:
     next(work)
     work.close()
     run(bench.tree.prepare(FAN_OUT, FAN_OUT * 2))
-    assert list(bench.tree._blocks) == [(1, 1)]
+    assert list(bench.tree._blocks) == [(0, slot) for slot in range(FAN_OUT, FAN_OUT * 2)]
+
+
+@pytest.mark.parametrize(("most", "stack"), [(64, 64), (63, 57), (10, 8), (8, 8), (7, 1), (1, 1)])
+def test_no_more_is_merged_than_pays(most: int, stack: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few layers are as good as one; of many the smallest blocks are merged, and no more of them than have to be."""
+    monkeypatch.setattr(layers, "STACK_MAX", most)
+    bench = Bench()
+    bench.add(*range(FAN_OUT**2))
+    run(bench.tree.prepare(0, FAN_OUT**2))
+    found = bench.tree.layers_nowait(0, FAN_OUT**2)
+    assert found is not None
+    assert len(found) == stack
+    assert bench.found(0, FAN_OUT**2) == dict.fromkeys(range(FAN_OUT**2), 1)
+
+
+def test_what_there_is_no_memory_for_is_not_merged() -> None:
+    """More layers take longer to look into; that is all. With leaves that are mapped only blocks take memory."""
+    bench = Bench(limit_bytes=3 * FAN_OUT * 24 + 23)
+    bench.mapped = True
+    bench.add(*range(FAN_OUT**2))
+    for _ in range(2):
+        run(bench.tree.prepare(0, FAN_OUT**2))
+        assert bench.found(0, FAN_OUT**2) == dict.fromkeys(range(FAN_OUT**2), 1)
+        merged = [key for key in bench.tree._blocks if key[0]]
+        assert merged == [(1, 0), (1, 1), (1, 2)]
+    assert bench.made == list(range(FAN_OUT**2))
+
+
+def test_a_leaf_that_is_made_again_replaces_nothing_else() -> None:
+    """Since it is the same, what was merged of it stays."""
+    bench = Bench()
+    bench.add(*range(FAN_OUT))
+    run(bench.tree.prepare(0, FAN_OUT))
+    bench.tree.again(3)
+    run(bench.tree.prepare(0, FAN_OUT))
+    run(bench.tree.prepare(0, 4))
+    assert bench.made == [*range(FAN_OUT), 3]

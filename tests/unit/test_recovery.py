@@ -36,8 +36,8 @@ DOMAINS: dict[str, dict[str, list[str]]] = {
     "snapshot_case": {"suffix": [*recovery.SUFFIXES, "foreign"], "beside": [*YES_NO]},
     "entries_case": {"readable": ["fewer", "all"]},
     "pointers_case": {"slots": ["none", "some"], "snapshot": ["missing", "whole"], "target": [*YES_NO]},
-    "index_case": {"beside": [*YES_NO]},
     "stop_case": {"clean": [*YES_NO], "kernel": ["same", "other"], "gap": [*YES_NO], "copied": [*YES_NO]},
+    "index_case": {"beside": [*YES_NO]},
 }
 """By the function that decides: all values of all conditions."""
 

@@ -7,7 +7,7 @@ from uuid import UUID
 
 from dmafs.core.copy import initial_copy
 from dmafs.core.journal import ForwardJournal
-from dmafs.core.limits import SegmentLimits, VolumeLimits
+from dmafs.core.limits import IndexLimits, SegmentLimits, VolumeLimits
 from dmafs.core.segment import Segment
 from dmafs.core.storage import RealFile, RealStorage, open_source
 from dmafs.core.store import open_volume
@@ -17,7 +17,7 @@ from dmafs.units import SECTOR
 
 OURS = UUID(int=0xD3AF5)
 FOREIGN = UUID(int=0xF0)
-TINY = VolumeLimits(segments=SegmentLimits(data_sectors=8, records=6), reserve_bytes=0)
+TINY = VolumeLimits(segments=SegmentLimits(data_sectors=8, records=6), index=IndexLimits(indexed=1), reserve_bytes=0)
 
 
 class Clock:
