@@ -28,11 +28,11 @@ class Workload:
 
 
 ANY: Final = (
-    "write write write write discard flush flush mark sync sync snapshot snapshot drop thin pin unpin "
+    "write write write write discard flush flush mark sync sync snapshot snapshot drop thin pin unpin warm "
     "clone clone_write clone_write clone_flush clone_drop resync restart kill"
 )
 ANY_WINDOWED: Final = (
-    "window window window window settle settle abandoned named_window sync sync snapshot drop thin "
+    "window window window window settle settle abandoned named_window sync sync snapshot drop thin warm "
     "clone clone_write clone_flush clone_drop restart kill"
 )
 WORKLOADS: Final = (
@@ -51,6 +51,11 @@ WORKLOADS: Final = (
         "clones",
         "copy write flush clone clone_write clone_flush write clone_write flush sync clone clone_write clone_flush "
         "clone_drop drop clone_drop",
+    ),
+    Workload(
+        "indexes",
+        "copy write write write write flush warm snapshot write write write flush sync warm write write write flush "
+        "sync warm drop kill warm write write sync restart warm thin warm",
     ),
     Workload("resync", "copy write flush resync write flush sync resync write flush"),
     Workload("marks", "copy mark write mark write flush mark mark sync write mark sync mark"),

@@ -298,6 +298,10 @@ class World:
         snapshot = self.drive(volume.snapshot_at(head, name))
         self.claim(least=self.history.claims.least | {named(snapshot)})
 
+    def warm(self) -> None:
+        """Have all layers made, and written where history is finished."""
+        self.drive(self.volume.warm())
+
     def _some(self, *, pinned: bool) -> Any:
         shown = [one for one in self.volume.snapshots if one.pinned == pinned]
         return self.rng.choice(shown) if shown else None

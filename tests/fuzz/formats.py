@@ -14,6 +14,8 @@ import xxhash
 
 from dmafs.core import ondisk
 from dmafs.core.extent import MAX_EXTENT_SECTORS
+from dmafs.core.index import Owner, decode, encode
+from dmafs.core.layers import Layer
 from dmafs.core.ondisk import (
     EVENT_FLAGS,
     HEADER_SIZE,
@@ -35,6 +37,7 @@ from dmafs.core.overlay import BLOCK_SECTORS, Overlay
 from dmafs.core.pointers import PointerFile
 from dmafs.core.segment import Segment, read_header
 from dmafs.core.storage import Storage
+from dmafs.core.vbm import ZERO
 from dmafs.errors import CorruptionError, VersionError
 from dmafs.taps.logformat import HEADER_BYTES, Entry, LogFlag, Super, decode_mark, encode_mark
 from dmafs.taps.logreader import LogReader
@@ -136,6 +139,33 @@ def volume_infos(rng: Rng, count: int) -> None:
         else:
             assert 0 < found.size_sectors <= SIZE_SECTORS_MAX, shown(mutant)
             assert VolumeInfo.decode(json.dumps(json.loads(found.encode())).encode(), "it") == found, shown(mutant)
+
+
+def indexes(rng: Rng, count: int) -> None:
+    """Indexes of layers: none is taken that isn't as it was written; with right checksums only what can be."""
+    owner, base = Owner(OURS, 40, SALT), 1 << 62
+    edges = np.sort(rng.permutation(2000)[:60].astype(np.int64))
+    numbers = rng.permutation(30).astype(np.int64) + ZERO * rng.integers(0, 2, 30)
+    content = encode(owner, Layer(edges[::2], edges[1::2], numbers + base), base=base)
+    assert decode(memoryview(content), owner, "it", base=base).references.tolist() == (numbers + base).tolist()
+    for number, mutant in enumerate(mutants(rng, [content], count)):
+        cut = mutant[: int(rng.integers(0, len(mutant) + 1))] if number % 7 == 0 else mutant
+        sealed = number % 2 == 1 and len(cut) >= HEADER_SIZE
+        body = cut[HEADER_SIZE:]
+        digest = xxhash.xxh3_64_intdigest(body, seed=SALT).to_bytes(8, "little")
+        data = _sealed(content[:56] + digest + cut[64:HEADER_SIZE]) + body if sealed else cut
+        try:
+            found = decode(memoryview(data), owner, "it", base=base)
+        except REFUSALS as error:
+            assert "it" in error.message
+            continue
+        assert sealed, shown(data)
+        events = (found.references - base) & ~ZERO
+        assert len(found) == 30
+        assert (events >= 0).all()
+        assert (events < 40).all()
+        assert (np.diff(np.stack([found.starts, found.stops], 1).ravel()) >= 0).all()
+        assert (found.starts < found.stops).all()
 
 
 # --- descriptor records

@@ -43,6 +43,7 @@ KINDS: Final[dict[str, tuple[Kind, int]]] = {
     "names in the tree": (texts.names, 320_000),
     "configurations": (texts.configurations, 64_000),
     "requests": (texts.requests, 48_000),
+    "indexes": (formats.indexes, 80_000),
 }
 tried: dict[str, int] = {}
 

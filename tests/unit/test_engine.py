@@ -11,7 +11,7 @@ from uuid import UUID
 import pytest
 import trio
 
-from dmafs.core.limits import SegmentLimits, VolumeLimits
+from dmafs.core.limits import IndexLimits, SegmentLimits, VolumeLimits
 from dmafs.core.ondisk import Flag
 from dmafs.core.segment import Segment
 from dmafs.core.storage import RealStorage, open_source
@@ -33,7 +33,7 @@ def make_engine(folder: Path, *, threads: int = 4, segments: SegmentLimits | Non
         source.write_bytes(bytes(SECTORS * 512))
         disk.mkdir()
         Volume.create(RealStorage(disk), name="disk", size_sectors=SECTORS, source=source, tap="fuse", created_ns=1)
-    limits = VolumeLimits(segments=segments or SegmentLimits(), reserve_bytes=0)
+    limits = VolumeLimits(segments=segments or SegmentLimits(), index=IndexLimits(indexed=1), reserve_bytes=0)
     volume = open_volume(disk, limits=limits)
     tap = PassThroughTap(volume, open_source(source, writable=True))
     return PassThroughEngine(volume, tap, tick_s=0.02, limiter=trio.CapacityLimiter(threads))
@@ -307,6 +307,32 @@ async def test_a_sync_waits_for_the_readers_of_a_resync(tmp_path: Path, monkeypa
         assert bytes(await engine.read(engine.volume.live, 39 * 512, 512)) == sector("39")
         nursery.cancel_scope.cancel()
     monkeypatch.undo()
+    await engine.close()
+
+
+async def test_what_is_finished_has_an_index_soon(tmp_path: Path, nursery: trio.Nursery) -> None:
+    """Also if nobody opens an image: else the next start would have to make all of them."""
+    engine = make_engine(tmp_path, segments=SegmentLimits(records=4))
+    await engine.recover(BOOT)
+    await nursery.start(engine.run)
+    await until(lambda: engine.volume.pointers.now.copied)
+
+    def indexes(directory: str) -> set[str]:
+        return {path.stem for path in (tmp_path / "disk" / directory).glob("*.idx")}
+
+    for number in range(10):
+        engine.through.write(number * 512, sector(str(number)))
+        await engine.flush()
+    sealed = [Path(part.stem).name for part in engine.volume.journal.parts if part.seal is not None]
+    assert len(sealed) >= 2
+    await until(lambda: indexes("forward") >= set(sealed))
+    for number in range(2):
+        engine.through.write(number * 512, sector("again"))
+        await engine.sync()
+    closed = [Path(one.stem).name for one in engine.volume.snapshots][:-1]
+    assert closed
+    await until(lambda: indexes("backward") >= set(closed))
+    nursery.cancel_scope.cancel()
     await engine.close()
 
 

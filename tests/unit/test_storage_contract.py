@@ -131,10 +131,24 @@ def test_a_closed_file_is_closed(file: File) -> None:
         lambda: file.write([b"x"], 0),
         lambda: file.truncate(0),
         file.size,
+        file.map,
     ]
     for call in calls:
         with pytest.raises(OSError, match="Bad file descriptor"):
             call()
+
+
+def test_a_map_is_what_is_there_and_stays(storage: Storage) -> None:
+    """All of a file, read-only; also when it is closed and has no name any more."""
+    for whole in (b"", b"x", fill(7, 20) + b"end"):
+        file = storage.create("m")
+        file.write([whole], 0)
+        found = file.map()
+        file.close()
+        storage.unlink("m")
+        assert found == whole
+        assert found.readonly
+        assert found[-3:] == whole[-3:]
 
 
 # --- names
