@@ -10,24 +10,9 @@ Layers are views of the mapped file: they take page cache, no memory of the proc
 only unlinked, which leaves mappings as they are; a process that somebody truncates it under, or that can't read one of
 its pages again, is killed by SIGBUS.
 
-The file, little-endian; checksums are xxh3-64::
-
-    offset  bytes  field
-         0      8  magic "DMAFSIDX"
-         8      4  format version
-        12      4  zeros
-        16     16  volume UUID
-        32      8  records in the descriptor file
-        40      8  its digest: of a segment's records, as its seal says; of a snapshot the checksum of header and last
-                     64 records
-        48      8  entries
-        56      8  checksum of all that follows the header, seed: the digest
-        64    440  zeros
-       504      8  checksum of bytes 0-503, seed 0
-       512         starts, sectors, 8 bytes for each entry; then stops likewise; then the numbers of the events that the
-                     entries are of, 2**61 added to those of events without data
-
-The entries are what the events amount to: a disjoint list in ascending order.
+Its first 512 bytes are a header, whose table is in ``ondisk``. From there on there are three tables, 8 bytes for each
+entry: the first sector of each; the one behind each; and the number in the file, from 0 on, of the event that each is
+of, 2**61 added if that has no data. The entries are what the events amount to: a disjoint list in ascending order.
 """
 
 from __future__ import annotations
@@ -52,8 +37,8 @@ from dmafs.errors import CorruptionError, DmafsError
 
 log = logging.getLogger(__name__)
 
-_HEADER: Final = struct.Struct("<8sII16sQQQQ440x")
-_MAGIC: Final = b"DMAFSIDX"
+HEADER: Final = struct.Struct("<8sII16sQQQQ440x")
+INDEX_MAGIC: Final = b"DMAFSIDX"
 _CHECKSUM: Final = struct.Struct("<Q")
 _INT: Final = np.dtype("<i8")
 _DERIVED: Final = "nothing has to be done: it is made again"
@@ -134,7 +119,9 @@ def encode(owner: Owner, layer: Layer, *, base: int) -> bytes:
     columns = layer.starts, layer.stops, layer.references - base
     body = b"".join(column.astype(_INT).tobytes() for column in columns)
     digest = xxhash.xxh3_64_intdigest(body, seed=owner.digest)
-    head = _HEADER.pack(_MAGIC, FORMAT_VERSION, 0, owner.uuid.bytes, owner.records, owner.digest, len(layer), digest)
+    head = HEADER.pack(
+        INDEX_MAGIC, FORMAT_VERSION, 0, owner.uuid.bytes, owner.records, owner.digest, len(layer), digest
+    )
     return head + _CHECKSUM.pack(checksum(head)) + body
 
 
@@ -144,8 +131,8 @@ def decode(data: memoryview, owner: Owner, where: str, *, base: int) -> Layer:
     CorruptionError or VersionError, naming *where*, if it is none of ours, of another owner, or damaged.
     """
     head, body = data[:HEADER_SIZE], data[HEADER_SIZE:]
-    check_block(bytes(head), HEADER_SIZE, _MAGIC, where)
-    _, _, _, uuid, records, digest, count, body_digest = _HEADER.unpack(head[: _HEADER.size])
+    check_block(bytes(head), HEADER_SIZE, INDEX_MAGIC, where)
+    _, _, _, uuid, records, digest, count, body_digest = HEADER.unpack(head[: HEADER.size])
     if (UUID(bytes=uuid), records, digest) != owner:
         raise CorruptionError(f"{where} is of another file, or of what that was earlier", hint=_DERIVED)
     if len(body) != count * 3 * _INT.itemsize or body_digest != xxhash.xxh3_64_intdigest(body, seed=digest):

@@ -102,6 +102,21 @@ the mirror: the checksum of its data, where that is 0 then 1, or 0 for a block t
         32    472  zeros
        504      8  checksum of bytes 0-503, seed 0
 
+Index header, the first 512 bytes of each ``.idx`` file; what follows it is in ``index``::
+
+    offset  bytes  field
+         0      8  magic "DMAFSIDX"
+         8      4  format version
+        12      4  zeros
+        16     16  volume UUID
+        32      8  records in the ``.ext`` file that it is of
+        40      8  digest of that file: of a segment's records, as its seal says; of a snapshot the checksum of header
+                     and last 64 records, seed 0
+        48      8  entries
+        56      8  checksum of all that follows the header, seed: the digest
+        64    440  zeros
+       504      8  checksum of bytes 0-503, seed 0
+
 LOST, 2**64 - 1, is no data's checksum: of what would have it that of 2**64 - 2 is taken instead. It stands, here and in
 the descriptors of backward journals, for data that was found damaged when it had to be moved.
 

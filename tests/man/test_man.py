@@ -23,11 +23,12 @@ import pytest
 
 from dmafs import errors
 from dmafs.cli.main import parser
-from dmafs.core import ondisk, seal
+from dmafs.core import index, ondisk, seal
 from dmafs.core.clone import CLONES_MAX
 from dmafs.core.copy import CHUNK_SECTORS
 from dmafs.core.extent import MAX_EXTENT_SECTORS
 from dmafs.core.forward import UNREAD_MAX
+from dmafs.core.layers import STACK_MAX
 from dmafs.core.moments import LATEST
 from dmafs.core.scrub import DAMAGE_MAX, STEP_BYTES
 from dmafs.core.segment import BATCH_BYTES
@@ -332,6 +333,7 @@ def test_bounds_are_the_programs() -> None:
         "a step of a scrub": format_bytes(STEP_BYTES),
         "places a scrub names": DAMAGE_MAX,
         "full segments nobody has read": UNREAD_MAX,
+        "layers not merged": STACK_MAX,
         "window of a log, entries": logreader.WINDOW_ROWS,
         "window of a log, read at once": format_bytes(logreader.BATCH_BYTES),
         "barriers of ticks": TICKS_MAX,
@@ -357,7 +359,9 @@ def documented_tables() -> dict[str, list[tuple[int, int]]]:
     found: dict[str, list[tuple[int, int]]] = {}
     title = ""
     for line in (ondisk.__doc__ or "").splitlines():
-        if heading := re.match(r"(Segment header|Descriptor record|Seal|Pointer slot|Digest header)", line):
+        if heading := re.match(
+            r"(Segment header|Descriptor record|Seal|Pointer slot|Digest header|Index header)", line
+        ):
             title = heading[1]
         if cells := re.match(r" +(\d+) +(\d+)  \S", line):
             found.setdefault(title, []).append((int(cells[1]), int(cells[2])))
@@ -369,6 +373,7 @@ TABLES = [
     ("Descriptor records", "Descriptor record", ondisk._RECORD, ondisk.RECORD_SIZE),
     ("Seals", "Seal", seal.SEAL, seal.SEAL_SIZE),
     ("Pointer slots", "Pointer slot", ondisk._SLOT, ondisk.SLOT_SIZE),
+    ("Indexes", "Index header", index.HEADER, ondisk.HEADER_SIZE),
     ("Digest table", "Digest header", ondisk._DIGESTS, ondisk.HEADER_SIZE),
 ]
 
