@@ -164,12 +164,12 @@ class SnapshotMaps:
             return layers  # type: ignore[return-value]  # a list of what is selectable, which nobody changes
         return None if opened.growing is None else [opened.growing, *layers]
 
-    def prepare(self, seq: int, mirror_seq: int, *, before: int | None = None) -> Work[None]:
-        """Make the layers that ``layers_nowait`` returns."""
+    def prepare(self, seq: int, mirror_seq: int, *, before: int | None = None, most: int | None = None) -> Work[None]:
+        """Make the layers that ``layers_nowait`` returns; *most* is how many these should be."""
         low, high, opened = self._span(seq, mirror_seq, before)
         if opened is not None:
             yield from self.load(opened)
-        yield from self._tree.prepare(low, high)
+        yield from self._tree.prepare(low, high, most=most)
 
     def _leaf(self, slot: int) -> Work[Layer]:
         """Make the layer of a closed snapshot; its journal isn't kept in memory for that, since many may be asked."""

@@ -283,10 +283,10 @@ class ForwardMaps:
         part = self.parts[slot - self._slot]
         return None if part.segment is None else [*layers, Growing(part.segment, base=part.first, end=rest)]
 
-    def prepare(self, upto: int) -> Work[None]:
-        """Bring into memory what ``layers_nowait`` returns."""
+    def prepare(self, upto: int, *, most: int | None = None) -> Work[None]:
+        """Bring into memory what ``layers_nowait`` returns; *most* is how many layers these should be."""
         slot, rest = self._slots(upto)
-        yield from self._tree.prepare(0, slot)
+        yield from self._tree.prepare(0, slot, most=most)
         if rest:
             yield from self.load_of(upto)
 

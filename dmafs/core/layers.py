@@ -36,6 +36,8 @@ FAN_OUT: Final = 8
 
 STACK_MAX: Final = 128
 """Layers that a moment may be made from: each takes some 5 us of what a page takes to be made."""
+STACK_WARM: Final = 32
+"""The same for moments that nobody waits for yet."""
 
 _ENTRY_BYTES: Final = 24  # in memory
 _STACKS_KEPT: Final = 64
@@ -81,7 +83,8 @@ class Layer:
         """See ``Selectable``. O(log n) and what it returns."""
         low = int(self.stops.searchsorted(start, "right"))
         high = int(self.starts.searchsorted(stop, "left"))
-        return self.starts[low:high], self.stops[low:high], self._references[low:high] + self._base
+        found = self.starts[low:high], self.stops[low:high], self._references[low:high]
+        return (*found[:2], found[2] + self._base) if self._base and low < high else found
 
 
 class Growing:
@@ -258,8 +261,9 @@ class LayerTree:
             found.append(layer)
         return found if self._later_wins else found[::-1]
 
-    def prepare(self, low: int, high: int) -> Work[None]:
-        """Make the layers of the slots ``[low, high)``, and few; what changes meanwhile is made again."""
+    def prepare(self, low: int, high: int, *, most: int | None = None) -> Work[None]:
+        """Make the layers of the slots ``[low, high)``, STACK_MAX or *most*; what changes meanwhile is made again."""
+        most = STACK_MAX if most is None else most
         wanted = low, high
         self._wanted.append(wanted)
         try:
@@ -267,7 +271,7 @@ class LayerTree:
                 for key in missing:
                     if self._has_slot(key):
                         yield from self._make(*key)
-            while (yield from self._merge(low, high)):
+            while (yield from self._merge(low, high, most)):
                 pass
             self._evict()
         finally:
@@ -278,10 +282,13 @@ class LayerTree:
         index = bisect_left(self._slots, key[1])
         return index < len(self._slots) and self._slots[index] == key[1]
 
-    def _merge(self, low: int, high: int) -> Work[bool]:
-        """Merge blocks of the slots ``[low, high)`` into larger ones, of one level; return whether that may go on."""
+    def _merge(self, low: int, high: int, most: int) -> Work[bool]:
+        """Merge blocks of the slots ``[low, high)`` into larger ones, of one level; return whether that may go on.
+
+        It ends with *most* layers.
+        """
         length = len(self._stack(low, high))
-        if length <= STACK_MAX:
+        if length <= most:
             return False
         needed = self._needed()
         room = self._limit_bytes - sum(layer.bytes for key, layer in self._blocks.items() if key in needed)
@@ -290,7 +297,7 @@ class LayerTree:
             parts = self._parts(key)
             layers = [self._blocks[part] for part in parts if part in self._blocks]
             room -= sum(_ENTRY_BYTES * len(layer) - layer.bytes for layer in layers)
-            if length <= STACK_MAX or room < 0:
+            if length <= most or room < 0:
                 return False
             if len(parts) > 1:
                 yield from self._make(*key)

@@ -36,7 +36,7 @@ from dmafs.core.files import write_whole
 from dmafs.core.gate import Gate
 from dmafs.core.image import Image
 from dmafs.core.journal import ForwardJournal
-from dmafs.core.layers import Selectable
+from dmafs.core.layers import STACK_WARM, Selectable
 from dmafs.core.limits import VolumeLimits
 from dmafs.core.mirror import Mirror
 from dmafs.core.ondisk import RECORD_SIZE, VOLUME_JSON_LIMIT, Flag, Pointers, VolumeInfo
@@ -306,10 +306,10 @@ class Volume:
 
     def warm(self) -> Work[None]:
         """Make the layers that opening images needs, those of the oldest one too."""
-        yield from self.journal.prepare(self.journal.head)
+        yield from self.journal.prepare(self.journal.head, most=STACK_WARM)
         oldest = next(iter(self.snapshots), None)
         if oldest is not None:
-            yield from self.snapshots.prepare(oldest.seq, self.pointers.now.mirror_seq)
+            yield from self.snapshots.prepare(oldest.seq, self.pointers.now.mirror_seq, most=STACK_WARM)
 
     def _layers_nowait(self, seq: int, mirror_seq: int) -> list[Selectable] | None:
         below = seq < self.floor

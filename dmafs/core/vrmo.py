@@ -64,7 +64,9 @@ class Stack(NamedTuple):
         None of it changes any more, so other threads may work with it.
         """
         found = [layer.select(start, stop) for layer in self.layers]
-        return [(np.maximum(starts, start), np.minimum(stops, stop), refs) for starts, stops, refs in found]
+        return [
+            (np.maximum(starts, start), np.minimum(stops, stop), refs) for starts, stops, refs in found if len(refs)
+        ]
 
     def entries(self, start: int, stop: int) -> tuple[Ints, Ints, Ints]:
         """Return the moment's entries within a range as a disjoint list: starts, stops, references."""

@@ -28,7 +28,7 @@ from dmafs.core.clone import CLONES_MAX
 from dmafs.core.copy import CHUNK_SECTORS
 from dmafs.core.extent import MAX_EXTENT_SECTORS
 from dmafs.core.forward import UNREAD_MAX
-from dmafs.core.layers import STACK_MAX
+from dmafs.core.layers import STACK_WARM
 from dmafs.core.moments import LATEST
 from dmafs.core.scrub import DAMAGE_MAX, STEP_BYTES
 from dmafs.core.segment import BATCH_BYTES
@@ -333,7 +333,7 @@ def test_bounds_are_the_programs() -> None:
         "a step of a scrub": format_bytes(STEP_BYTES),
         "places a scrub names": DAMAGE_MAX,
         "full segments nobody has read": UNREAD_MAX,
-        "layers not merged": STACK_MAX,
+        "layers not merged": STACK_WARM,
         "window of a log, entries": logreader.WINDOW_ROWS,
         "window of a log, read at once": format_bytes(logreader.BATCH_BYTES),
         "barriers of ticks": TICKS_MAX,

@@ -24,6 +24,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from dmafs.core import copy, extent, layers, sync, vrmo
 from dmafs.core import segment as segments
+from dmafs.core import volume as volumes
 from dmafs.core.digests import BLOCK
 from dmafs.core.extent import Ints
 from dmafs.core.image import Image
@@ -124,6 +125,7 @@ class Model(RuleBasedStateMachine):
             (vrmo, "PAGES", 64),
             (layers, "FAN_OUT", fan_out),
             (layers, "STACK_MAX", stack_max),
+            (volumes, "STACK_WARM", 1),
             (layers, "GROWN_ENTRIES", 3),
             (copy, "CHUNK_SECTORS", 8),
             (copy, "SAVE_SECTORS", 16),
