@@ -148,7 +148,8 @@ def forget(volume: Volume) -> None:
 
 
 def close(volume: Volume) -> None:
-    """Close in order, so that opening has nothing to recover."""
+    """Close in order, so that opening has nothing to recover; a daemon would have made the indexes meanwhile."""
     run(volume.flush())
+    run(volume.warm())
     volume.mark_clean()
     volume.close()
