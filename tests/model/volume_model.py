@@ -102,8 +102,6 @@ class Model(RuleBasedStateMachine):
         stepwise=st.sampled_from([False, False, False, True]),
         nosy=st.booleans(),
         room=st.sampled_from([0, 4, 16, 1 << 20]),
-        indexed=st.sampled_from([1, 3, 256]),
-        stack_max=st.integers(1, 4),
     )
     def create(  # noqa: PLR0917 - drawn by name
         self,
@@ -115,9 +113,8 @@ class Model(RuleBasedStateMachine):
         stepwise: bool,  # noqa: FBT001
         nosy: bool,  # noqa: FBT001
         room: int = 1 << 20,
-        indexed: int = 1,
-        stack_max: int = 1,
     ) -> None:
+        indexed, stack_max = (1, 3, 256)[size % 3], 1 + size % 4
         self.limits = dataclasses.replace(LIMITS, index=IndexLimits(bytes=index_bytes, journals=2, indexed=indexed))
         self.nosy = nosy
         for module, name, value in (

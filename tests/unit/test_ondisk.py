@@ -98,7 +98,7 @@ def tables() -> dict[str, list[tuple[int, int, str]]]:
     found: dict[str, list[tuple[int, int, str]]] = {}
     title = ""
     for line in (ondisk.__doc__ or "").splitlines():
-        if heading := re.match(r"Segment header|Descriptor record|Seal|Pointer slot|Digest header", line):
+        if heading := re.match(r"Segment header|Descriptor record|Seal|Pointer slot|Digest header|Index header", line):
             title = heading[0]
         if match := re.match(r"^ +(\d+) +(\d+)  (\S.*)$", line):
             found.setdefault(title, []).append((int(match[1]), int(match[2]), match[3]))
@@ -113,6 +113,7 @@ def tables() -> dict[str, list[tuple[int, int, str]]]:
         ("Seal", SEAL_SIZE),
         ("Pointer slot", SLOT_SIZE),
         ("Digest header", 512),
+        ("Index header", 512),
     ],
 )
 def test_tables_cover_every_byte_once(title: str, size: int) -> None:
