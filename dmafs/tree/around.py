@@ -2,8 +2,8 @@
 
 A request costs as much as some ten pages that are stored unasked, and who reads many small files of an image asks for
 its neighbourhood bit by bit: the kernel's own readahead only sees one file at a time. So an image is looked at in
-*areas* of 1 MiB. The first small request in an area changes nothing; the second and each further one have a *window*
-around it stored with ``notify_store``, each wider than the last, up to the whole area. Where neighbours aren't asked
+*areas* of 1 MiB. The first small request in an area changes nothing; the second and each further one that soon follows
+have a *window* around it stored with ``notify_store``, each wider than the last, up to the whole area. Where neighbours aren't asked
 for, as by random reads of a large image, nothing is done. What was stored and is asked for nevertheless has left the
 page cache: soon after, and storing it was in vain, so that more requests are wanted the next time; later, and the area
 is as if it were new.
@@ -43,6 +43,8 @@ WISHES_MAX: Final = 16
 """Windows that wait to be read."""
 BUFFERS: Final = 4
 """Windows that are being stored."""
+FORGET_S: Final = 1.0
+"""Requests that are farther apart say nothing of each other: the first may have been somebody else's."""
 LATE_S: Final = 0.1
 """Requests that come so soon after were under way when it was stored."""
 VAIN_S: Final = 5.0
@@ -55,11 +57,12 @@ WANTED_MAX: Final = 32
 class Area:
     """What is known of an area: requests, and which range of bytes of the image was stored."""
 
-    __slots__ = ("begin", "end", "requests", "stored_s", "wanted")
+    __slots__ = ("asked_s", "begin", "end", "requests", "stored_s", "wanted")
 
     def __init__(self) -> None:
         """Nothing was asked for yet."""
         self.requests = 0
+        self.asked_s = 0.0
         self.wanted = WANTED_MIN
         self.begin = self.end = 0
         self.stored_s = math.inf  # when, or infinite while it is waiting to be
@@ -106,12 +109,16 @@ class ReadAround:
                 self._areas.popitem(last=False)
         else:
             self._areas.move_to_end(key)
+        now_s = monotonic()
         if area.begin <= offset < area.end:
-            age_s = monotonic() - area.stored_s
+            age_s = now_s - area.stored_s
             if age_s < LATE_S:
                 return  # it is on its way, or was when this was asked for
             area.wanted = min(2 * area.wanted, WANTED_MAX) if age_s < VAIN_S else WANTED_MIN
             area.requests = area.begin = area.end = 0
+        elif now_s - area.asked_s > FORGET_S:
+            area.requests = area.begin = area.end = 0
+        area.asked_s = now_s
         area.requests += 1
         if area.requests >= area.wanted and len(self._wishes) < WISHES_MAX and not self._closed:
             width = WINDOWS[min(area.requests - area.wanted, len(WINDOWS) - 1)]

@@ -119,6 +119,17 @@ async def test_a_request_for_what_is_on_its_way_changes_nothing(made: ReadAround
     assert await settled(made, kernel, 1) == [(7, 0, WINDOWS[0])]
 
 
+async def test_requests_long_after_each_other_are_left_alone(
+    made: ReadAround, kernel: Kernel, clock: list[float]
+) -> None:
+    """As when one program after the other looks at the same places, and the cache was dropped in between."""
+    for _ in range(3):
+        ask(made, 0)
+        clock[0] += 2
+    await settled(made, kernel, 0)
+    assert kernel.stored == []
+
+
 async def test_requests_far_from_each_other_are_left_alone(made: ReadAround, kernel: Kernel) -> None:
     ask(made, *range(0, SIZE, AREA))
     ask(made, *range(0, SIZE, AREA), inode=8)
