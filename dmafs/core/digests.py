@@ -12,7 +12,8 @@ then written in the order of blocks. One thread puts and flushes; any thread may
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from struct import unpack
 from typing import Final
 from uuid import UUID
 
@@ -40,7 +41,7 @@ VERDICT_CHUNKS: Final = 2048
 CHUNK_BLOCKS: Final = 1 << 14
 _WINDOW: Final = 512  # entries of the table that are read and written at once: 4 KiB
 _ENTRY: Final = 8
-_ZEROS: Final = np.uint64(xxhash.xxh3_64_intdigest(bytes(BLOCK)))
+_ZEROS: Final = xxhash.xxh3_64_intdigest(bytes(BLOCK))
 _SMALL_ZERO: Final = 512  # a longer run of zeros is punched out of the table
 
 Digest = npt.NDArray[np.uint64]
@@ -68,15 +69,14 @@ def partial_blocks(starts: Ints, stops: Ints, size_sectors: int) -> Ints:
     return np.unique(np.concatenate([heads, tails]))
 
 
-def unequal(data: memoryview, digests: Digest) -> list[int]:
+def unequal(data: memoryview, digests: Sequence[int]) -> list[int]:
     """Return the numbers of those blocks of *data* that aren't what their digests say."""
     xxh3 = xxhash.xxh3_64_intdigest  # nearly all are equal at once, and nothing more is called for them
-    expected = np.where(digests == HOLE, _ZEROS, digests).tolist()
     return [
         number
-        for number, digest in enumerate(expected)
-        if (xxh3(data[number * BLOCK : number * BLOCK + BLOCK]) != digest or digest == LOST)
-        and not matches(data[number * BLOCK : number * BLOCK + BLOCK], int(digests[number]))
+        for number, digest in enumerate(digests)
+        if (xxh3(data[number * BLOCK : number * BLOCK + BLOCK]) != (digest or _ZEROS) or digest == LOST)
+        and not matches(data[number * BLOCK : number * BLOCK + BLOCK], digest)
     ]
 
 
@@ -121,14 +121,20 @@ class Digests:
         finally:
             file.close()
 
-    def read(self, first: int, last: int, *, nowait: bool = False) -> Digest:
+    def read(self, first: int, last: int) -> Digest:
         """Return the digests of the blocks ``[first, last)`` as they are in the file."""
+        data = bytearray((last - first) * _ENTRY)
+        self.file.read_into(data, TABLE_OFFSET + first * _ENTRY)
+        return np.frombuffer(data, "<u8")
+
+    def read_few(self, first: int, last: int, *, nowait: bool = False) -> tuple[int, ...]:
+        """Return the same as plain numbers; with *nowait* BlockingIOError when that has to wait for the disk."""
         data = bytearray((last - first) * _ENTRY)
         if nowait:
             self.file.read_into_nowait(data, TABLE_OFFSET + first * _ENTRY)
         else:
             self.file.read_into(data, TABLE_OFFSET + first * _ENTRY)
-        return np.frombuffer(data, "<u8")
+        return unpack(f"<{last - first}Q", data)
 
     def uncache(self, first: int, last: int) -> None:
         """Have the digests of blocks come from the disk when they are read next."""
@@ -209,6 +215,11 @@ class Verdicts:
 
     def hold(self, first: int, last: int) -> bool:
         """Say whether all blocks ``[first, last)`` have been found to match."""
+        number, begin = divmod(first, CHUNK_BLOCKS)
+        end = begin + last - first
+        if end <= CHUNK_BLOCKS:  # most often
+            chunk = self._chunks.get(number)
+            return chunk is not None and chunk.find(0, begin, end) < 0
         for number, begin, end in _chunked(first, last):
             chunk = self._chunks.get(number)
             if chunk is None or chunk.find(0, begin, end) >= 0:

@@ -120,8 +120,7 @@ class Mirror:
         self, data: memoryview, first: int, last: int, in_flux: tuple[Ints, Ints], *, nowait: bool = False
     ) -> list[int]:
         """Return those of the blocks ``[first, last)``, which have *data*, that aren't what their digests say."""
-        digests = self.digests.read(first, last, nowait=nowait)
-        wrong = unequal(data, digests)
+        wrong = unequal(data, self.digests.read_few(first, last, nowait=nowait))
         flux = _covered(*in_flux, first, last)
         if not wrong and flux is None:
             self._verdicts.add(first, last)

@@ -294,7 +294,8 @@ class Engine(Driver):
             return image.read_pieces(pieces, offset, length, nowait=True)
         except BlockingIOError:
             pass
-        further = image.resolve_nowait(offset + length, min(ahead, image.size - offset - length)) or []
+        behind = min(ahead, image.size - offset - length)
+        further = (behind and image.resolve_nowait(offset + length, behind)) or []
 
         def read() -> memoryview:
             image.prefetch([*pieces, *further])

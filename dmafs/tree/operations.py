@@ -13,7 +13,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import stat
@@ -388,11 +387,11 @@ class Tree(pyfuse3.Operations):
             return await self._read(handle, off, size)
         self.around.missed(handle.inode, image, off, size)
         ahead, handle.next = AHEAD if off == handle.next else 0, off + size
-        with contextlib.suppress(Exception):  # it is guarded below
+        try:
             data = image.read_nowait(off, size, self._scratch)
-            if data is not None:
-                return data
-        return await self._read(handle, off, size, ahead)
+        except Exception:  # noqa: BLE001 - it is guarded below
+            data = None
+        return await self._read(handle, off, size, ahead) if data is None else data
 
     @guarded
     async def _read(self, handle: Handle, off: int, size: int, ahead: int = 0) -> memoryview | bytearray:

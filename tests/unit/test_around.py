@@ -15,7 +15,7 @@ import trio.testing
 from dmafs.core.image import Image
 from dmafs.errors import CorruptionError
 from dmafs.tree import around
-from dmafs.tree.around import AREA, AREAS_MAX, BUFFERS, WANTED_MAX, WINDOWS, WISHES_MAX, ReadAround
+from dmafs.tree.around import AREA, AREAS_MAX, BUFFERS, NEAR, RECENT, WANTED_MAX, WINDOWS, WISHES_MAX, ReadAround
 
 SIZE = 5 * AREA + 4096
 KIB = 1024
@@ -107,27 +107,35 @@ async def settled(made: ReadAround, kernel: Kernel, count: int) -> list[tuple[in
 
 
 async def test_the_window_grows_with_each_request_nearby(made: ReadAround, kernel: Kernel) -> None:
-    ask(made, 100 * KIB)
+    ask(made, 0)
     assert not made._wishes
-    ask(made, 900 * KIB, 600 * KIB, 300 * KIB)
+    ask(made, 100 * KIB, 200 * KIB, 300 * KIB)
     first, second, third = WINDOWS
-    assert await settled(made, kernel, 3) == [(7, 896 * KIB, first), (7, 512 * KIB, second), (7, 0, third)]
+    assert await settled(made, kernel, 3) == [(7, 64 * KIB, first), (7, 0, second), (7, 0, third)]
+
+
+async def test_near_is_what_is_in_the_next_piece_in_either_direction(made: ReadAround, kernel: Kernel) -> None:
+    ask(made, 3 * AREA, 3 * AREA - 4096)
+    assert await settled(made, kernel, 1) == [(7, 3 * AREA - WINDOWS[0], WINDOWS[0])]
+    ask(made, AREA, AREA + 2 * NEAR, inode=8)
+    ask(made, 4 * AREA, inode=9)
+    ask(made, 4 * AREA, inode=10)
+    await settled(made, kernel, 1)
+    assert len(kernel.stored) == 1, "neither what is farther off nor another image's"
+
+
+async def test_near_is_what_was_asked_for_lately(made: ReadAround, kernel: Kernel) -> None:
+    ask(made, 0)
+    for inode in range(20, 20 + RECENT):
+        ask(made, 0, inode=inode)
+    ask(made, 0)
+    await settled(made, kernel, 0)
+    assert kernel.stored == []
 
 
 async def test_a_request_for_what_is_on_its_way_changes_nothing(made: ReadAround, kernel: Kernel) -> None:
     ask(made, 0, 4096, 8192, 12288, 60 * KIB)
     assert await settled(made, kernel, 1) == [(7, 0, WINDOWS[0])]
-
-
-async def test_requests_long_after_each_other_are_left_alone(
-    made: ReadAround, kernel: Kernel, clock: list[float]
-) -> None:
-    """As when one program after the other looks at the same places, and the cache was dropped in between."""
-    for _ in range(3):
-        ask(made, 0)
-        clock[0] += 2
-    await settled(made, kernel, 0)
-    assert kernel.stored == []
 
 
 async def test_requests_far_from_each_other_are_left_alone(made: ReadAround, kernel: Kernel) -> None:
@@ -152,7 +160,8 @@ async def test_nothing_is_stored_behind_the_end(made: ReadAround, kernel: Kernel
 async def test_what_left_the_cache_soon_was_stored_in_vain(
     made: ReadAround, kernel: Kernel, clock: list[float]
 ) -> None:
-    wanted = 2
+    wanted = 1
+    ask(made, 0)
     for number in range(1, 7):
         for _ in range(wanted):
             assert len(await settled(made, kernel, number - 1)) == number - 1
@@ -161,7 +170,7 @@ async def test_what_left_the_cache_soon_was_stored_in_vain(
         clock[0] += 1
         wanted = min(2 * wanted, WANTED_MAX)
     clock[0] += 60
-    ask(made, 0, 0)
+    ask(made, 0)
     assert len(await settled(made, kernel, 7)) == 7, "later it is as if it were new"
 
 
@@ -170,8 +179,8 @@ async def test_who_asked_before_it_was_stored_is_no_sign(made: ReadAround, kerne
     await settled(made, kernel, 1)
     clock[0] += 0.05
     ask(made, 0, 4096, 8192)
-    ask(made, 512 * KIB)
-    assert await settled(made, kernel, 2) == [(7, 0, WINDOWS[0]), (7, 512 * KIB, WINDOWS[1])]
+    ask(made, 64 * KIB)
+    assert await settled(made, kernel, 2) == [(7, 0, WINDOWS[0]), (7, 0, WINDOWS[1])]
 
 
 async def test_what_waits_is_bounded(made: ReadAround, kernel: Kernel) -> None:
@@ -188,12 +197,11 @@ async def test_what_waits_is_bounded(made: ReadAround, kernel: Kernel) -> None:
 
 
 async def test_what_is_remembered_is_bounded(made: ReadAround, kernel: Kernel) -> None:
+    kernel.error = FileNotFoundError()
     for inode in range(AREAS_MAX + 10):
-        ask(made, 0, inode=inode)
+        ask(made, 0, 0, inode=inode)
     assert len(made._areas) == AREAS_MAX
-    ask(made, 0, inode=5)
-    ask(made, 0, inode=AREAS_MAX)
-    assert [inode for inode, _, _ in await settled(made, kernel, 1)] == [AREAS_MAX]
+    assert len(made._recent) == RECENT
 
 
 async def test_what_is_not_in_memory_is_read_by_a_task(made: ReadAround, kernel: Kernel) -> None:
