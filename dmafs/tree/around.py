@@ -46,13 +46,13 @@ LATE_S: Final = 0.1
 """Requests that come so soon after were under way when it was stored."""
 VAIN_S: Final = 5.0
 """What leaves the page cache within this time was stored in vain."""
-WANTED_MIN: Final = 1
+WANTED_MIN: Final = 2
 WANTED_MAX: Final = 32
 """Requests in an area, near others, before anything of it is stored, at first and at most."""
-NEAR: Final = 1 << 17
+NEAR: Final = 1 << 16
 """What is near is in the same or the next piece of this length."""
 RECENT: Final = 16
-"""So many pieces have been asked for lately: of random reads in 1 GiB one in 170 is near one of them."""
+"""So many pieces have been asked for lately: of random reads in 1 GiB one in 340 is near one of them."""
 
 
 class Area:

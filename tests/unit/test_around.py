@@ -160,7 +160,7 @@ async def test_nothing_is_stored_behind_the_end(made: ReadAround, kernel: Kernel
 async def test_what_left_the_cache_soon_was_stored_in_vain(
     made: ReadAround, kernel: Kernel, clock: list[float]
 ) -> None:
-    wanted = 1
+    wanted = 2
     ask(made, 0)
     for number in range(1, 7):
         for _ in range(wanted):
