@@ -20,7 +20,7 @@ Invariants:
 6. What ``recover`` cut off is truncated durably before anything is appended, and no file is changed before it is known
    that nothing durable is missing: damage is reported each time.
 
-One thread appends and reads the columns; ``datasync`` of taken segments may run in another one.
+One thread appends and reads the columns; the calls of what ``take_dirty`` returns may run in others.
 """
 
 from __future__ import annotations
@@ -40,8 +40,9 @@ from dmafs.core.part import Part
 from dmafs.core.recovery import DIRECTORY, stem
 from dmafs.core.reopening import Recovery, last_indicated
 from dmafs.core.segment import Segment
-from dmafs.core.storage import Storage, close_all
+from dmafs.core.storage import File, Storage, close_all
 from dmafs.core.window import Beginning, Window
+from dmafs.core.work import Datasync, Work
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,30 +236,33 @@ class ForwardJournal(ForwardMaps):
 
     # -- making durable -----------------------------------------------------------------------------------------
 
-    def take_dirty(self) -> Callable[[], None]:
-        """Return a call, for any thread, that makes durable all that was appended until now, and seals what is full.
+    def take_dirty(self, *others: File) -> Work[None]:
+        """Return work that makes durable all that was appended until now, and *others*, and seals what is full.
 
-        A segment is sealed only after what stands behind it is durable, too: so nothing that is sealed is ever cut off.
+        In whatever order: only the data of records that a later record calls durable is believed unread. A segment is
+        sealed only after what stands behind it is durable, too: so nothing that is sealed is ever cut off.
         """
         self._note_sealed()
         dirty = [part.segment for part in self._dirty if part.segment is not None]
+        files = (*(file for segment in dirty for file in segment.files), *others)
         new_names, retained = self._new_names, self._noted_retained
         filled, head = list(self._filled), self.head
         indicated = self._last_indicated()
         self._dirty, self._new_names = [], False
 
-        def datasync() -> None:
-            for segment in dirty:
-                segment.datasync()
+        def finish() -> None:
             if new_names:
                 self._storage.sync_directory(DIRECTORY)
             for part in filled:
                 if part.segment is not None:
                     part.seal = part.segment.finish(head)
+
+        def work() -> Work[None]:
+            yield Datasync(files, finish if new_names or filled else None)
             self.durable_retained = retained
             self._indicated = indicated
 
-        return datasync
+        return work()
 
     def _last_indicated(self) -> Part | None:
         number = last_indicated(self.parts)

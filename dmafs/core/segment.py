@@ -388,10 +388,15 @@ class Segment(Pair):
         """Return the numbers of the indicators that a seal keeps."""
         return sorted({*self.indicators_of(*LANDMARKS), len(self.indicator_seqs) - 1} - {-1})
 
+    @property
+    def files(self) -> tuple[File, File]:
+        """Return what has to be durable for everything appended to be."""
+        return self.dat, self.ext
+
     def datasync(self) -> None:
         """Make everything appended durable, data first. May run in a thread."""
-        self.dat.datasync()
-        self.ext.datasync()
+        for file in self.files:
+            file.datasync()
 
     # -- housekeeping -------------------------------------------------------------------------------------------
 

@@ -198,19 +198,24 @@ class RealFile:
 
     def write(self, buffers: Sequence[Buffer], offset: int) -> None:
         """See ``File``."""
+        count = self._write_some(buffers, offset)
+        if len(buffers) == 1 and count == len(buffers[0]):  # most often
+            return
         rest = list(buffers)
         while rest:
-            try:
-                count = os.pwritev(self._fd, rest[:_IOV_MAX], offset)
-            except OSError as error:
-                raise OSError(error.errno, error.strerror, self.name) from None
-            if len(rest) == 1 and count == len(rest[0]):  # most often
-                return
             offset += count
             while rest and count >= len(rest[0]):
                 count -= len(rest.pop(0))
             if count:
                 rest[0] = memoryview(rest[0])[count:]
+            if rest:
+                count = self._write_some(rest, offset)
+
+    def _write_some(self, buffers: Sequence[Buffer], offset: int) -> int:
+        try:
+            return os.pwritev(self._fd, buffers if len(buffers) <= _IOV_MAX else buffers[:_IOV_MAX], offset)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, self.name) from None
 
     def uncache(self, offset: int, length: int) -> None:
         """See ``File``."""

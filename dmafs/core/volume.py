@@ -184,15 +184,10 @@ class Volume:
         """Make durable what ``indicate`` stands behind; see ``flush``."""
         if self.journal.is_clean():
             return
-        upto, datasync = self.journal.head, self.journal.take_dirty()
-
-        def durable() -> None:
-            datasync()
-            if primary is not None:
-                primary.datasync()
-
+        upto = self.journal.head
+        work = self.journal.take_dirty(*([] if primary is None else [primary]))
         with self.gate(fatal=True):
-            yield durable
+            yield from work
         self.journal.durable = max(self.journal.durable, upto)
 
     def indicate(self, flag: Flag = Flag.FLUSH, name: str = "") -> Indicator:

@@ -8,12 +8,33 @@ else may happen. Commands drive work with ``run``; the daemon has a driver of it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
+
+from dmafs.core.storage import File
 
 Result = TypeVar("Result")
 
 Work = Generator[Callable[[], Any], Any, Result]
+
+
+@dataclass(frozen=True, slots=True)
+class Datasync:
+    """A call that makes files durable, one after the other; who drives work may do that in any order, or at once.
+
+    What is to be done *then* may block, too.
+    """
+
+    files: Sequence[File]
+    then: Callable[[], None] | None = None
+
+    def __call__(self) -> None:
+        """Do it on this thread."""
+        for file in self.files:
+            file.datasync()
+        if self.then is not None:
+            self.then()
 
 
 def run(work: Work[Result]) -> Result:

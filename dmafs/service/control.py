@@ -319,7 +319,10 @@ async def serve_control(
     try:
         await trio.serve_listeners(Admission(serve_one).handle, [listener])
     finally:
-        path.unlink(missing_ok=True)  # noqa: ASYNC240 - at once, on a local filesystem
+        try:
+            path.unlink(missing_ok=True)  # noqa: ASYNC240 - at once, on a local filesystem
+        except OSError as error:  # a file system that has failed is read-only; the next daemon replaces it
+            log.warning("the control socket is left behind: %s", error)
 
 
 def socket_of(path: Path) -> socket.socket:

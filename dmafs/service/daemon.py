@@ -26,6 +26,7 @@ from dmafs.errors import MountError, PlacementError
 from dmafs.service.appliance import Appliance
 from dmafs.service.configuration import Configuration, load_configuration
 from dmafs.service.control import serve_control
+from dmafs.service.datasyncs import Datasyncs
 from dmafs.service.engine import Engine
 from dmafs.service.keeper import Keeper
 from dmafs.service.mounting import abort, mount_source, prepare_mount_point, tune
@@ -76,8 +77,19 @@ def _check_sources(store: Store, mount_point: Path) -> None:
 async def _run(store: Store, mount_point: Path, configuration: Configuration) -> None:
     limiter = trio.CapacityLimiter(configuration.threads)
     engines = {}
-    for name, volume in store.volumes.items():
-        engines[name] = open_engine(volume, store.path / name, configuration, limiter)
+    with contextlib.ExitStack() as opened:
+        for name, volume in store.volumes.items():
+            engines[name] = engine = open_engine(volume, store.path / name, configuration, limiter)
+            engine.datasyncs = Datasyncs.open()
+            if engine.datasyncs is not None:
+                opened.callback(engine.datasyncs.close)
+        await _serve_engines(store, engines, mount_point, configuration)
+
+
+async def _serve_engines(
+    store: Store, engines: dict[str, Engine], mount_point: Path, configuration: Configuration
+) -> None:
+    """Recover the engines, serve them, and close them."""
     with trio.open_signal_receiver(*_ending_signals()) as signals:
         async with trio.open_nursery() as nursery:
             ending = Ending(nursery.cancel_scope.cancel)

@@ -1,8 +1,9 @@
 """The driver: work of the synchronous core under trio.
 
 What work does between its calls happens on trio's thread, without an ``await``; each call it yields runs in a thread,
-and this thread is free for everything else meanwhile. Before each step of a sync or a drop, readers that resolved
-before are waited for: nothing is overwritten or closed under a reader.
+and this thread is free for everything else meanwhile; files are made durable by the kernel (``datasyncs.py``). Before
+each step of a sync or a drop, readers that resolved before are waited for: nothing is overwritten or closed under a
+reader.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from typing import Any, TypeVar
 
 import trio
 
-from dmafs.core.work import Work
+from dmafs.core.work import Datasync, Work
+from dmafs.service.datasyncs import Datasyncs
 
 Result = TypeVar("Result")
 
@@ -39,6 +41,8 @@ class Driver:
     def __init__(self, limiter: trio.CapacityLimiter) -> None:
         """Take threads from *limiter*."""
         self.limiter = limiter
+        self.datasyncs: Datasyncs | None = None
+        """Makes files durable without threads; set by who closes it."""
         self._epoch = 0
         self._readers: Counter[int] = Counter()
         self._reader_left = trio.lowlevel.ParkingLot()
@@ -80,6 +84,11 @@ class Driver:
         with trio.CancelScope(shield=not (isinstance(call, Await) and call.stoppable)):
             if isinstance(call, Await):
                 answer = await call.function()
+            elif isinstance(call, Datasync) and self.datasyncs is not None:
+                answer = None
+                rest = await self.datasyncs(call.files)
+                if rest or call.then:
+                    await trio.to_thread.run_sync(Datasync(rest, call.then), limiter=self.limiter)
             else:
                 answer = await trio.to_thread.run_sync(call, limiter=self.limiter)
         return answer

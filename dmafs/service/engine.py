@@ -48,6 +48,7 @@ from dmafs.service.checking import Checking
 from dmafs.service.driver import Await, Driver, Result
 from dmafs.service.report import Report
 from dmafs.service.tasks import RETRY_S, TROUBLE, Progress
+from dmafs.service.turns import Turns
 from dmafs.units import SECTOR, format_bytes
 
 log = logging.getLogger(__name__)
@@ -75,10 +76,10 @@ class Engine(Driver):
         self.volume = volume
         self.tap = tap
         self.tick_s = tick_s
-        self.appending = trio.Lock()
+        self.appending = Turns()
         self.synced: File | None = None
         """What a flush makes durable beside the journal; a tap that writes the primary itself sets it."""
-        self._commit = trio.Lock()
+        self._commit = Turns()
         self._requested = self._committed = 0
         self.commits = 0
         self._maintenance = trio.Lock()

@@ -20,6 +20,7 @@ from dmafs.errors import SourceError
 from dmafs.units import SECTOR
 
 _REDO_BATCH = 256  # events written again between two yields
+_LIMIT = MAX_EXTENT_SECTORS * SECTOR
 
 
 class PassThroughTap:
@@ -34,6 +35,7 @@ class PassThroughTap:
                 hint="a source must keep its size; protect the resized one as a new volume",
             )
         self._volume = volume
+        self._gate = volume.gate
         self.primary = primary
         self.size = size
         self.captures = True
@@ -46,15 +48,22 @@ class PassThroughTap:
         assert offset >= 0
         assert offset + len(data) <= self.size
         lead, tail = offset % SECTOR, -(offset + len(data)) % SECTOR
-        block = memoryview(self._widened(offset, data, lead, tail) if lead or tail else data)
-        start = offset // SECTOR
-        limit = MAX_EXTENT_SECTORS * SECTOR
-        for begin in range(0, len(block), limit):
-            part = block[begin : begin + limit]
-            if self.captures:
-                self._volume.write(start + begin // SECTOR, part)
-            with self._volume.gate(fatal=True):
-                self.primary.write([part], start * SECTOR + begin)
+        if lead or tail:
+            data = self._widened(offset, data, lead, tail)
+            offset -= lead
+        if len(data) <= _LIMIT:
+            if data:
+                self._write_part(offset, data)
+            return
+        block = memoryview(data)
+        for begin in range(0, len(block), _LIMIT):
+            self._write_part(offset + begin, block[begin : begin + _LIMIT])
+
+    def _write_part(self, offset: int, data: bytes | memoryview) -> None:
+        if self.captures:
+            self._volume.write(offset // SECTOR, data)
+        with self._gate(fatal=True):
+            self.primary.write((data,), offset)
 
     def _widened(self, offset: int, data: bytes, lead: int, tail: int) -> bytes:
         before, after = bytearray(lead), bytearray(tail)
@@ -90,10 +99,10 @@ class PassThroughTap:
                 for seq in range(begin, min(begin + _REDO_BATCH, last + 1)):
                     self._redo_event(seq)
 
-            with self._volume.gate(fatal=True):
+            with self._gate(fatal=True):
                 yield redo
         if first <= last:
-            with self._volume.gate(fatal=True):
+            with self._gate(fatal=True):
                 yield self.primary.datasync
             journal.durable = last
         return last + 1 - first

@@ -2,8 +2,10 @@
 
 - Images of the past never change: ``keep_cache``, long attribute timeouts, EROFS for every change.
 - ``live`` follows the primary: read past the page cache (``direct_io``), no timeouts.
-- ``tap`` is the primary. The kernel writes through its page cache; truncation is ignored as on a disk. A clone's image
-  behaves likewise.
+- ``tap`` is the primary; truncation is ignored as on a disk. It is read and written past the page cache, too: through
+  that the kernel asks for an extended attribute before each write, which takes as long as the write. What stands on the
+  tap, a loop device most often, has a cache of its own.
+- A clone's image is written through the page cache, otherwise it is like a tap.
 - ``mkdir clones/<name>@<time>`` is answered with the folder ``<name>``, and the kernel is told to forget the name that
   it was made by: looking that up finds nothing.
 - Names are looked up each time (no entry timeout): what a time means may coarsen with a sync, and a snapshot's name may
@@ -365,8 +367,8 @@ class Tree(pyfuse3.Operations):
                 handle = Handle(volume, inode, clone=self._names.clone(node))
             case _:
                 raise FUSEError(errno.EISDIR)
-        cached, direct = isinstance(node, PastImage), isinstance(node, LiveFile)
-        if flags & _WRITING and (cached or direct):
+        cached, direct = isinstance(node, PastImage), isinstance(node, (LiveFile, TapFile))
+        if flags & _WRITING and isinstance(node, (PastImage, LiveFile)):
             raise FUSEError(errno.EROFS)
         number = self._new_handle(more=TAP_HANDLES if handle.tap else 0)
         if handle.image is not None:
@@ -404,16 +406,19 @@ class Tree(pyfuse3.Operations):
 
     @guarded
     async def write(self, fh: pyfuse3.FileHandleT, off: int, buf: bytes) -> int:
-        """Write to a tap or a clone; ENOSPC past its end, as a disk."""
+        """Write to a tap or a clone; past its end ENOSPC and before that what fits, as a disk."""
         handle = self._handles[fh]
         if not handle.tap and handle.clone is None:
             raise FUSEError(errno.EROFS)
-        if off + len(buf) > self._backend.size(handle.volume):
-            raise FUSEError(errno.ENOSPC)
+        room = self._backend.size(handle.volume) - off
+        if len(buf) > room:
+            if room <= 0:
+                raise FUSEError(errno.ENOSPC)
+            buf = buf[:room]
         if handle.clone is not None:
             await self._backend.write_clone(handle.clone, off, buf)
-            return len(buf)
-        await self._backend.write_tap(handle.volume, off, buf)
+        else:
+            await self._backend.write_tap(handle.volume, off, buf)
         return len(buf)
 
     @guarded

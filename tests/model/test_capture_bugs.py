@@ -15,7 +15,9 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from dmafs.core.journal import ForwardJournal
 from dmafs.core.reopening import Recovery
+from dmafs.core.storage import File
 from dmafs.core.window import Window
+from dmafs.core.work import Work
 from dmafs.errors import DmafsError
 from dmafs.taps import capture
 from dmafs.taps.arbiter import Arbiter, Verdict
@@ -78,9 +80,9 @@ def lose_the_place_on_recovery() -> contextlib.AbstractContextManager[Any]:
 
 
 def release_what_no_record_lets_go() -> contextlib.AbstractContextManager[Any]:
-    def take_dirty(self: ForwardJournal) -> Callable[[], None]:
+    def take_dirty(self: ForwardJournal, *others: File) -> Work[None]:
         self._noted_retained = self.retained
-        return original(self)
+        return original(self, *others)
 
     original = ForwardJournal.take_dirty
     return mock.patch.object(ForwardJournal, "take_dirty", take_dirty)

@@ -1,4 +1,4 @@
-"""QEMU's storage daemon: a disk whose writes its ``blklogwrites`` driver logs, as of a virtual machine."""
+"""QEMU's storage daemon: a disk as of a virtual machine, most often one whose writes ``blklogwrites`` logs."""
 
 from __future__ import annotations
 
@@ -14,19 +14,24 @@ from tests.mount.harness import STOP_S, is_mounted, wait_until
 
 
 class Qemu:
-    """The daemon, from ``with`` to its end; ``disk`` is the disk as a file."""
+    """The daemon, from ``with`` to its end; ``disk`` is the disk as a file. Without a log it logs nothing."""
 
-    def __init__(self, primary: Path, log: Path, disk: Path, *, append: bool = False) -> None:
+    def __init__(self, primary: Path, log: Path | None, disk: Path, *, append: bool = False) -> None:
         disk.touch()
-        log.touch()
         self.disk = disk
-        options = ",log-append=on" if append else ""
+        node, logging = "f", []
+        if log is not None:
+            log.touch()
+            node, options = "w", ",log-append=on" if append else ""
+            logging = [
+                *("--blockdev", f"driver=file,filename={log},node-name=l"),
+                *("--blockdev", f"driver=blklogwrites,file=f,log=l,node-name=w,discard=unmap{options}"),
+            ]
         self._command = [
             "qemu-storage-daemon",
             *("--blockdev", f"driver=file,filename={primary},node-name=f,discard=unmap"),
-            *("--blockdev", f"driver=file,filename={log},node-name=l"),
-            *("--blockdev", f"driver=blklogwrites,file=f,log=l,node-name=w,discard=unmap{options}"),
-            *("--export", f"type=fuse,id=e,node-name=w,mountpoint={disk},writable=on"),
+            *logging,
+            *("--export", f"type=fuse,id=e,node-name={node},mountpoint={disk},writable=on"),
         ]
 
     def __enter__(self) -> Self:

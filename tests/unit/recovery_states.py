@@ -13,6 +13,7 @@ from dmafs.core.limits import IndexLimits, SegmentLimits
 from dmafs.core.ondisk import HEADER_SIZE, RECORD_SIZE, Flag
 from dmafs.core.recovery import DIRECTORY
 from dmafs.core.storage import RealStorage
+from dmafs.core.work import run
 from dmafs.errors import CorruptionError
 from dmafs.units import SECTOR
 from tests.unit.tools import OURS, Ticking, fill, flip
@@ -71,7 +72,7 @@ def journal(path: Path, *, count: int = 12, sealed: bool = False) -> None:
         for seq in range(1, count + 1):
             made.append(seq, 1, fill(seq))
         if sealed:
-            made.take_dirty()()
+            run(made.take_dirty())
 
 
 def ext(path: Path, first: int) -> Path:
@@ -89,7 +90,7 @@ def successor_without_content(path: Path) -> None:
     journal(path, count=8)
     with contextlib.closing(recover(path)) as made:
         made._add_segment(made._begin_segment(9))
-        made.take_dirty()()
+        run(made.take_dirty())
     ext(path, 9).write_bytes(b"")
 
 

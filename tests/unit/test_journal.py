@@ -12,6 +12,7 @@ from dmafs.core.limits import IndexLimits, SegmentLimits
 from dmafs.core.ondisk import HEADER_SIZE, RECORD_SIZE, Flag
 from dmafs.core.recovery import DIRECTORY
 from dmafs.core.storage import RealStorage
+from dmafs.core.work import run
 from dmafs.errors import CorruptionError, DmafsError
 from dmafs.units import SECTOR
 from tests.unit.tools import FOREIGN, OURS, Clock, files, fill, flip, segments_of, tree
@@ -59,7 +60,7 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
 def flush(journal: ForwardJournal, flag: Flag = Flag.FLUSH, name: str = "") -> None:
     """Do what a volume's flush does."""
     journal.indicate(flag, name)
-    journal.take_dirty()()
+    run(journal.take_dirty())
     journal.durable = journal.head
 
 
@@ -258,7 +259,7 @@ def test_release_takes_what_is_wholly_behind_the_tail(bench: Bench, tail: int, l
     """Segments all of whose events are at or before the tail are let go, sealed or not."""
     journal = long_journal(bench)
     if tail == 8:
-        journal.take_dirty()()
+        run(journal.take_dirty())
     released = journal.release(tail)
     assert [part.first for part in released + journal.parts] == [1, 5, 9]
     assert len(journal.parts) == left
@@ -339,7 +340,7 @@ def test_damage_to_what_was_durable_is_an_error(bench: Bench, tear: Tear, seq: i
     journal = long_journal(bench)
     if by == "record":
         append(journal, 1)
-        journal.take_dirty()()
+        run(journal.take_dirty())
     journal.close()
     first = (seq - 1) // 4 * 4 + 1
     tear(bench, first, seq - first)
@@ -429,7 +430,7 @@ def test_stale_bytes_are_not_resurrected(bench: Bench) -> None:
     journal = bench.recover()
     assert journal.head == 9
     journal.append(100, 1, fill(100))  # takes the place of 10, right before the old 11
-    journal.take_dirty()()
+    run(journal.take_dirty())
     again = bench.recover()
     assert [start for start, *_ in contents(again)] == [*range(1, 10), 100]
 
@@ -469,12 +470,12 @@ def test_taken_dirty_segments_are_what_was_appended_to(bench: Bench) -> None:
     """One call makes durable every segment appended to since the last, and then there is nothing left to do."""
     synced: list[int] = []
     journal = long_journal(bench)
-    journal.take_dirty()()
+    run(journal.take_dirty())
     append(journal, 5)
     for segment in segments_of(journal):
         first = segment.header.first
-        segment.datasync = lambda first=first: synced.append(first)  # type: ignore[method-assign,misc]
-    journal.take_dirty()()
+        segment.dat.datasync = lambda first=first: synced.append(first)  # type: ignore[method-assign,misc]
+    run(journal.take_dirty())
     assert synced == [13, 17]
-    journal.take_dirty()()
+    run(journal.take_dirty())
     assert synced == [13, 17]

@@ -159,13 +159,13 @@ def test_the_place_in_the_log_is_that_of_the_last_durable_indicator() -> None:
     """A release keeps it: the indicators behind it may be gone after a cut."""
     box = Journal(windowed=True)
     box.window(10)
-    box.journal.take_dirty()()
+    run(box.journal.take_dirty())
     box.window(20)
     box.release(4)
     after = box.open(cut(box.disk.moment(), RNG, keep=False), tail=4)
     assert (after.position, after.head) == (10, 4)
     box.window(30)
-    box.journal.take_dirty()()
+    run(box.journal.take_dirty())
     box.release(8)
     assert [part.first for part in box.journal.parts] == [5], "the one before is needed no more"
 
@@ -174,7 +174,7 @@ def test_an_abandoned_window_never_comes_back() -> None:
     """Its segments are gone durably before others take their names, also where they had been durable."""
     box = Journal(windowed=True)
     box.window(10)
-    box.journal.take_dirty()()
+    run(box.journal.take_dirty())
     window = box.journal.begin_window()
     window.write([(at, 1, fill(20)) for at in range(4)])
     window.close(Flag.FLUSH, position=20, retained=20)
@@ -209,7 +209,7 @@ def test_a_segment_that_was_being_removed_is_no_damage(windowed: bool) -> None: 
         for at in range(4):
             box.journal.append(at, 1, fill(10))
         box.journal.indicate(Flag.FLUSH)
-    box.journal.take_dirty()()
+    run(box.journal.take_dirty())
     head = box.journal.head
     box.journal.durable = head
     first = box.journal.parts[0]

@@ -103,7 +103,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
 def flush(journal: ForwardJournal, flag: Flag = Flag.FLUSH, name: str = "") -> None:
     """Do what a volume's flush does."""
     journal.indicate(flag, name)
-    journal.take_dirty()()
+    run(journal.take_dirty())
     journal.durable = journal.head
 
 
@@ -183,7 +183,7 @@ def test_place_in_the_log_is_known_by_the_seal(bench: Bench) -> None:
         window.write([(seq, 1, fill(seq)) for seq in range(1, 10)])
         window.close(Flag.FLUSH, position=position, retained=position // 2)
         made.publish(window)
-    made.take_dirty()()
+    run(made.take_dirty())
     again = bench.recover(windowed=True)
     assert (again.position, again.retained, again.head) == (200, 100, 18)
     assert len(loaded(again)) == 1
@@ -387,7 +387,7 @@ def test_without_space_nothing_is_sealed(bench: Bench, monkeypatch: pytest.Monke
 
     with monkeypatch.context() as patch:
         patch.setattr(RealFile, "write", full)
-        journal.take_dirty()()
+        run(journal.take_dirty())
     assert [part.seal for part in journal.parts] == [None] * 3
     for part in journal.parts:
         assert bench.ext(part.first).stat().st_size == HEADER_SIZE + part.records * RECORD_SIZE
@@ -426,7 +426,7 @@ def test_the_order_of_sealing(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> 
 
         monkeypatch.setattr(RealFile, name, watched)
     monkeypatch.setattr(RealStorage, "sync_directory", lambda _self, name: calls.append(f"directory {name}"))
-    journal.take_dirty()()
+    run(journal.take_dirty())
     begin = calls.index("write 001.ext")
     assert calls[begin - 1] == "directory forward"
     assert calls[begin:] == ["write 001.ext", "datasync 001.ext", "write 009.ext", "datasync 009.ext"]

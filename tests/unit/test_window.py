@@ -161,11 +161,11 @@ def test_the_log_is_let_go_of_as_far_as_the_records_say(bench: Bench) -> None:
     """What is known in memory only, of windows without events, doesn't count: after a kill it is unknown."""
     bench.window(extents(1), 10, retained=10)
     bench.window([], 30, retained=30)
-    bench.journal.take_dirty()()
+    run(bench.journal.take_dirty())
     assert (bench.journal.retained, bench.journal.durable_retained) == (30, 10)
     assert bench.reopen().retained == 10
     bench.journal.note_position(30, 30)
-    bench.journal.take_dirty()()
+    run(bench.journal.take_dirty())
     assert bench.journal.durable_retained == bench.reopen().retained == 30
 
 
@@ -210,9 +210,9 @@ def test_what_of_the_log_may_go_is_what_a_record_says(bench: Bench) -> None:
     """An idle window that isn't noted lets nothing go: after a kill the log is read again from the record's place."""
     bench.window(extents(1), 10, retained=4)
     bench.window([], 20, retained=20)
-    bench.journal.take_dirty()()
+    run(bench.journal.take_dirty())
     assert bench.journal.durable_retained == 4
     assert bench.reopen().retained == 4
     bench.window(extents(1), 30, retained=30)
-    bench.journal.take_dirty()()
+    run(bench.journal.take_dirty())
     assert bench.journal.durable_retained == 30
