@@ -183,11 +183,6 @@ dmafs_setup() {
     _dmafs_virtual_environment "${1:-}"
 }
 
-# The peers that benchmarks compare with.
-dmafs_bench() {
-    _dmafs_system_packages "${DMAFS_BENCH_PACKAGES[@]}"
-}
-
 # Sets the two variables if a guest's kernel and its modules are below a folder.
 _dmafs_uml_below() {
     local kernel="$1/bin/linux.uml" modules

@@ -22,7 +22,7 @@ from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Final, Protocol
+from typing import Any, Final
 from uuid import UUID
 
 import trio
@@ -47,22 +47,13 @@ from dmafs.errors import CorruptionError
 from dmafs.service.checking import Checking
 from dmafs.service.driver import Await, Driver, Result
 from dmafs.service.report import Report
-from dmafs.service.tasks import RETRY_S, TROUBLE, Progress
+from dmafs.service.tasks import RETRY_S, TROUBLE, Progress, Tap
 from dmafs.service.turns import Turns
 from dmafs.units import SECTOR, format_bytes
 
 log = logging.getLogger(__name__)
 
 DIGEST_CHUNK: Final = 1 << 20
-
-
-class Tap(Protocol):
-    """What every tap has."""
-
-    primary: File
-
-    def close(self) -> None:
-        """Close all files."""
 
 
 class Engine(Driver):

@@ -18,7 +18,8 @@ from dmafs.core.ondisk import Flag
 from dmafs.core.resync import needs_resync, start_again
 from dmafs.core.volume import Volume
 from dmafs.errors import DmafsError, LogLostError, TapError
-from dmafs.service.engine import Engine, Tap
+from dmafs.service.engine import Engine
+from dmafs.service.tasks import Tap
 
 log = logging.getLogger(__name__)
 

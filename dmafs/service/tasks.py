@@ -1,18 +1,28 @@
-"""What the daemon's long tasks share: what they survive, and how far they are."""
+"""What the daemon's long tasks share: the tap, what they survive, and how far they are."""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable
-from typing import Final
+from typing import Final, Protocol
 
 import trio
 
+from dmafs.core.storage import File
 from dmafs.errors import DmafsError
 from dmafs.units import SECTOR
 
 RETRY_S: Final = 10.0
 TROUBLE: Final = (DmafsError, OSError)
 """What a task survives: it is logged, and the task goes on."""
+
+
+class Tap(Protocol):
+    """What every tap has."""
+
+    primary: File
+
+    def close(self) -> None:
+        """Close all files."""
 
 
 class Progress:
