@@ -40,6 +40,7 @@ from dmafs.service.daemon import FUSE_TASKS
 from dmafs.service.following import TICKS_MAX
 from dmafs.service.mounting import MAX_BACKGROUND
 from dmafs.taps import logreader
+from dmafs.tree.around import AREA, AREAS_MAX, WISHES_MAX
 from dmafs.tree.operations import HANDLES_MAX
 from dmafs.units import SECTOR, TimeNs, format_bytes, parse_spelling
 
@@ -326,6 +327,9 @@ def test_bounds_are_the_programs() -> None:
         "one event of a write": format_bytes(MAX_EXTENT_SECTORS * SECTOR),
         "flushes at once": 1,
         "open files of the tree": HANDLES_MAX,
+        "read-around, areas remembered": AREAS_MAX,
+        "read-around, windows that wait": WISHES_MAX,
+        "read-around, one window": format_bytes(AREA),
         "a step of a sync or drop": format_bytes(BATCH_BYTES),
         "a step of the first copy": format_bytes(CHUNK_SECTORS * SECTOR),
         "a step of a verify": format_bytes(PART_SECTORS * SECTOR),
