@@ -77,6 +77,7 @@ class Handle:
     clone: Clone | None = None
     tap: bool = False
     next: int = 0  # where a sequential read goes on
+    sequential: bool = False  # whether the last one did
 
 
 class Tree(pyfuse3.Operations):
@@ -383,26 +384,32 @@ class Tree(pyfuse3.Operations):
         self, fh: pyfuse3.FileHandleT, off: int, size: int
     ) -> memoryview | bytearray:
         """Read. Of the past most is there at once; it is in a buffer that pyfuse3 copies before anything else runs."""
+        try:
+            data = self._read_nowait(fh, off, size)
+        except Exception:  # noqa: BLE001 - it is guarded below
+            data = None
+        return await self._read(fh, off, size) if data is None else data
+
+    def _read_nowait(self, fh: int, offset: int, length: int) -> memoryview | None:
+        """Return bytes of a past image that are in memory, until the next call; None for all others."""
         handle = self._handles[fh]
         image = handle.image
         if image is None:
-            return await self._read(handle, off, size)
-        self.around.missed(handle.inode, image, off, size)
-        ahead, handle.next = AHEAD if off == handle.next else 0, off + size
-        try:
-            data = image.read_nowait(off, size, self._scratch)
-        except Exception:  # noqa: BLE001 - it is guarded below
-            data = None
-        return await self._read(handle, off, size, ahead) if data is None else data
+            return None
+        handle.sequential, handle.next = offset == handle.next, offset + length
+        self.around.missed(handle.inode, image, offset, length)
+        return image.read_nowait(offset, length, self._scratch)
 
     @guarded
-    async def _read(self, handle: Handle, off: int, size: int, ahead: int = 0) -> memoryview | bytearray:
+    async def _read(self, fh: pyfuse3.FileHandleT, off: int, size: int) -> memoryview | bytearray:
         """Read whatever it takes."""
+        handle = self._handles[fh]
         if handle.tap:
             return await self._backend.read_tap(handle.volume, off, size)
         if handle.clone is not None:
             return await self._backend.read_clone(handle.clone, off, size)
-        return await self._backend.read(handle.image or self._backend.live(handle.volume), off, size, ahead=ahead)
+        image = handle.image or self._backend.live(handle.volume)
+        return await self._backend.read(image, off, size, ahead=AHEAD if handle.sequential else 0)
 
     @guarded
     async def write(self, fh: pyfuse3.FileHandleT, off: int, buf: bytes) -> int:
