@@ -78,9 +78,15 @@ def point_named(volume: Volume, name: str) -> Point | None:
     if snapshot is not None:
         return _snapshot_point(snapshot)
     for mark in reversed(list(volume.journal.marks())):
-        if mark.name == name and volume.recoverable(mark.seq):
+        if mark.name == name and _is_found_by_time(volume, mark.seq):
             return _plain_point(volume, mark.seq, "mark", name)
     return None
+
+
+def _is_found_by_time(volume: Volume, seq: int) -> bool:
+    """Say whether the time of *seq* means it. Not if only a held image keeps it: then it means an older snapshot."""
+    is_kept = seq >= volume.floor or volume.snapshots.visible_at(seq) is not None
+    return is_kept and volume.recoverable(seq)
 
 
 def consistency(volume: Volume, seq: int) -> str:
@@ -111,7 +117,7 @@ def landmarks(volume: Volume) -> list[Point]:
     found += [
         _plain_point(volume, mark.seq, "mark", mark.name)
         for mark in volume.journal.marks()
-        if volume.recoverable(mark.seq)
+        if _is_found_by_time(volume, mark.seq)
     ]
     taken = {point.seq for point in found}
     first = max(volume.floor, volume.pointers.now.origin_seq)

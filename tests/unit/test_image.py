@@ -10,6 +10,8 @@ import pytest
 
 from dmafs.core import layers
 from dmafs.core.columns import Columns
+from dmafs.core.ondisk import Flag
+from dmafs.core.points import landmarks, point_named, seq_at
 from dmafs.core.snapshot import Snapshot
 from dmafs.core.sync import sync
 from dmafs.core.volume import Volume
@@ -135,3 +137,19 @@ def test_what_was_asked_of_the_mirror_while_it_was_written_is_not_kept(
     before = volume.mirror.allocated()[0].size
     volume.mirror.write(fill(1), 5)
     assert volume.mirror.allocated()[0].size == before + 1
+
+
+def test_a_mark_that_only_a_held_image_keeps_is_not_found(volume: Volume) -> None:
+    """Its time means the snapshot before it: under the mark's name that would be another moment."""
+    volume.write(1, fill(1))
+    run(volume.flush(flag=Flag.MARK, name="m"))
+    image = volume.image(1)
+    image.pins += 1
+    assert point_named(volume, "m") is not None
+    volume.write(2, fill(2))
+    run(volume.flush())
+    run(sync(volume))
+    assert volume.recoverable(1)
+    assert point_named(volume, "m") is None
+    assert [point for point in landmarks(volume) if point.kind == "mark"] == []
+    assert seq_at(volume, image.time_ns) == 0
