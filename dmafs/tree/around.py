@@ -1,11 +1,11 @@
 """Read-around: what lies around a small read of the past is put into the kernel's page cache before it is asked for.
 
 A request costs as much as some pages that are stored unasked, and who reads many small files of an image asks for its
-neighbourhood bit by bit: the kernel's own readahead only sees one file at a time. So where a small request comes near
-one of the last few, a *window* around it is stored with ``notify_store``. In each *area* of 1 MiB the first one is
-small, and each further one wider, up to the whole area. Where neighbours aren't asked for soon, as by random reads,
-nothing is done. What was stored and is asked for nevertheless has left the page cache: soon after, and storing it was
-in vain, so that more requests are wanted the next time; later, and the area is as if it were new.
+neighbourhood bit by bit: the kernel's own readahead only sees one file at a time. So requests are watched that come
+near one of the last few. In each *area* of 1 MiB the second one has a small *window* around it stored with
+``notify_store``, and each further one a wider one, up to the whole area. Where neighbours aren't asked for soon, as by
+random reads, nothing is done. What was stored and is asked for nevertheless has left the page cache: soon after, and
+storing it was in vain, so that more requests are wanted the next time; later, and the area is as if it were new.
 
 Only what never changes is stored. Everything is bounded: areas that are remembered, windows that wait (more are left
 out), buffers. A window is read between two requests, when none waits, and stored by a thread: ``notify_store`` waits

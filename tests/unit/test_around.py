@@ -107,28 +107,30 @@ async def settled(made: ReadAround, kernel: Kernel, count: int) -> list[tuple[in
 
 
 async def test_the_window_grows_with_each_request_nearby(made: ReadAround, kernel: Kernel) -> None:
-    ask(made, 0)
+    ask(made, 0, 40 * KIB)
     assert not made._wishes
-    ask(made, 100 * KIB, 200 * KIB, 300 * KIB)
+    ask(made, 100 * KIB, 150 * KIB, 300 * KIB)
     first, second, third = WINDOWS
+    assert await settled(made, kernel, 2) == [(7, 64 * KIB, first), (7, 0, second)]
+    ask(made, 260 * KIB)
     assert await settled(made, kernel, 3) == [(7, 64 * KIB, first), (7, 0, second), (7, 0, third)]
 
 
 async def test_near_is_what_is_in_the_next_piece_in_either_direction(made: ReadAround, kernel: Kernel) -> None:
-    ask(made, 3 * AREA, 3 * AREA - 4096)
-    assert await settled(made, kernel, 1) == [(7, 3 * AREA - WINDOWS[0], WINDOWS[0])]
-    ask(made, AREA, AREA + 2 * NEAR, inode=8)
-    ask(made, 4 * AREA, inode=9)
-    ask(made, 4 * AREA, inode=10)
+    ask(made, 3 * AREA, 3 * AREA - 4096, 3 * AREA - NEAR - 4096)
+    assert await settled(made, kernel, 1) == [(7, 3 * AREA - 2 * WINDOWS[0], WINDOWS[0])]
+    ask(made, AREA, AREA + 2 * NEAR, AREA + 4 * NEAR, AREA + 6 * NEAR, inode=8)
+    for inode in range(9, 13):
+        ask(made, 4 * AREA, inode=inode)
     await settled(made, kernel, 1)
     assert len(kernel.stored) == 1, "neither what is farther off nor another image's"
 
 
 async def test_near_is_what_was_asked_for_lately(made: ReadAround, kernel: Kernel) -> None:
-    ask(made, 0)
-    for inode in range(20, 20 + RECENT):
-        ask(made, 0, inode=inode)
-    ask(made, 0)
+    for _ in range(4):
+        ask(made, 0)
+        for inode in range(20, 20 + RECENT):
+            ask(made, 0, inode=inode)
     await settled(made, kernel, 0)
     assert kernel.stored == []
 
@@ -153,7 +155,7 @@ async def test_long_requests_are_left_to_the_kernels_readahead(made: ReadAround,
 
 async def test_nothing_is_stored_behind_the_end(made: ReadAround, kernel: Kernel) -> None:
     """The kernel would make the file longer."""
-    ask(made, 5 * AREA, 5 * AREA)
+    ask(made, 5 * AREA, 5 * AREA, 5 * AREA)
     assert await settled(made, kernel, 1) == [(7, 5 * AREA, 4096)]
 
 
@@ -170,12 +172,12 @@ async def test_what_left_the_cache_soon_was_stored_in_vain(
         clock[0] += 1
         wanted = min(2 * wanted, WANTED_MAX)
     clock[0] += 60
-    ask(made, 0)
+    ask(made, 0, 0)
     assert len(await settled(made, kernel, 7)) == 7, "later it is as if it were new"
 
 
 async def test_who_asked_before_it_was_stored_is_no_sign(made: ReadAround, kernel: Kernel, clock: list[float]) -> None:
-    ask(made, 0, 0)
+    ask(made, 0, 0, 0)
     await settled(made, kernel, 1)
     clock[0] += 0.05
     ask(made, 0, 4096, 8192)
@@ -186,7 +188,7 @@ async def test_who_asked_before_it_was_stored_is_no_sign(made: ReadAround, kerne
 async def test_what_waits_is_bounded(made: ReadAround, kernel: Kernel) -> None:
     kernel.gate.clear()
     for inode in range(1, 100):
-        ask(made, 0, 0, inode=inode)
+        ask(made, 0, 0, 0, inode=inode)
     assert len(made._wishes) == WISHES_MAX
     assert not made._buffers
     kernel.gate.set()
@@ -207,7 +209,7 @@ async def test_what_is_remembered_is_bounded(made: ReadAround, kernel: Kernel) -
 async def test_what_is_not_in_memory_is_read_by_a_task(made: ReadAround, kernel: Kernel) -> None:
     picture = Picture()
     picture.in_memory = False
-    ask(made, 0, 0, picture=picture)
+    ask(made, 0, 0, 0, picture=picture)
     assert await settled(made, kernel, 1) == [(7, 0, WINDOWS[0])]
 
 
@@ -215,24 +217,24 @@ async def test_what_is_not_in_memory_is_read_by_a_task(made: ReadAround, kernel:
 async def test_damage_is_not_stored_and_ends_nothing(made: ReadAround, kernel: Kernel, *, in_memory: bool) -> None:
     picture = Picture()
     picture.in_memory, picture.damaged = in_memory, True
-    ask(made, 0, 0, picture=picture)
+    ask(made, 0, 0, 0, picture=picture)
     await trio.testing.wait_all_tasks_blocked()
-    ask(made, AREA, AREA)
+    ask(made, AREA, AREA, AREA)
     assert await settled(made, kernel, 1) == [(7, AREA, WINDOWS[0])]
 
 
 async def test_an_inode_that_the_kernel_has_forgotten_ends_nothing(made: ReadAround, kernel: Kernel) -> None:
     kernel.error = FileNotFoundError()
-    ask(made, 0, 0)
+    ask(made, 0, 0, 0)
     await settled(made, kernel, 0)
     kernel.error = None
-    ask(made, AREA, AREA)
+    ask(made, AREA, AREA, AREA)
     assert await settled(made, kernel, 1) == [(7, AREA, WINDOWS[0])]
 
 
 async def test_once_closed_nothing_is_under_way(made: ReadAround, kernel: Kernel) -> None:
     kernel.gate.clear()
-    ask(made, 0, 0)
+    ask(made, 0, 0, 0)
     closed = trio.Event()
 
     async def close() -> None:
