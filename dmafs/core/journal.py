@@ -77,6 +77,8 @@ class ForwardJournal(ForwardMaps):
         self._clock = clock
         self.head_time_ns = 0
         self.durable = 0
+        self.tail = 0
+        """Events up to it are in the mirror: their data is needed by nobody, and may be gone."""
         self.gaps: list[Gap] = []
         self.position = 0
         """Up to where the log that events come from has been read."""
@@ -97,6 +99,7 @@ class ForwardJournal(ForwardMaps):
 
         *durable* is the head of the pointers. Raises CorruptionError when something durable is missing.
         """
+        self.tail = tail
         found = Recovery(self._storage, self._uuid, tail, tail_time_ns, windowed=self.windowed)
         self.durable = found.read(durable)
         self.parts, self.head, self.head_time_ns = found.parts, found.head, found.head_time_ns
@@ -280,6 +283,7 @@ class ForwardJournal(ForwardMaps):
         A last segment with a gap's beginning or a mark at the tail stays: they are still of use. So does, of a windowed
         journal, the one with the last indicator that is durable.
         """
+        self.tail = tail
         count = 0
         end = len(self.parts) - 1
         if self.windowed:
@@ -323,7 +327,7 @@ class ForwardJournal(ForwardMaps):
             assert part.first == expected, "segments follow each other"
             assert part.segment is not None or part is not self.parts[-1], "the last one is in memory"
             columns = self._columns(part)
-            if part.segment is not None:
+            if part.segment is not None and part.next_seq - 1 > self.tail:
                 part.segment.check()
             same = set(np.flatnonzero(np.diff(np.array([last_time, *columns.times], np.int64)) == 0).tolist())
             assert self.windowed or not same, "times of events are distinct"

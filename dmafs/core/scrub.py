@@ -281,7 +281,8 @@ class _Walker:
             yield from self._unreadable("forward", error, part.stem + ".ext", part.first, head)
             self.state.position = (part.next_seq, upto)
             return 0
-        index, read = yield from self._events(segment, max(seq - part.first, 0), end, "forward", None)
+        needed = max(seq, self.volume.journal.tail + 1, part.first) - part.first  # the data before may be gone
+        index, read = yield from self._events(segment, min(needed, end), end, "forward", None)
         self.state.position = (part.first + index, upto)
         return read
 

@@ -103,6 +103,21 @@ def test_what_is_whole_is_found_whole(volume: Volume) -> None:
     assert again.begun_ns > found.ended_ns
 
 
+def test_what_the_mirror_has_already_is_not_looked_at(volume: Volume) -> None:
+    """The rest of a segment is needed, the data before it may be gone: that is no damage, and it shows nowhere."""
+    for sector in (1, 2, 3):
+        volume.write(sector, fill(sector))
+        run(volume.flush())
+    run(sync(volume, target=2))
+    segment = volume.journal.segment_of(3)
+    assert segment.header.first == 1
+    for seq in (1, 2):
+        flip(Path(segment.dat.name), segment.physicals[seq - 1] * SECTOR)
+    assert scrubbed(volume).count == 0
+    flip(Path(segment.dat.name), segment.physicals[2] * SECTOR)
+    assert [one.first and one.first[0] for one in scrubbed(volume).damage] == [3]
+
+
 def damage_one(volume: Volume, path: Path, rng: Random) -> tuple[str, int, int]:
     """Flip a bit of some data; return place, and the sectors that are damaged by that."""
     mirror = path / "mirror.img"
