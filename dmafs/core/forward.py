@@ -46,6 +46,8 @@ class ForwardMaps:
         self.windowed = windowed
         self.parts: list[Part] = []
         self.head = 0
+        self.tail = 0
+        """Events up to it are in the mirror: their data is needed by nobody, and may be gone."""
         self._loaded: OrderedDict[int, Part] = OrderedDict()  # sealed ones by first seq, least recently used first
         self._filled: list[Part] = []  # those that are full, and weren't sealed when they were looked at last
         self._unread: list[int] = []  # first seqs of sealed ones that nobody has asked for since they were written
@@ -214,9 +216,17 @@ class ForwardMaps:
         return found is not None and found.seq == seq
 
     def marks(self) -> Iterator[Indicator]:
-        """Yield the named marks in order."""
+        """Yield the named marks in order.
+
+        A power cut may bring back a segment that was released, but not its data, and so not the names of its marks:
+        that is no damage.
+        """
         for part in self.parts:
-            yield from part.landmarks(Flag.MARK)
+            try:
+                yield from part.landmarks(Flag.MARK)
+            except CorruptionError:
+                if part.next_seq - 1 > self.tail:
+                    raise
 
     def indicators(self, after: int, upto: int) -> tuple[Ints, Ints, Ints]:
         """Return the sync indicators with *after* < seq <= *upto*: seqs, times, bytes of data behind each. O(n)."""

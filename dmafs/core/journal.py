@@ -77,8 +77,6 @@ class ForwardJournal(ForwardMaps):
         self._clock = clock
         self.head_time_ns = 0
         self.durable = 0
-        self.tail = 0
-        """Events up to it are in the mirror: their data is needed by nobody, and may be gone."""
         self.gaps: list[Gap] = []
         self.position = 0
         """Up to where the log that events come from has been read."""

@@ -37,6 +37,9 @@ CHOICES: Final = 6
 """Cuts at each operation: with everything lost, with everything kept, and by chance."""
 AGAIN: Final = 2
 """One state in so many is opened once more."""
+BEHIND: Final = 3
+CHOICES_BEHIND: Final = 60
+"""So many cuts at each of so many operations, where one is what matters; what is lost then is left to chance."""
 LIVES: Final = 20
 """One state in so many is gone on with after its recovery."""
 
@@ -106,6 +109,20 @@ class Crashes:
                 except BaseException as error:
                     error.add_note(f"{self._seed}: cut {choice} before operation {number}, {operation}; {claims}")
                     raise
+        return self.counts
+
+    def run_behind(self, kind: str, folder: str) -> Counts:
+        """Cut many times soon after each operation of a kind in a folder."""
+        for number, (_, _, operation) in enumerate(self._moments):
+            if operation.kind != kind or folder not in operation.path:
+                continue
+            for moment, claims, later in self._moments[number + 1 : number + 1 + BEHIND]:
+                for _ in range(CHOICES_BEHIND):
+                    try:
+                        self._cut(moment, claims, keep=None)
+                    except BaseException as error:
+                        error.add_note(f"{self._seed}: cut before {later}, behind {operation} ({number}); {claims}")
+                        raise
         return self.counts
 
     def _cut(self, moment: Moment, claims: Claims, *, keep: bool | None, depth: int = 0) -> None:
@@ -215,3 +232,9 @@ def crash(name: str, seed: int) -> dict[str, int]:
     """Cut one run of the workload of that name everywhere; return how much was tried."""
     workload = next(one for one in WORKLOADS if one.name == name)
     return dataclasses.asdict(Crashes(workload, seed).run())
+
+
+def crash_behind_releases(name: str, seed: int) -> dict[str, int]:
+    """Cut one run of a workload many times when segments of the forward journal have been released."""
+    workload = next(one for one in WORKLOADS if one.name == name)
+    return dataclasses.asdict(Crashes(workload, seed).run_behind("truncate", "forward/"))

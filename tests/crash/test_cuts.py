@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.crash.conftest import Spread
 from tests.crash.counting import seeds
-from tests.crash.crash import crash
+from tests.crash.crash import crash, crash_behind_releases
 from tests.crash.workloads import WORKLOADS
 
 RUNS = 4
@@ -17,3 +17,8 @@ def test_cuts(spread: Spread) -> None:
     the process at each operation, and after another cut while the volume is opened.
     """
     spread(crash, [(workload.name, seed) for seed in seeds(RUNS) for workload in WORKLOADS])
+
+
+def test_cuts_behind_releases(spread: Spread) -> None:
+    """A released segment's data is gone at once, its names when the folder is durable: in between it may come back."""
+    spread(crash_behind_releases, [(name, seed) for name in ("marks", "windows") for seed in (1005, 1008, 1017, 1021)])
