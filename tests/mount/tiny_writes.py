@@ -23,10 +23,10 @@ from dmafs.units import SECTOR
 FLUSH_EVERY = 10_000
 
 
-def resident_kib() -> int:
-    """Return the resident memory of this process."""
+def resident_kib(kind: str) -> int:
+    """Return the resident memory of this process: ``RssAnon``, its own, or ``RssFile``, what it has mapped."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS:"))
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{kind}:"))
 
 
 async def write(folder: Path, sectors: int, counts: list[int]) -> None:
@@ -49,7 +49,7 @@ async def write(folder: Path, sectors: int, counts: list[int]) -> None:
             if number % FLUSH_EVERY == 0:
                 await engine.flush()
             if number in counts:
-                print(number, resident_kib(), flush=True)
+                print(number, resident_kib("RssAnon"), resident_kib("RssFile"), flush=True)
         nursery.cancel_scope.cancel()
     await engine.close()
 
