@@ -292,7 +292,7 @@ def fill_log(rig: TapRig, blocks: Blocks) -> None:
 def test_a_log_that_is_full_while_the_initial_copy_runs(rig: TapRig) -> None:
     """The copy begins anew, and what it ends with, under load, is exact."""
     rig.allow(GAP)
-    size = 96 * MIB
+    size = 144 * MIB
     with rig.primary().open("wb") as file:
         file.write(random.Random(SEED).randbytes(MIB) * (size // MIB))
     content = rig.primary().read_bytes()
