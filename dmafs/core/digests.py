@@ -123,18 +123,19 @@ class Digests:
 
     def read(self, first: int, last: int) -> Digest:
         """Return the digests of the blocks ``[first, last)`` as they are in the file."""
-        data = bytearray((last - first) * _ENTRY)
-        self.file.read_into(data, TABLE_OFFSET + first * _ENTRY)
-        return np.frombuffer(data, "<u8")
+        return np.frombuffer(self._entries(first, last, nowait=False), "<u8")
 
     def read_few(self, first: int, last: int, *, nowait: bool = False) -> tuple[int, ...]:
         """Return the same as plain numbers; with *nowait* BlockingIOError when that has to wait for the disk."""
+        return unpack(f"<{last - first}Q", self._entries(first, last, nowait=nowait))
+
+    def _entries(self, first: int, last: int, *, nowait: bool) -> bytearray:
         data = bytearray((last - first) * _ENTRY)
         if nowait:
             self.file.read_into_nowait(data, TABLE_OFFSET + first * _ENTRY)
         else:
             self.file.read_into(data, TABLE_OFFSET + first * _ENTRY)
-        return unpack(f"<{last - first}Q", data)
+        return data
 
     def uncache(self, first: int, last: int) -> None:
         """Have the digests of blocks come from the disk when they are read next."""
@@ -215,11 +216,6 @@ class Verdicts:
 
     def hold(self, first: int, last: int) -> bool:
         """Say whether all blocks ``[first, last)`` have been found to match."""
-        number, begin = divmod(first, CHUNK_BLOCKS)
-        end = begin + last - first
-        if end <= CHUNK_BLOCKS:  # most often
-            chunk = self._chunks.get(number)
-            return chunk is not None and chunk.find(0, begin, end) < 0
         for number, begin, end in _chunked(first, last):
             chunk = self._chunks.get(number)
             if chunk is None or chunk.find(0, begin, end) >= 0:

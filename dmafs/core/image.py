@@ -17,7 +17,6 @@ import numpy as np
 from dmafs.core.extent import Ints, united
 from dmafs.core.layers import stacked
 from dmafs.core.segment import Segment
-from dmafs.core.vbm import Pieces
 from dmafs.core.vrmo import MIRROR, ZERO, Vrmo, settled
 from dmafs.core.work import Work, run
 from dmafs.errors import CorruptionError
@@ -135,14 +134,7 @@ class Image:
             return memoryview(b"")
         first = pieces[0].start
         buffer = memoryview(bytearray((pieces[-1].stop - first) * SECTOR))
-        for start, stop, segment, entry, skip in pieces:
-            if entry == ZEROS:
-                continue
-            part = buffer[(start - first) * SECTOR : (stop - first) * SECTOR]
-            if segment is None:
-                self.volume.mirror.read_into(part, start, nowait=nowait)
-            else:
-                segment.read_into(entry, skip, part, nowait=nowait)
+        self._fill(buffer, pieces, nowait=nowait)
         begin = offset - first * SECTOR
         return buffer[begin : begin + length]
 
@@ -150,50 +142,43 @@ class Image:
         """Return the bytes ``[offset, offset + length)``, which are in *scratch* until it is used again.
 
         None if they aren't whole sectors within the image, or something isn't in memory or in the page cache: then
-        ``locate`` and ``read_pieces`` are the way. CorruptionError where data doesn't match its checksum. This is all
-        that most reads take, so nothing is made that isn't needed.
+        ``locate`` and ``read_pieces`` are the way. CorruptionError where data doesn't match its checksum.
         """
         if (offset | length) % SECTOR or offset + length > self.size or length > len(scratch):
             return None
-        start = offset // SECTOR
-        found = self.vrmo.resolve_nowait(start, start + length // SECTOR) if self.volume.keeps(self) else None
-        if found is None:
+        pieces = self.resolve_nowait(offset, length)
+        if not pieces:
             return None
         view = scratch[:length]
         try:
-            return view if self._fill(view, start, found) else None
+            self._fill(view, pieces, nowait=True)
         except BlockingIOError:
             return None
+        return view
 
-    def _fill(self, view: memoryview, first: int, found: Pieces) -> bool:
-        """Fill *view*, which begins at sector *first*, from the page cache; False if a journal isn't in memory."""
-        mirror = self.volume.mirror
-        mirror_read = len(found) > 1 and self._read_across(view, first, found)
-        for begin, end, reference in found:
-            if reference == MIRROR and mirror_read:
-                continue
-            part = view if len(found) == 1 else view[(begin - first) * SECTOR : (end - first) * SECTOR]
-            if reference == MIRROR:
-                mirror.read_into(part, begin, nowait=True)
-            elif reference & ZERO:
+    def _fill(self, buffer: memoryview, pieces: list[Piece], *, nowait: bool) -> None:
+        """Read pieces, all of them whole, into *buffer*."""
+        first = pieces[0].start
+        mirror_read = nowait and len(pieces) > 1 and self._read_across(buffer, pieces)
+        for start, stop, segment, entry, skip in pieces:
+            part = buffer[(start - first) * SECTOR : (stop - first) * SECTOR]
+            if segment is not None:
+                segment.read_into(entry, skip, part, nowait=nowait)
+            elif entry == ZEROS:
                 part[:] = bytes(len(part))
-            else:
-                segment, index = self.volume.descriptor_nowait(reference)
-                if segment is None:
-                    return False
-                segment.read_into(index, begin - segment.starts[index], part, nowait=True)
-        return True
+            elif not mirror_read:
+                self.volume.mirror.read_into(part, start, nowait=nowait)
 
-    def _read_across(self, view: memoryview, first: int, found: Pieces) -> bool:
+    def _read_across(self, buffer: memoryview, pieces: list[Piece]) -> bool:
         """Read what is on the mirror at once, along with what is between, unless that is more; say whether it was."""
-        on_mirror = [(begin, end) for begin, end, reference in found if reference == MIRROR]
+        on_mirror = [piece for piece in pieces if piece.entry == MIRROR]
         if len(on_mirror) < 2:  # noqa: PLR2004
             return False
-        low, high = on_mirror[0][0], on_mirror[-1][1]
-        if 2 * sum(end - begin for begin, end in on_mirror) < high - low:
+        first, low, high = pieces[0].start, on_mirror[0].start, on_mirror[-1].stop
+        if 2 * sum(piece.stop - piece.start for piece in on_mirror) < high - low:
             return False
         try:
-            self.volume.mirror.read_into(view[(low - first) * SECTOR : (high - first) * SECTOR], low, nowait=True)
+            self.volume.mirror.read_into(buffer[(low - first) * SECTOR : (high - first) * SECTOR], low, nowait=True)
         except CorruptionError:  # maybe between
             return False
         return True

@@ -159,9 +159,7 @@ class LayerTree:
         self._builds: dict[int, Key] = {}  # blocks that are being made, of slots that haven't changed since
         self._numbers = count()
         self._wanted: list[tuple[int, int]] = []  # runs of slots that are being prepared
-        self._stacks: dict[
-            tuple[int, int], list[Key]
-        ] = {}  # what runs of slots are covered by, until something changes
+        self._stacks: dict[tuple[int, int], list[Key]] = {}  # what covers runs of slots, until something changes
 
     # -- slots --------------------------------------------------------------------------------------------------
 
@@ -227,12 +225,8 @@ class LayerTree:
     def _children(self, level: int, block: int) -> list[Key]:
         """Return the blocks of the next lower level that a block is made of; no empty ones."""
         width: int = FAN_OUT ** (level - 1)
-        found = []
-        for child in range(block * FAN_OUT, (block + 1) * FAN_OUT):
-            index = bisect_left(self._slots, child * width)
-            if index < len(self._slots) and self._slots[index] < (child + 1) * width:
-                found.append((level - 1, child))
-        return found
+        children = range(block * FAN_OUT, (block + 1) * FAN_OUT)
+        return [(level - 1, child) for child in children if self._has_slots(child * width, (child + 1) * width)]
 
     def _parts(self, key: Key) -> list[Key]:
         """Return the fewest blocks that together are a block, and are made or leaves, ascending."""
@@ -269,7 +263,7 @@ class LayerTree:
         try:
             while missing := [key for key in self._stack(low, high) if key not in self._blocks]:
                 for key in missing:
-                    if self._has_slot(key):
+                    if self._has_slots(key[1], key[1] + 1):
                         yield from self._make(*key)
             while (yield from self._merge(low, high, most)):
                 pass
@@ -277,10 +271,10 @@ class LayerTree:
         finally:
             self._wanted.remove(wanted)
 
-    def _has_slot(self, key: Key) -> bool:
-        """Say whether the slot of a leaf is there."""
-        index = bisect_left(self._slots, key[1])
-        return index < len(self._slots) and self._slots[index] == key[1]
+    def _has_slots(self, low: int, high: int) -> bool:
+        """Say whether there is a slot in ``[low, high)``."""
+        index = bisect_left(self._slots, low)
+        return index < len(self._slots) and self._slots[index] < high
 
     def _merge(self, low: int, high: int, most: int) -> Work[bool]:
         """Merge blocks of the slots ``[low, high)`` into larger ones, of one level; return whether that may go on.

@@ -11,6 +11,7 @@ are overwritten in part were verified before the sync was committed (``prove``),
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 from collections.abc import Iterable, Iterator
@@ -95,36 +96,34 @@ class Mirror:
         stop = start + len(view) // SECTOR
         first, last = start // BLOCK_SECTORS, -(-stop // BLOCK_SECTORS)
         flux = self._flux  # taken before the data: a sync may end in between
-        if self._verdicts.hold(first, last) or (nowait and self._prove_around(first, last, flux)):
+        if self._verdicts.hold(first, last):
             self._read(view, start, nowait=nowait)
             return
+        low, high = first // AROUND_BLOCKS * AROUND_BLOCKS, -(-last // AROUND_BLOCKS) * AROUND_BLOCKS
+        if nowait and (low, high) != (first, last):
+            with contextlib.suppress(BlockingIOError):  # not all around it is in the page cache
+                self._read_verified(view, start, low, min(high, self.blocks), flux, nowait=True)
+                return
+        self._read_verified(view, start, first, last, flux, nowait=nowait)
+
+    def _read_verified(
+        self, view: memoryview, start: int, first: int, last: int, flux: tuple[Ints, Ints], *, nowait: bool
+    ) -> None:
+        """Fill *view* from sector *start* on, within the blocks ``[first, last)``, all of which are verified.
+
+        CorruptionError only for those that *view* has a part of.
+        """
+        stop = start + len(view) // SECTOR
         begin = first * BLOCK_SECTORS
         end = min(last * BLOCK_SECTORS, self.size_sectors)
         whole = view if (begin, end) == (start, stop) else memoryview(bytearray((end - begin) * SECTOR))
         self._read(whole, begin, nowait=nowait)
-        bad = self._bad(whole, first, last, flux, nowait=nowait)
+        own = range(start // BLOCK_SECTORS, -(-stop // BLOCK_SECTORS))
+        bad = [block for block in self._bad(whole, first, last, flux, nowait=nowait) if block in own]
         if bad:
             raise self._damage(bad)
         if whole is not view:
             view[:] = whole[(start - begin) * SECTOR : (stop - begin) * SECTOR]
-
-    def _prove_around(self, first: int, last: int, flux: tuple[Ints, Ints]) -> bool:
-        """Verify a few blocks together with those around them, if all are in the page cache; say whether they match.
-
-        Once for each of ``AROUND_BLOCKS`` reading their digests costs as much as the reads themselves.
-        """
-        low = first // AROUND_BLOCKS * AROUND_BLOCKS
-        high = min(low + AROUND_BLOCKS, self.blocks)
-        if last > high:
-            return False
-        begin, end = low * BLOCK_SECTORS, min(high * BLOCK_SECTORS, self.size_sectors)
-        data = memoryview(bytearray((end - begin) * SECTOR))
-        try:
-            self._read(data, begin, nowait=True)
-            self._bad(data, low, high, flux, nowait=True)
-        except BlockingIOError:
-            return False
-        return self._verdicts.hold(first, last)
 
     def prefetch(self, start: int, stop: int) -> None:
         """Have the system begin to read sectors."""
@@ -137,25 +136,17 @@ class Mirror:
             self.file.read_into(buffer, start * SECTOR)
 
     def _bad(
-        self, data: memoryview, first: int, last: int, in_flux: tuple[Ints, Ints], *, nowait: bool = False
+        self, data: memoryview, first: int, last: int, flux: tuple[Ints, Ints], *, nowait: bool = False
     ) -> list[int]:
         """Return those of the blocks ``[first, last)``, which have *data*, that aren't what their digests say."""
-        wrong = unequal(data, self.digests.read_few(first, last, nowait=nowait))
-        flux = _covered(*in_flux, first, last)
-        if not wrong and flux is None:
-            self._verdicts.add(first, last)
-            return []
-        if flux is None:
-            flux = bytearray(last - first)
-        bad = [number for number in wrong if not flux[number]]
-        for number in wrong:
-            flux[number] = 1
-        run = 0
-        for number in [*(number for number, unknown in enumerate(flux) if unknown), last - first]:
-            if run < number:
-                self._verdicts.add(first + run, first + number)
-            run = number + 1
-        return [first + number for number in bad]
+        wrong = {first + number for number in unequal(data, self.digests.read_few(first, last, nowait=nowait))}
+        in_flux = _covered(*flux, first, last)
+        run = first
+        for block in [*sorted(wrong | in_flux), last]:
+            if run < block:
+                self._verdicts.add(run, block)
+            run = block + 1
+        return sorted(wrong - in_flux)
 
     def _damage(self, bad: list[int]) -> CorruptionError:
         what = f"block {bad[0]}" if len(bad) == 1 else f"{len(bad)} blocks from {bad[0]} on"
@@ -368,13 +359,8 @@ def _split(start: int, stop: int, whole: memoryview, bad: set[int]) -> Iterator[
         yield low, high, None if damaged else whole[(low - at) * SECTOR : (high - at) * SECTOR]
 
 
-def _covered(firsts: Ints, lasts: Ints, first: int, last: int) -> bytearray | None:
-    """Return which of the blocks ``[first, last)`` a disjoint list has, or None if it has none."""
+def _covered(firsts: Ints, lasts: Ints, first: int, last: int) -> set[int]:
+    """Return which of the blocks ``[first, last)`` a disjoint list has."""
     low, high = int(lasts.searchsorted(first, "right")), int(firsts.searchsorted(last, "left"))
-    if low >= high:
-        return None
-    mask = bytearray(last - first)
-    for begin, end in zip(firsts[low:high].tolist(), lasts[low:high].tolist(), strict=True):
-        low, high = max(begin - first, 0), min(end, last) - first
-        mask[low:high] = b"\1" * (high - low)
-    return mask
+    runs = zip(firsts[low:high].tolist(), lasts[low:high].tolist(), strict=True)
+    return {block for begin, end in runs for block in range(max(begin, first), min(end, last))}

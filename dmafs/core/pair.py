@@ -42,19 +42,21 @@ class Pair(Columns):
         Raises CorruptionError when the event's data doesn't match its checksum; with *nowait* BlockingIOError when
         the data isn't in the page cache.
         """
-        if self.flags[index] == Flag.ZERO:
+        if self.is_zero(index):
             buffer[:] = bytes(len(buffer))
         elif self.verified[index] or len(buffer) == self.lengths[index] * SECTOR:
-            offset = (self.physicals[index] + skip) * SECTOR
-            if nowait:
-                self.dat.read_into_nowait(buffer, offset)
-            else:
-                self.dat.read_into(buffer, offset)
+            self._read(buffer, self.physicals[index] + skip, nowait=nowait)
             if not self.verified[index]:
                 self._compare(index, buffer)
         else:
             whole = self.verify(index, nowait=nowait)
             buffer[:] = memoryview(whole)[skip * SECTOR : skip * SECTOR + len(buffer)]
+
+    def _read(self, buffer: bytearray | memoryview, physical: int, *, nowait: bool) -> None:
+        if nowait:
+            self.dat.read_into_nowait(buffer, physical * SECTOR)
+        else:
+            self.dat.read_into(buffer, physical * SECTOR)
 
     def prefetch(self, index: int) -> None:
         """Have the system begin to read the data of event number *index*."""
@@ -66,11 +68,7 @@ class Pair(Columns):
         whole = bytearray(self.lengths[index] * SECTOR)
         if self.is_zero(index):
             return whole
-        offset = self.physicals[index] * SECTOR
-        if nowait:
-            self.dat.read_into_nowait(whole, offset)
-        else:
-            self.dat.read_into(whole, offset)
+        self._read(whole, self.physicals[index], nowait=nowait)
         self._compare(index, whole)
         return whole
 
