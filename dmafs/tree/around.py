@@ -156,6 +156,8 @@ class ReadAround:
         if len(self._slow) < WISHES_MAX:
             self._slow.append(wish)
             self._slow_wished.unpark()
+        else:
+            wish.area.begin = wish.area.end = 0  # given up: else it would be waited for in vain
         return True
 
     async def run(self) -> None:

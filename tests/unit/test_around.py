@@ -213,6 +213,19 @@ async def test_what_is_not_in_memory_is_read_by_a_task(made: ReadAround, kernel:
     assert await settled(made, kernel, 1) == [(7, 0, WINDOWS[0])]
 
 
+async def test_what_finds_no_place_among_what_is_read_slowly_may_be_wished_for_again(
+    made: ReadAround, kernel: Kernel
+) -> None:
+    picture = Picture()
+    picture.in_memory = False
+    for inode in range(WISHES_MAX + 1):
+        ask(made, 0, 0, 0, inode=inode, picture=picture)
+    assert len(made._slow) == WISHES_MAX
+    await settled(made, kernel, WISHES_MAX)
+    ask(made, 0, inode=WISHES_MAX, picture=picture)
+    assert WISHES_MAX in {inode for inode, _, _ in await settled(made, kernel, WISHES_MAX + 1)}
+
+
 @pytest.mark.parametrize("in_memory", [True, False])
 async def test_damage_is_not_stored_and_ends_nothing(made: ReadAround, kernel: Kernel, *, in_memory: bool) -> None:
     picture = Picture()
