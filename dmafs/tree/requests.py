@@ -24,8 +24,11 @@ TURN_NS: Final = 1_000_000
 """Longest that requests are answered one after the other, before all other tasks have their turn."""
 
 
-class Turn:
-    """A lock, taken without a checkpoint when it is free. Not fair: who gives it up may take it again at once."""
+class UnfairLock:
+    """A lock, taken without a checkpoint when it is free, also by who has just given it up while others wait.
+
+    That is what saves the rounds of the scheduler: a fair one would go to another task with each request.
+    """
 
     __slots__ = ("_held", "_waiting")
 
@@ -82,6 +85,6 @@ def install(between: Callable[[], bool]) -> None:
         wait_readable=Readiness(between).wait_readable,
     )
     waiting = SimpleNamespace(
-        ClosedResourceError=trio.ClosedResourceError, Lock=Turn, lowlevel=lowlevel, open_nursery=trio.open_nursery
+        ClosedResourceError=trio.ClosedResourceError, Lock=UnfairLock, lowlevel=lowlevel, open_nursery=trio.open_nursery
     )
     pyfuse3.trio = waiting  # type: ignore[attr-defined]

@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
-from tests.bench.system import run, wait_until
+from tests.bench.system import wait_until
+from tests.mount.harness import cached_bytes, opened
 
 COLD_BYTES: Final = 256 << 10
 """As much of a file may be in the page cache when it counts as cold."""
@@ -40,11 +41,8 @@ def drop(path: Path) -> None:
     """Have nothing of a file in the page cache, or next to nothing, and make sure of it; nobody may have it open."""
 
     def is_cold() -> bool:
-        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
+        with opened(path, os.O_RDONLY) as file:
             os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(file)
         return cached_bytes(path) <= COLD_BYTES
 
     wait_until(is_cold, f"the page cache to have nothing of {path}")
@@ -54,8 +52,3 @@ def require_cold(path: Path) -> None:
     """Error unless next to nothing of a file is in the page cache."""
     if (cached := cached_bytes(path)) > COLD_BYTES:
         sys.exit(f"bench: {cached} bytes of {path} are in the page cache before they were read")
-
-
-def cached_bytes(path: Path) -> int:
-    """Return how much of a file the page cache has."""
-    return int(run("fincore", "--noheadings", "--bytes", "--output", "RES", path).strip() or 0)

@@ -34,7 +34,7 @@ from dmafs.taps.dm import drain
 from dmafs.taps.logformat import Entry, LogFlag, Super
 from dmafs.taps.logreader import LogReader
 from dmafs.units import SECTOR
-from tests.bench.report import Result, at_least, at_most, machine, progress, text, told
+from tests.bench.report import Result, add_options, at_least, at_most, machine, progress, show, told
 
 DISK_SECTORS: Final = 1 << 21
 BLOCK_SECTORS: Final = 8
@@ -189,17 +189,14 @@ def lags(sizes: Sizes) -> Iterator[Result]:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(prog="contrib/bench capture", description="Measure capture beside its goals.")
-    parser.add_argument("--json", action="store_true", help="print JSON, with what each number was made from")
-    parser.add_argument("--quick", action="store_true", help="a tenth of all sizes; its numbers prove nothing")
+    add_options(parser)
     options = parser.parse_args()
     sizes = QUICK if options.quick else FULL
     begun = perf_counter()
     with tempfile.TemporaryDirectory(prefix="dmafs-bench.", dir=os.environ.get("TMPDIR", "/var/tmp")) as name:  # noqa: S108
         report = {"machine": machine(Path(name)), "quick": options.quick}
         results = [*rates(Path(name), sizes), *lags(sizes)]
-    report["seconds"] = round(perf_counter() - begun, 1)
-    report["results"] = [result.as_json() for result in results]
-    print(json.dumps(report, indent=2) if options.json else text(report, results))
+    show(report, results, begun, as_json=options.json)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ Everything is measured in one run, on stores made for it in a scratch folder. Wh
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import tempfile
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from pathlib import Path
 from time import perf_counter
 
 from tests.bench.maps import lookups, net_changes, openings_in_journal, openings_of_snapshots
-from tests.bench.report import Result, machine, progress, text
+from tests.bench.report import Result, add_options, machine, progress, show
 from tests.bench.stores import allow_open_files, with_events, with_snapshots
 from tests.bench.syncs import syncs
 
@@ -54,17 +53,14 @@ def measure(scratch: Path, sizes: Sizes) -> Iterator[Result]:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(prog="contrib/bench engine", description="Measure the core beside its goals.")
-    parser.add_argument("--json", action="store_true", help="print JSON, with what each number was made from")
-    parser.add_argument("--quick", action="store_true", help="a tenth of all sizes; its numbers prove nothing")
+    add_options(parser)
     options = parser.parse_args()
     allow_open_files()
     begun = perf_counter()
     with tempfile.TemporaryDirectory(prefix="dmafs-bench.", dir=os.environ.get("TMPDIR", "/var/tmp")) as name:  # noqa: S108
         report = {"machine": machine(Path(name)), "quick": options.quick}
         results = list(measure(Path(name), QUICK if options.quick else FULL))
-    report["seconds"] = round(perf_counter() - begun, 1)
-    report["results"] = [result.as_json() for result in results]
-    print(json.dumps(report, indent=2) if options.json else text(report, results))
+    show(report, results, begun, as_json=options.json)
 
 
 if __name__ == "__main__":

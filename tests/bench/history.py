@@ -25,6 +25,7 @@ from typing import Final
 import numpy as np
 
 from dmafs.core.ondisk import FORMAT_VERSION
+from tests.bench import report
 from tests.bench.report import progress
 from tests.bench.stores import BLOCK
 from tests.bench.system import attached, dmafs, mounted, run, served, status
@@ -100,8 +101,7 @@ class History:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add what the benchmarks on a history have in common."""
-    parser.add_argument("--json", action="store_true", help="print JSON, with what each number was made from")
-    parser.add_argument("--quick", action="store_true", help="a tenth of all sizes; its numbers prove nothing")
+    report.add_options(parser)
     parser.add_argument("--fixture", metavar="DIR", type=Path, help="keep the history in this folder, and use it again")
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from tests.bench.chains import Chains
 from tests.bench.history import History
 from tests.bench.peers import BORG, CHAIN, DMAFS, EXPORT, RAW
 from tests.bench.readings import READINGS, tar
-from tests.bench.report import AT_LEAST, AT_MOST, Result, machine, progress, text, told
+from tests.bench.report import AT_LEAST, AT_MOST, Result, machine, progress, show, told
 from tests.bench.system import run
 
 MOMENTS: Final = ("backward", "forward")
@@ -141,9 +140,7 @@ def main() -> None:
         report = {"machine": {**machine(made.folder), **versions()}, "quick": options.quick, "rounds": rounds}
         others = chains.prepared(made)
         results = [result for moment in MOMENTS for result in measure(made, others, moment, only, rounds)]
-    report["seconds"] = round(perf_counter() - begun, 1)
-    report["results"] = [result.as_json() for result in results]
-    print(json.dumps(report, indent=2) if options.json else text(report, results))
+    show(report, results, begun, as_json=options.json)
 
 
 if __name__ == "__main__":

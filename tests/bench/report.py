@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import platform
 import sys
@@ -111,3 +113,16 @@ def text(report: dict[str, Any], results: Sequence[Result]) -> str:
     judged = [result for result in results if result.passed is not None]
     lines += ["", f"{sum(bool(result.passed) for result in judged)} of {len(judged)} goals reached"]
     return "\n".join(lines)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add what all benchmarks have in common."""
+    parser.add_argument("--json", action="store_true", help="print JSON, with what each number was made from")
+    parser.add_argument("--quick", action="store_true", help="a tenth of all sizes; its numbers prove nothing")
+
+
+def show(report: dict[str, Any], results: Sequence[Result], begun: float, *, as_json: bool) -> None:
+    """Print a report with its results; it began at *begun*, by perf_counter."""
+    report["seconds"] = round(perf_counter() - begun, 1)
+    report["results"] = [result.as_json() for result in results]
+    print(json.dumps(report, indent=2) if as_json else text(report, results))

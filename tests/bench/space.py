@@ -7,7 +7,6 @@ the snapshots' images differ in by the maps (``dmafs diff``), less what had no d
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
@@ -23,7 +22,7 @@ from tests.bench import chains, history
 from tests.bench.cache import settle
 from tests.bench.chains import Chains, image
 from tests.bench.history import VOLUME, History
-from tests.bench.report import Result, at_most, machine, progress, spread, text, timed, told
+from tests.bench.report import Result, at_most, machine, progress, show, spread, timed, told
 from tests.bench.system import DMAFS, process, wait_until
 
 SAVED_GOAL: Final = 1.02
@@ -93,7 +92,7 @@ def starts(made: History, rounds: int) -> Iterator[Result]:
         begun = perf_counter()
         with process(*DMAFS, "serve", made.store, mnt, log=made.folder / "mnt.log") as daemon:
             live = mnt / "live" / f"{VOLUME}.img"
-            wait_until(live.exists, "the daemon's tree", every_s=_POLL_S)
+            wait_until(live.exists, "the daemon's tree", every=_POLL_S)
             seconds.append(perf_counter() - begun)
             oldest_s.append(timed(lambda: _look_at(mnt, made.snapshots[0][0]))[0])
             idle_mib.append(_settled_mib(daemon.pid))
@@ -143,9 +142,7 @@ def main() -> None:
         report = {"machine": machine(made.folder), "quick": options.quick}
         others = chains.prepared(made)
         results = [*space(made, others), *starts(made, QUICK_ROUNDS if options.quick else FULL_ROUNDS)]
-    report["seconds"] = round(perf_counter() - begun, 1)
-    report["results"] = [result.as_json() for result in results]
-    print(json.dumps(report, indent=2) if options.json else text(report, results))
+    show(report, results, begun, as_json=options.json)
 
 
 if __name__ == "__main__":

@@ -10,18 +10,21 @@ import os
 import shlex
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Final
 
-from dmafs.core.mounts import mounts
 from dmafs.service.client import session
 from dmafs.service.report import Report
+from tests.mount import harness
+from tests.mount.harness import is_mounted
 
 ROOT: Final = Path(__file__).parents[2]
 DMAFS: Final = (sys.executable, "-c", "from dmafs.cli.main import entry; entry()")
 WAIT_S: Final = 120
+
+wait_until: Final = partial(harness.wait_until, seconds=WAIT_S)
 
 
 def run(*command: str | Path, env: Mapping[str, str] | None = None, statuses: tuple[int, ...] = (0,)) -> str:
@@ -45,19 +48,6 @@ def run(*command: str | Path, env: Mapping[str, str] | None = None, statuses: tu
 def dmafs(*arguments: str | Path) -> str:
     """Run a command of dmafs, as it is in this tree."""
     return run(*DMAFS, *arguments)
-
-
-def wait_until(holds: Callable[[], bool], what: str, *, every_s: float = 0.02) -> None:
-    """Poll until something holds."""
-    deadline = time.monotonic() + WAIT_S
-    while not holds():
-        if time.monotonic() > deadline:
-            sys.exit(f"bench: waited {WAIT_S} s in vain for {what}")
-        time.sleep(every_s)
-
-
-def is_mounted(point: Path) -> bool:
-    return any(mount.point == str(point) for mount in mounts())
 
 
 @contextlib.contextmanager

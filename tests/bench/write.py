@@ -24,7 +24,7 @@ from statistics import median
 from time import perf_counter
 from typing import Final, NamedTuple
 
-from tests.bench.report import Result, at_least, machine, progress, spread, text, told
+from tests.bench.report import Result, add_options, at_least, machine, progress, show, spread, told
 from tests.mount.harness import MIB, Rig, assert_same, run
 from tests.mount.qemu import Qemu
 
@@ -146,8 +146,7 @@ def version(*command: str) -> str:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(prog="contrib/bench write", description="Measure writes beside those of peers.")
-    parser.add_argument("--json", action="store_true", help="print JSON, with what each number was made from")
-    parser.add_argument("--quick", action="store_true", help="a tenth of all sizes; its numbers prove nothing")
+    add_options(parser)
     options = parser.parse_args()
     begun = perf_counter()
     place = os.environ.setdefault("TMPDIR", "/var/tmp")  # noqa: S108
@@ -156,9 +155,7 @@ def main() -> None:
         described |= {"qemu": version("qemu-storage-daemon", "--version"), "fio": version("fio", "--version")}
         report = {"machine": described, "quick": options.quick}
         results = list(measure(Path(name), QUICK if options.quick else FULL))
-    report["seconds"] = round(perf_counter() - begun, 1)
-    report["results"] = [result.as_json() for result in results]
-    print(json.dumps(report, indent=2) if options.json else text(report, results))
+    show(report, results, begun, as_json=options.json)
 
 
 if __name__ == "__main__":

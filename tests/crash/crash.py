@@ -230,11 +230,13 @@ class Crashes:
 
 def crash(name: str, seed: int) -> dict[str, int]:
     """Cut one run of the workload of that name everywhere; return how much was tried."""
-    workload = next(one for one in WORKLOADS if one.name == name)
-    return dataclasses.asdict(Crashes(workload, seed).run())
+    return dataclasses.asdict(_crashes(name, seed).run())
 
 
 def crash_behind_releases(name: str, seed: int) -> dict[str, int]:
     """Cut one run of a workload many times when segments of the forward journal have been released."""
-    workload = next(one for one in WORKLOADS if one.name == name)
-    return dataclasses.asdict(Crashes(workload, seed).run_behind("truncate", "forward/"))
+    return dataclasses.asdict(_crashes(name, seed).run_behind("truncate", "forward/"))
+
+
+def _crashes(name: str, seed: int) -> Crashes:
+    return Crashes(next(one for one in WORKLOADS if one.name == name), seed)

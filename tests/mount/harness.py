@@ -107,13 +107,18 @@ def opened(path: Path, flags: int) -> Iterator[int]:
         os.close(fd)
 
 
+def cached_bytes(path: Path) -> int:
+    """Return how much of a file is in the page cache."""
+    return int(run("fincore", "--noheadings", "--bytes", "--output", "RES", path).stdout.strip() or 0)
+
+
 def forget(path: Path) -> None:
     """Have the kernel drop its cached pages of a file, so that whoever serves the file has to answer."""
 
     def none_cached() -> bool:
         with opened(path, os.O_RDONLY) as fd:
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        return run("fincore", "--noheadings", "--output", "PAGES", path).stdout.split() in (["0"], [])
+        return cached_bytes(path) == 0
 
     wait_until(none_cached, f"the kernel to forget {path}", seconds=10)
 

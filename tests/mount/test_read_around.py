@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import threading
 from functools import partial
 from pathlib import Path
@@ -11,18 +10,12 @@ from random import Random
 
 import pytest
 
-from tests.mount.harness import MIB, Rig, assert_same, forget, opened, pwrite, wait_until
+from tests.mount.harness import MIB, Rig, assert_same, cached_bytes, forget, opened, pwrite, wait_until
 
 pytestmark = pytest.mark.mount
 
 SIZE = 16 * MIB + 512 * 3
 PAGE = 4096
-
-
-def cached_bytes(path: Path) -> int:
-    """Return how much of a file is in the page cache."""
-    found = subprocess.run(["fincore", "-b", "-n", "-o", "RES", path], capture_output=True, text=True, check=True)
-    return int(found.stdout)
 
 
 def is_cached(path: Path, most: int) -> bool:

@@ -11,7 +11,7 @@ import trio
 import trio.testing
 
 from dmafs.tree import requests
-from dmafs.tree.requests import Readiness, Turn
+from dmafs.tree.requests import Readiness, UnfairLock
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def nothing() -> bool:
 
 
 async def test_a_turn_is_one_tasks() -> None:
-    turn, log = Turn(), []
+    turn, log = UnfairLock(), []
 
     async def take(name: str, event: trio.Event) -> None:
         async with turn:
@@ -47,7 +47,7 @@ async def test_a_turn_is_one_tasks() -> None:
 
 
 async def test_a_turn_given_up_and_taken_again_keeps_nobody_waiting_for_ever() -> None:
-    turn, waited = Turn(), trio.Event()
+    turn, waited = UnfairLock(), trio.Event()
 
     async def wait() -> None:
         async with turn:
@@ -64,7 +64,7 @@ async def test_a_turn_given_up_and_taken_again_keeps_nobody_waiting_for_ever() -
 
 
 async def test_a_turn_that_a_cancelled_task_waited_for_is_free() -> None:
-    turn = Turn()
+    turn = UnfairLock()
     async with trio.open_nursery() as nursery, turn:
         nursery.start_soon(turn.__aenter__)
         await trio.testing.wait_all_tasks_blocked()
