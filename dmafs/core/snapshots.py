@@ -399,6 +399,7 @@ class Snapshots(SnapshotMaps):
         References to it mean nothing any more: the caller builds the maps anew before it yields.
         """
         assert snapshot.gone
+        assert not snapshot.busy, "its file has the name of what is dropped"
         older = [found for found in [self.older(snapshot)] if found is not None]
 
         def unlink() -> None:

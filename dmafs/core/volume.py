@@ -405,9 +405,12 @@ class Volume:
             yield from self.snapshots.unpin(snapshot)
 
     def drop_unheld(self) -> Work[None]:
-        """Finish dropping the hidden snapshots whose images nobody holds any more."""
+        """Finish dropping the hidden snapshots whose images nobody holds any more.
+
+        Not those that are still being hidden, whose files aren't renamed yet: who does that calls this then.
+        """
         for snapshot in self.snapshots.hidden():
-            if self.is_held(snapshot.seq):
+            if snapshot.busy or self.is_held(snapshot.seq):
                 continue
             try:
                 yield from self._drop(snapshot)

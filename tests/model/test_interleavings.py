@@ -6,7 +6,8 @@ Claims:
    one for ever, through syncs, drops, snapshots, sweeps and calls that fail for lack of space.
 2. All work ends, and what it leaves passes every check.
 
-``DMAFS_TEST_SEED`` chooses the histories. As in the daemon, syncs and drops exclude each other, flushes too.
+``DMAFS_TEST_SEED`` chooses the histories. As in the daemon, syncs and drops exclude each other, flushes too;
+a drop may begin at any time.
 """
 
 from __future__ import annotations
@@ -127,6 +128,11 @@ class History:
             victim = self.rng.choice(snapshots)
             self.begin("maintenance", lambda: self.volume.drop_snapshot(victim))
 
+    def hide(self) -> None:
+        """Begin a drop while anything else goes on, as the daemon does during a sync."""
+        if snapshots := [found for found in self.volume.snapshots if not found.busy]:
+            self.jobs.append(Job("", self.volume.hide_snapshot(self.rng.choice(snapshots))))
+
     def sweep(self) -> None:
         if not any(job.room for job in self.jobs):
             for segment in self.volume.take_garbage():
@@ -138,7 +144,8 @@ class History:
             volume.drop_unheld
         ]
         acts: list[Callable[[], None]] = [self.write] * 8 + [self.read] * 6 + [self.hold, self.let_go, self.sweep] * 2
-        acts += [lambda: self.begin("maintenance", self.rng.choice(maintenance))] * 3 + [self.drop, self.compare]
+        acts += [lambda: self.begin("maintenance", self.rng.choice(maintenance))] * 3
+        acts += [self.drop, self.hide, self.hide, self.compare]
         flushes: list[Callable[[], Work[Any]]] = [volume.flush, self.snapshot]
         acts += [lambda: self.begin("flush", self.rng.choice(flushes))] * 4
         acts += [lambda: self.jobs.append(Job("", self.rng.choice([volume.live, *self.held]).measure()))]

@@ -447,6 +447,23 @@ def test_held_image_never_changes(bench: Bench) -> None:
     assert hidden == list[Snapshot]()
 
 
+def test_a_drop_that_begins_meanwhile_is_left_to_who_begins_it(bench: Bench) -> None:
+    """What is being hidden when a sync finishes drops hasn't got its new name yet."""
+    scene(bench)
+    bench.sync()
+    volume = bench.volume
+    victim = next(iter(volume.snapshots))
+    hiding = volume.hide_snapshot(victim)
+    rename = next(hiding)
+    bench.sync()
+    assert victim in volume.snapshots.all()
+    with pytest.raises(StopIteration):
+        hiding.send(rename())
+    run(volume.drop_unheld())
+    assert victim not in volume.snapshots.all()
+    bench.check()
+
+
 # --- trouble in the middle
 
 
