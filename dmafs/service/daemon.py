@@ -29,6 +29,7 @@ from dmafs.service.control import serve_control
 from dmafs.service.datasyncs import Datasyncs
 from dmafs.service.engine import Engine
 from dmafs.service.keeper import Keeper
+from dmafs.service.memory import share_arena
 from dmafs.service.mounting import abort, mount_source, prepare_mount_point, tune
 from dmafs.service.privileges import drop_privileges, needed
 from dmafs.service.progress import show_progress
@@ -48,6 +49,7 @@ GRACE_S: Final = 5.0
 
 def serve(store_path: Path, mount_point: Path) -> None:
     """Serve a store at a mount point until SIGTERM, SIGINT, SIGHUP or unmounting."""
+    share_arena()
     mount_point = mount_point.resolve()  # by lstat: a dead mount there does no harm
     configuration = load_configuration(store_path)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -172,18 +172,20 @@ def test_a_slow_store_holds_writers_back(rig: Rig) -> None:
     disk.end()
 
 
-def test_a_million_tiny_writes(tmp_path: Path) -> None:
+def test_millions_of_tiny_writes(tmp_path: Path) -> None:
     """Memory doesn't grow with them: of full segments of the forward journal the descriptors are forgotten.
 
     Neither do the maps, the layers and the lists of what is to be flushed grow, nor what is kept of its data.
-    Indexes do, 24 bytes a write, but they are files: the kernel takes their memory back when it likes.
+    Indexes do, 24 bytes a write, but they are files: the kernel takes their memory back when it likes. What threads
+    that make layers need for a moment differs by more than 10 MiB from time to time: whatever kept as little as an
+    index entry of each write would show behind it.
     """
-    few, many = 250_000, 1_000_000
+    few, many = 500_000, 2_000_000
     done = run(sys.executable, tiny_writes.__file__, tmp_path, str(1 << 16), str(few), str(many), seconds=300)
     resident = {int(line.split()[0]): [int(word) for word in line.split()[1:]] for line in done.stdout.splitlines()}
     own, mapped = ((after - before) * 1024 / (many - few) for before, after in zip(*resident.values(), strict=True))
     print(
         f"{resident} KiB after so many writes; each has {own:.1f} B of memory, and {mapped:.1f} B of files are mapped"
     )
-    assert own < 8
+    assert own < 16
     assert mapped < 26

@@ -1,8 +1,9 @@
 """A program: writes single sectors through the engine of a volume, as the daemon does, and prints its memory.
 
 ``python tiny_writes.py FOLDER SECTORS COUNT...``: random sectors of a volume of SECTORS are written, and flushed every
-ten thousand writes; at each COUNT of writes a line ``events VmRSS`` is printed, the latter in KiB. It has a process of
-its own, so that its memory is what the engine needs. The configuration is the default one.
+ten thousand writes; at each COUNT of writes a line ``events RssAnon RssFile`` is printed, the most that these have been
+since the last line, in KiB. It has a process of its own, so that its memory is what the engine needs. The configuration
+is the default one.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import trio
 from dmafs.core.storage import boot_id, open_source
 from dmafs.core.store import create_volume, open_volume
 from dmafs.service.configuration import Configuration
+from dmafs.service.memory import share_arena
 from dmafs.service.passing import PassThroughEngine
 from dmafs.taps.passthrough import PassThroughTap
 from dmafs.units import SECTOR
@@ -23,10 +25,11 @@ from dmafs.units import SECTOR
 FLUSH_EVERY = 10_000
 
 
-def resident_kib(kind: str) -> int:
-    """Return the resident memory of this process: ``RssAnon``, its own, or ``RssFile``, what it has mapped."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{kind}:"))
+def resident_kib() -> tuple[int, int]:
+    """Return the resident memory of this process: ``RssAnon``, its own, and ``RssFile``, what it has mapped."""
+    lines = [line.split() for line in Path("/proc/self/status").read_text().splitlines()]
+    values = {words[0]: int(words[1]) for words in lines if words[0].startswith("Rss")}
+    return values["RssAnon:"], values["RssFile:"]
 
 
 async def write(folder: Path, sectors: int, counts: list[int]) -> None:
@@ -39,6 +42,7 @@ async def write(folder: Path, sectors: int, counts: list[int]) -> None:
     tap = PassThroughTap(volume, open_source(source, writable=True))
     engine = PassThroughEngine(volume, tap, tick_s=Configuration().tick_s, limiter=trio.CapacityLimiter(8))
     rng = random.Random(1)
+    peak = (0, 0)
     async with trio.open_nursery() as nursery:
         await engine.recover(boot_id())
         await nursery.start(engine.run)
@@ -48,11 +52,15 @@ async def write(folder: Path, sectors: int, counts: list[int]) -> None:
             await engine.write_tap(rng.randrange(sectors) * SECTOR, number.to_bytes(8, "little") * (SECTOR // 8))
             if number % FLUSH_EVERY == 0:
                 await engine.flush()
+                own, mapped = resident_kib()
+                peak = max(own, peak[0]), max(mapped, peak[1])
             if number in counts:
-                print(number, resident_kib("RssAnon"), resident_kib("RssFile"), flush=True)
+                print(number, *peak, flush=True)
+                peak = (0, 0)
         nursery.cancel_scope.cancel()
     await engine.close()
 
 
 if __name__ == "__main__":
+    share_arena()
     trio.run(write, Path(sys.argv[1]), int(sys.argv[2]), [int(word) for word in sys.argv[3:]])
