@@ -132,6 +132,17 @@ def parse_duration_s(text: str) -> int:
     return seconds
 
 
+def format_span(seconds: float) -> str:
+    """Return a duration for humans, in its two greatest units, rounded down: ``3d4h``, ``2min5s``, ``0s``."""
+    left = int(seconds)
+    words: list[str] = []
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
+        count, left = divmod(left, length)
+        if count or words:
+            words.append(f"{count}{unit}" if count else "")
+    return "".join(words[:2]) or "0s"
+
+
 def parse_share(text: str) -> float:
     """Return the part of 1 that *text* names: ``10%``, ``2.5%``; less than all. InputError for anything else."""
     match = _SHARE.fullmatch(text)

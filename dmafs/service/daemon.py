@@ -8,11 +8,14 @@ keeper, unmount, control socket, engines' tasks, last flush, clean mark, unlock.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import logging
+import os
 import resource
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -33,7 +36,9 @@ from dmafs.service.memory import share_arena
 from dmafs.service.mounting import abort, mount_source, prepare_mount_point, tune
 from dmafs.service.privileges import drop_privileges, needed
 from dmafs.service.progress import show_progress
+from dmafs.service.report import summary_of
 from dmafs.service.scheduler import Scheduler
+from dmafs.service.supervision import Manager, look_up, supervise
 from dmafs.service.tapping import open_engine
 from dmafs.tree import requests
 from dmafs.tree.around import ReadAround
@@ -50,6 +55,8 @@ GRACE_S: Final = 5.0
 def serve(store_path: Path, mount_point: Path) -> None:
     """Serve a store at a mount point until SIGTERM, SIGINT, SIGHUP or unmounting."""
     share_arena()
+    faulthandler.enable()  # a watchdog's SIGABRT tells where it hangs
+    manager = Manager.of(os.environ, os.getpid())
     mount_point = mount_point.resolve()  # by lstat: a dead mount there does no harm
     configuration = load_configuration(store_path)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -60,7 +67,7 @@ def serve(store_path: Path, mount_point: Path) -> None:
         drop_privileges(needed(taps, hooks=bool(configuration.snapshots.before or configuration.snapshots.after)))
         prepare_mount_point(store.path, mount_point)
         _check_sources(store, mount_point)
-        trio.run(_run, store, mount_point, configuration)
+        trio.run(_run, store, mount_point, configuration, manager)
     finally:
         store.close()
 
@@ -76,7 +83,7 @@ def _check_sources(store: Store, mount_point: Path) -> None:
         require_apart(store.path, source)
 
 
-async def _run(store: Store, mount_point: Path, configuration: Configuration) -> None:
+async def _run(store: Store, mount_point: Path, configuration: Configuration, manager: Manager | None) -> None:
     limiter = trio.CapacityLimiter(configuration.threads)
     engines = {}
     with contextlib.ExitStack() as opened:
@@ -85,16 +92,20 @@ async def _run(store: Store, mount_point: Path, configuration: Configuration) ->
             engine.datasyncs = Datasyncs.open()
             if engine.datasyncs is not None:
                 opened.callback(engine.datasyncs.close)
-        await _serve_engines(store, engines, mount_point, configuration)
+        await _serve_engines(store, engines, mount_point, configuration, manager)
 
 
 async def _serve_engines(
-    store: Store, engines: dict[str, Engine], mount_point: Path, configuration: Configuration
+    store: Store,
+    engines: dict[str, Engine],
+    mount_point: Path,
+    configuration: Configuration,
+    manager: Manager | None,
 ) -> None:
     """Recover the engines, serve them, and close them."""
     with trio.open_signal_receiver(*_ending_signals()) as signals:
         async with trio.open_nursery() as nursery:
-            ending = Ending(nursery.cancel_scope.cancel)
+            ending = Ending(nursery.cancel_scope.cancel, manager)
             nursery.start_soon(ending.watch, signals)
             try:
                 for name, engine in engines.items():
@@ -115,9 +126,10 @@ def _ending_signals() -> list[signal.Signals]:
 class Ending:
     """How the daemon is asked to end: once; what that does depends on how far it is. Later signals change nothing."""
 
-    def __init__(self, act: Callable[[], object]) -> None:
-        """Do *act* at the first signal."""
+    def __init__(self, act: Callable[[], object], manager: Manager | None = None) -> None:
+        """Tell *manager* and do *act* at the first signal."""
         self.act = act
+        self.manager = manager
 
     async def watch(self, signals: AsyncIterator[int]) -> None:
         """Take all signals until cancelled."""
@@ -125,6 +137,8 @@ class Ending:
         async for number in signals:
             log.info("ending on %s", signal.Signals(number).name)
             if not asked:
+                if self.manager is not None:
+                    self.manager.tell("STOPPING=1", "STATUS=ending")
                 self.act()
             asked = True
 
@@ -138,7 +152,11 @@ async def _recover(name: str, engine: Engine) -> None:
 
 
 async def _serve_mount(
-    store: Store, engines: dict[str, Engine], mount_point: Path, configuration: Configuration, ending: Ending
+    store: Store,
+    engines: dict[str, Engine],
+    mount_point: Path,
+    configuration: Configuration,
+    ending: Ending,
 ) -> None:
     """Run the engines, the control interface and the mount until the mount ends."""
     options = {"default_permissions", f"fsname={mount_source(store.path)}", "subtype=dmafs", "auto_unmount"}
@@ -172,7 +190,11 @@ async def _serve_mount(
         try:
             scheduled, mounted = trio.CancelScope(), trio.CancelScope()
             ending.act = scheduled.cancel
-            nursery.start_soon(_schedule, scheduler, Keeper(appliance), tree.around, scheduled, mounted)
+            tasks: list[Callable[[], Awaitable[None]]] = [scheduler.run, Keeper(appliance).run]
+            if ending.manager is not None:
+                told = partial(summary_of, store.volumes)
+                tasks.append(partial(supervise, ending.manager, partial(look_up, mount_point), told))
+            nursery.start_soon(_run_until, scheduled, tasks, tree.around, mounted)
             nursery.start_soon(trio.to_thread.run_sync, tune, mount_point)
             nursery.start_soon(show_progress, engines)
             with contextlib.suppress(OSError):  # the terminal may be gone already
@@ -192,22 +214,21 @@ async def _serve_mount(
         nursery.cancel_scope.cancel()
 
 
-async def _schedule(
-    scheduler: Scheduler,
-    keeper: Keeper,
+async def _run_until(
+    asked: trio.CancelScope,
+    tasks: Sequence[Callable[[], Awaitable[None]]],
     around: ReadAround,
-    scheduled: trio.CancelScope,
     mounted: trio.CancelScope,
 ) -> None:
-    """Run scheduler and keeper until the daemon is told to end, and end the mount then.
+    """Run scheduler, keeper and what else needs the tree until the daemon is *asked* to end, and end the mount then.
 
     In this order, since a hook that thaws a filesystem writes to the disk behind it, which is in the mount. Requests
     that are under way are answered, but for those that wait for something long, such as room in a full store.
     """
-    with scheduled:
+    with asked:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(scheduler.run)
-            nursery.start_soon(keeper.run)
+            for task in tasks:
+                nursery.start_soon(task)
     await around.close()
     mounted.deadline = trio.current_time() + GRACE_S
     pyfuse3.terminate()

@@ -21,7 +21,7 @@ from dmafs.core.verify import Differences
 from dmafs.core.volume import Volume
 from dmafs.core.work import Work
 from dmafs.errors import InputError, NoSuchPointError, NoSuchVolumeError
-from dmafs.units import SECTOR, format_rfc3339, format_time
+from dmafs.units import SECTOR, format_rfc3339, format_span, format_time
 
 Report = dict[str, Any]
 
@@ -80,6 +80,22 @@ def status_of(volume: Volume) -> Report:
         "last_check": None,
         "last_scrub": None,
     }
+
+
+def summary_of(volumes: Mapping[str, Volume]) -> str:
+    """Return the state of all volumes in one line: how long a history there is, and what of it isn't durable yet."""
+    return "; ".join(f"{name} {_summary(volume)}" for name, volume in volumes.items())
+
+
+def _summary(volume: Volume) -> str:
+    state, journal = state_of(volume), volume.journal
+    if not volume.pointers.now.copied:
+        return state
+    span_s = max(0, journal.head_time_ns - oldest_point(volume).time_ns) / 1e9
+    lag_s = 0.0
+    if journal.durable < journal.head:
+        lag_s = max(0, volume.clock() - journal.time_of(journal.durable + 1)) / 1e9
+    return f"{state}, history of {format_span(span_s)}, lag {lag_s:.1f} s"
 
 
 def failure_of(volume: Volume) -> Report | None:
