@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Final
 
-from dmafs.cli import change, check, clone, create, importing, inspection, keep, output, query, serve, tap
+from dmafs.cli import change, check, clone, completion, create, importing, inspection, keep, output, query, serve, tap
 from dmafs.errors import DmafsError
 
 _SIGPIPE_EXIT: Final = 128 + 13
@@ -42,6 +42,7 @@ def parser() -> argparse.ArgumentParser:
     commands = root.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for group in (create, importing, serve, query, change, keep, clone, check, inspection, tap):
         group.add_commands(commands)
+    completion.add_commands(commands, parser)
     return root
 
 
