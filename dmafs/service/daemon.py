@@ -55,7 +55,7 @@ GRACE_S: Final = 5.0
 def serve(store_path: Path, mount_point: Path) -> None:
     """Serve a store at a mount point until SIGTERM, SIGINT, SIGHUP or unmounting."""
     share_arena()
-    faulthandler.enable()  # a watchdog's SIGABRT tells where it hangs
+    faulthandler.enable(2)  # a watchdog's SIGABRT tells where it hangs
     manager = Manager.of(os.environ, os.getpid())
     mount_point = mount_point.resolve()  # by lstat: a dead mount there does no harm
     configuration = load_configuration(store_path)

@@ -118,6 +118,8 @@ class Target:
         self.held.set()
         self.fails = ""
         """Why a flush of the device fails."""
+        self.damages = False
+        """Whether the log's entries of flushes are damaged on their way to it."""
         self._kernel = kernel
         self.asked = 0
         self._known: int | None = None
@@ -132,6 +134,8 @@ class Target:
     def append(self, entry: Logged) -> None:
         """Log an entry, if there is space."""
         data = entry.encode(SECTOR)
+        if self.damages and entry.flags & LogFlag.FLUSH:
+            data = b"\xff" * 32 + data[32:]
         if self.disabled or self._next + len(data) > self.log.stat().st_size:
             self.disabled = True
             return
