@@ -119,7 +119,7 @@ class Target:
         self.fails = ""
         """Why a flush of the device fails."""
         self.damages = False
-        """Whether the log's entries of flushes are damaged on their way to it."""
+        """Whether the next entry of a flush is damaged on its way to the log."""
         self._kernel = kernel
         self.asked = 0
         self._known: int | None = None
@@ -135,6 +135,7 @@ class Target:
         """Log an entry, if there is space."""
         data = entry.encode(SECTOR)
         if self.damages and entry.flags & LogFlag.FLUSH:
+            self.damages = False
             data = b"\xff" * 32 + data[32:]
         if self.disabled or self._next + len(data) > self.log.stat().st_size:
             self.disabled = True
