@@ -11,10 +11,12 @@ import os
 import stat
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import Final, NamedTuple, NoReturn
 
 from dmafs.core.storage import Buffer, RealFile, RealStorage
 from dmafs.errors import CorruptionError
+
+_CHUNK: Final = 1 << 20
 
 
 class Change(NamedTuple):
@@ -53,12 +55,21 @@ class DryFile(RealFile):
         self.read_into(buffer, offset)
 
     def truncate(self, size: int) -> None:
-        """See ``File``: only noted."""
+        """See ``File``: only noted, and not even that if it is zeros that were written ahead."""
         before = self.size()
         assert size <= before, "opening lets no file grow"
         if size < before:
+            if not self._is_zero(size, before):
+                self._storage.changes.append(Change(self._key, before, size))
             self._storage.sizes[self._key] = size
-            self._storage.changes.append(Change(self._key, before, size))
+
+    def _is_zero(self, begin: int, end: int) -> bool:
+        for at in range(begin, end, _CHUNK):
+            data = bytearray(min(_CHUNK, end - at))
+            self.read_into(data, at)
+            if data.count(0) < len(data):
+                return False
+        return True
 
     def write(self, buffers: Sequence[Buffer], offset: int) -> None:
         """See ``File``: opening writes only what is there, to make it durable."""

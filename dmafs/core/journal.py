@@ -259,11 +259,19 @@ class ForwardJournal(ForwardMaps):
                     part.seal = part.segment.finish(head)
 
         def work() -> Work[None]:
+            newest = self.newest
+            if dirty and newest is dirty[-1] and not self.windowed:
+                newest.write_ahead(self._limits)
             yield Datasync(files, finish if new_names or filled else None)
             self.durable_retained = retained
             self._indicated = indicated
 
         return work()
+
+    def trim(self) -> None:
+        """Take away what is written ahead of the head."""
+        if self.newest is not None and not self.windowed:
+            self.newest.trim()
 
     def _last_indicated(self) -> Part | None:
         number = last_indicated(self.parts)

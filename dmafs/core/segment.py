@@ -5,6 +5,7 @@ The forward journal is a row of segments, each snapshot's part of the backward j
 Invariants:
 
 1. Records and data are only ever appended. What ``append`` has returned from is in the files, though not durable.
+   Behind their ends there may be zeros (``write_ahead``), which are no records.
 2. A descriptor is never made durable before its data in the backward journal; in the forward journal both may become
    durable in any order, so the data of records after the last durable one is verified on opening.
 3. The columns in memory equal the valid records of the file. They are packed arrays: about 50 bytes an extent.
@@ -28,6 +29,7 @@ import numpy as np
 from dmafs.core.batch import Extent, described, end_of, name_sector
 from dmafs.core.extent import Ints
 from dmafs.core.files import discard_files
+from dmafs.core.limits import SegmentLimits
 from dmafs.core.ondisk import (
     EVENT_FLAGS,
     HEADER_SIZE,
@@ -57,6 +59,11 @@ BATCH_BYTES: Final = 8 << 20
 """What a sync or a drop copies in one step: bounds its memory, and how long it can't be stopped."""
 
 
+DATA_AHEAD: Final = 1 << 20
+RECORDS_AHEAD: Final = 16 << 10
+"""So many bytes of zeros are written ahead of data and of records, again when a sixteenth is left of them."""
+
+_NO_RECORD: Final = bytes(RECORD_SIZE)
 _NEEDED: Final = "some of the history can't be read without it"
 
 
@@ -69,6 +76,8 @@ class Segment(Pair):
         self._storage = storage
         self.stem = stem
         self._trimmed = False
+        self._zeroed = [0, 0]  # up to where zeros are written ahead, of data and of records
+        self._settled_sectors = 0
 
     @classmethod
     def create(cls, storage: Storage, stem: str, header: Header, *, suffix: str = ".ext") -> Segment:
@@ -169,6 +178,8 @@ class Segment(Pair):
             self.ext.read_into(data, begin)
             for offset in range(0, len(data), RECORD_SIZE):
                 record = memoryview(data)[offset : offset + RECORD_SIZE]
+                if record == _NO_RECORD:
+                    continue
                 seq = int.from_bytes(record[:8], "little")
                 kind = int.from_bytes(record[28:32], "little") in EVENT_FLAGS
                 found = decode_records(record, self.header.salt, next_seq=seq if kind else seq + 1)
@@ -217,6 +228,7 @@ class Segment(Pair):
             self.dat.truncate(self.data_sectors * SECTOR)
         self.datasync()
         self._trimmed = True
+        self._zeroed = [0, 0]
 
     # -- appending ----------------------------------------------------------------------------------------------
 
@@ -348,6 +360,9 @@ class Segment(Pair):
         except DmafsError as error:
             log.error("segment %s can't be sealed: %s", self.ext.name, error.message)
             return None
+        for file, end in ((self.dat, self.data_sectors * SECTOR), (self.ext, self.ext_size)):
+            if file.size() > end:
+                file.truncate(end)
         try:
             self.ext.write([text], self.ext_size)
         except OSError as error:
@@ -387,6 +402,31 @@ class Segment(Pair):
     def _landmarks(self) -> list[int]:
         """Return the numbers of the indicators that a seal keeps."""
         return sorted({*self.indicators_of(*LANDMARKS), len(self.indicator_seqs) - 1} - {-1})
+
+    def write_ahead(self, limits: SegmentLimits) -> None:
+        """Write zeros behind both ends, not beyond what is full, if little was appended since the last call.
+
+        To make durable what overwrites them takes no transaction of the file system: where each small write is flushed
+        that is most of what a flush costs. Without space for them it costs that.
+        """
+        appended = (self.data_sectors - self._settled_sectors) * SECTOR
+        self._settled_sectors = self.data_sectors
+        if appended > DATA_AHEAD // 16:
+            return
+        for number, (file, end, ahead, most) in enumerate(
+            (
+                (self.dat, self.data_sectors * SECTOR, DATA_AHEAD, limits.data_sectors * SECTOR),
+                (self.ext, self.ext_size, RECORDS_AHEAD, HEADER_SIZE + limits.records * RECORD_SIZE),
+            )
+        ):
+            begin, stop = max(end, self._zeroed[number]), min(end + ahead, most)
+            if begin < stop and begin - end < ahead // 16:
+                try:
+                    file.write([bytes(stop - begin)], begin)
+                except OSError as error:
+                    if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
+                        raise
+                self._zeroed[number] = stop
 
     @property
     def files(self) -> tuple[File, File]:

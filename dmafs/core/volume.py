@@ -470,6 +470,7 @@ class Volume:
         """Record durably that journal and primary agree up to the head: an orderly stop."""
         assert self.journal.durable == self.journal.head
         with self.gate(fatal=True):
+            self.journal.trim()
             self.pointers.update(clean=True, durable=self.journal.durable)
 
     def close(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,7 +13,8 @@ from dmafs.core.journal import ForwardJournal
 from dmafs.core.limits import IndexLimits, SegmentLimits
 from dmafs.core.ondisk import HEADER_SIZE, RECORD_SIZE, Flag
 from dmafs.core.recovery import DIRECTORY
-from dmafs.core.storage import RealStorage
+from dmafs.core.segment import DATA_AHEAD, RECORDS_AHEAD
+from dmafs.core.storage import RealFile, RealStorage
 from dmafs.core.work import run
 from dmafs.errors import CorruptionError, DmafsError
 from dmafs.units import SECTOR
@@ -341,6 +344,7 @@ def test_damage_to_what_was_durable_is_an_error(bench: Bench, tear: Tear, seq: i
     if by == "record":
         append(journal, 1)
         run(journal.take_dirty())
+        journal.trim()
     journal.close()
     first = (seq - 1) // 4 * 4 + 1
     tear(bench, first, seq - first)
@@ -479,3 +483,85 @@ def test_taken_dirty_segments_are_what_was_appended_to(bench: Bench) -> None:
     assert synced == [13, 17]
     run(journal.take_dirty())
     assert synced == [13, 17]
+
+
+# --- zeros ahead
+
+
+def ahead(bench: Bench, journal: ForwardJournal) -> tuple[int, int]:
+    """Return how many bytes of data and of records are behind what counts in the last segment; they are zeros."""
+    segment = journal.newest
+    assert segment is not None
+    data = bench.dat(segment.header.first).read_bytes()[segment.data_sectors * SECTOR :]
+    records = bench.ext(segment.header.first).read_bytes()[segment.ext_size :]
+    assert not any(data)
+    assert not any(records)
+    return len(data), len(records)
+
+
+def test_small_flushes_overwrite_zeros(bench: Bench) -> None:
+    """They are written ahead again when few are left; until then nothing but what is appended is written."""
+    journal = bench.recover(limits=SegmentLimits())
+    left = DATA_AHEAD
+    grown = 0
+    for _ in range(300):
+        journal.append(0, 8, fill(1, 8))
+        flush(journal)
+        data, records = ahead(bench, journal)
+        grown += data > left
+        left = data
+        assert DATA_AHEAD // 16 - 4096 <= data <= DATA_AHEAD
+        assert RECORDS_AHEAD // 16 - 2 * RECORD_SIZE <= records <= RECORDS_AHEAD
+    assert grown == 1
+    assert bench.recover(limits=SegmentLimits()).head == 300
+
+
+def test_large_flushes_write_no_zeros(bench: Bench) -> None:
+    """What they cost is their data."""
+    journal = bench.recover(limits=SegmentLimits())
+    for _ in range(3):
+        journal.append(0, 256, fill(1, 256))
+        flush(journal)
+        assert ahead(bench, journal) == (0, 0)
+
+
+def test_no_zeros_are_written_past_what_is_full(bench: Bench) -> None:
+    """Nor are there any in a segment that is sealed, nor after an orderly end."""
+    journal = bench.recover(limits=SegmentLimits(data_sectors=64, records=16))
+    for _ in range(20):
+        journal.append(0, 4, fill(1, 4))
+        flush(journal)
+        data, records = ahead(bench, journal)
+        assert data <= 64 * SECTOR
+        assert records <= 16 * RECORD_SIZE
+    for part in journal.parts[:-1]:
+        assert part.seal is not None
+        assert bench.dat(part.first).stat().st_size == part.data_sectors * SECTOR
+    journal.trim()
+    assert ahead(bench, journal) == (0, 0)
+
+
+@pytest.mark.parametrize(("number", "fails"), [(errno.ENOSPC, False), (errno.EDQUOT, False), (errno.EIO, True)])
+def test_a_full_store_is_written_no_zeros(
+    bench: Bench,
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+    fails: bool,  # noqa: FBT001
+) -> None:
+    """Space for them isn't needed, and their lack is no failure; any other error is one."""
+    journal = bench.recover(limits=SegmentLimits())
+    append(journal, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(RealFile, "write", failing(number))
+        with pytest.raises(OSError, match="no") if fails else contextlib.nullcontext():
+            run(journal.take_dirty())
+    append(journal, 1)
+    flush(journal)
+    assert seqs(bench.recover(limits=SegmentLimits())) == [1, 2]
+
+
+def failing(number: int) -> Callable[..., None]:
+    def fail(*_: object) -> None:
+        raise OSError(number, "no")
+
+    return fail
