@@ -23,6 +23,7 @@ DMAFS_PACKAGES=(
 DMAFS_TEST_PACKAGES=(
     qemu-system-common # its storage daemon writes the logs that are followed
     systemd # checks the units for boot; nothing of it has to run
+    fdisk xfsprogs # partition tables, and file systems on partitions
     postgresql # a database that is started from a clone; the cluster that the package makes is left alone
 )
 DMAFS_VM_PACKAGES=(
@@ -30,6 +31,7 @@ DMAFS_VM_PACKAGES=(
     kmod iproute2 # modules and the loopback interface of the guest, which uses the host's programs
     dmsetup # the other opinion on what device-mapper's state is
     fuse3 e2fsprogs xfsprogs fio # what runs on the devices
+    fdisk parted dosfstools btrfs-progs # partition tables, and what is none
 )
 DMAFS_BENCH_PACKAGES=(
     qemu-utils qemu-system-common # chains of overlays, and the storage daemon that shows them

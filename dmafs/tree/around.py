@@ -56,7 +56,7 @@ RECENT: Final = 16
 
 
 class Area:
-    """What is known of an area: requests near others, and which range of bytes of the image was stored."""
+    """What is known of an area: requests near others, and which range of bytes was stored."""
 
     __slots__ = ("begin", "end", "requests", "stored_s", "wanted")
 
@@ -69,10 +69,11 @@ class Area:
 
 
 class Wish(NamedTuple):
-    """A window to be stored: bytes of an image, and the inode that it is for."""
+    """A window to be stored: bytes of a file, which begins at *start* in an image, and the inode that it is for."""
 
     inode: int
     image: Image
+    start: int
     begin: int
     end: int
     area: Area
@@ -98,8 +99,11 @@ class ReadAround:
         self._thread = threading.Thread(target=self._store, name="read-around", daemon=True)
         self._thread.start()
 
-    def missed(self, inode: int, image: Image, offset: int, length: int) -> None:
-        """Take note of a request for bytes of an image; maybe wish for those around them."""
+    def missed(self, inode: int, image: Image, offset: int, length: int, *, start: int = 0, size: int = 0) -> None:
+        """Take note of a request for bytes of an image; maybe wish for those around them.
+
+        The file may be a part of the image: *size* bytes from *start* on, in which the offset counts.
+        """
         if length > SMALL_MAX or not self._is_near(inode, offset // NEAR):
             return
         key = inode, offset // AREA
@@ -120,9 +124,9 @@ class ReadAround:
         if area.requests >= area.wanted and len(self._wishes) < WISHES_MAX and not self._closed:
             width = WINDOWS[min(area.requests - area.wanted, len(WINDOWS) - 1)]
             begin = offset // width * width
-            area.begin, area.end = begin, min(begin + width, image.size)
+            area.begin, area.end = begin, min(begin + width, size or image.size)
             area.stored_s = math.inf
-            self._wishes.append(Wish(inode, image, area.begin, area.end, area))
+            self._wishes.append(Wish(inode, image, start, area.begin, area.end, area))
 
     def _is_near(self, inode: int, piece: int) -> bool:
         """Say whether a piece, or one next to it, was asked for lately; from now on it was."""
@@ -144,7 +148,7 @@ class ReadAround:
             return False
         wish, buffer = self._wishes.popleft(), self._buffers.popleft()
         try:
-            data = wish.image.read_nowait(wish.begin, wish.end - wish.begin, buffer)
+            data = wish.image.read_nowait(wish.start + wish.begin, wish.end - wish.begin, buffer)
         except (DmafsError, OSError) as error:
             self._buffers.append(buffer)
             _tell(wish, error)
@@ -167,7 +171,7 @@ class ReadAround:
                 await self._slow_wished.park()
             wish = self._slow.popleft()
             try:
-                data = await self._read_slowly(wish.image, wish.begin, wish.end - wish.begin)
+                data = await self._read_slowly(wish.image, wish.start + wish.begin, wish.end - wish.begin)
             except (DmafsError, OSError) as error:
                 _tell(wish, error)
             else:

@@ -16,6 +16,8 @@ path                                  node
                                       that name
 ``/at/<time>/<volume>.img``,          ``PastImage(volume, seq)``: one inode for one seq, so all spellings and all ways
 to ``/snapshots/<id>/<volume>.img``      it share the page cache
+``<volume>.p<number>.img`` beside an     ``PartitionFile(image, start, length)``: one inode for one range of one image;
+image, but for a tap's                   when a table changes, the name means another node
 ====================================  ==============================================================================
 
 An inode number means one node for as long as the tree is mounted: numbers are never given a second time. Nodes are in
@@ -102,7 +104,22 @@ class CloneFile:
     serial: int
 
 
-Node = Directory | Moment | SnapshotFolder | CloneFolder | Link | CloneFile | LiveFile | TapFile | PastImage
+@dataclass(frozen=True, slots=True)
+class PartitionFile:
+    """A partition of an image: *length* bytes of it from *start* on."""
+
+    image: PastImage | LiveFile | CloneFile
+    start: int
+    length: int
+
+
+Whole = Directory | Moment | SnapshotFolder | CloneFolder | Link | CloneFile | LiveFile | TapFile | PastImage
+Node = Whole | PartitionFile
+
+
+def whole(node: Node) -> Whole:
+    """Return the image that a partition's file is of; any other node itself."""
+    return node.image if isinstance(node, PartitionFile) else node
 
 
 class InodeTable:

@@ -5,7 +5,8 @@
 - ``tap`` is the primary; truncation is ignored as on a disk. It is read and written past the page cache, too: through
   that the kernel asks for an extended attribute before each write, which takes as long as the write. What stands on the
   tap, a loop device most often, has a cache of its own.
-- A clone's image is written through the page cache, otherwise it is like a tap.
+- A clone's image is like a tap, also past the page cache: its bytes are had by two files, its own and a partition's.
+- A partition's file is a range of an image's, and otherwise like it. An open one stays where it was in the image.
 - ``mkdir clones/<name>@<time>`` is answered with the folder ``<name>``, and the kernel is told to forget the name that
   it was made by: looking that up finds nothing.
 - Names are looked up each time (no entry timeout): what a time means may coarsen with a sync, and a snapshot's name may
@@ -40,10 +41,14 @@ from dmafs.tree.nodes import (
     LiveFile,
     Moment,
     Node,
+    PartitionFile,
     PastImage,
     SnapshotFolder,
     TapFile,
+    Whole,
+    whole,
 )
+from dmafs.tree.views import Views
 from dmafs.units import SECTOR, format_rfc3339
 
 HANDLES_MAX: Final = 8192
@@ -69,10 +74,12 @@ _WITH_XATTRS: Final = (PastImage, LiveFile, CloneFile)
 
 @dataclass(slots=True)
 class Handle:
-    """An open file: a past image (held), a clone (counted), a tap, or live."""
+    """An open file: a past image (held), a clone (counted), a tap, or live; *size* bytes of it, from *start* on."""
 
     volume: str
     inode: int
+    start: int
+    size: int
     image: Image | None = None
     clone: Clone | None = None
     tap: bool = False
@@ -91,6 +98,7 @@ class Tree(pyfuse3.Operations):
         super().__init__()
         self._backend = backend
         self._names = Names(backend)
+        self._views = Views(backend, self._names)
         self._table = InodeTable()
         self._handles: dict[int, Handle] = {}
         self._listings: dict[int, list[tuple[str, Node]]] = {}
@@ -109,7 +117,7 @@ class Tree(pyfuse3.Operations):
         self, parent_inode: pyfuse3.InodeT, name: bytes, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
         """Find a name."""
-        node = self._names.child(self._table.node(parent_inode), text_of(name))
+        node = await self._views.child(self._table.node(parent_inode), text_of(name))
         await self._measure(node)
         attributes = self._attributes(node)
         self._table.looked_up(node)
@@ -131,9 +139,16 @@ class Tree(pyfuse3.Operations):
     # -- attributes ---------------------------------------------------------------------------------------------
 
     def _attributes(self, node: Node) -> pyfuse3.EntryAttributes:
-        """Return the attributes of a node."""
-        entry = pyfuse3.EntryAttributes()
+        """Return the attributes of a node. A partition holds at most as much data as the image does."""
+        entry = self._attributes_of_whole(whole(node))
+        if isinstance(node, PartitionFile):
+            entry.st_size = node.length
+            entry.st_blocks = min(entry.st_blocks, node.length // SECTOR)
         entry.st_ino = self._table.inode(node)
+        return entry
+
+    def _attributes_of_whole(self, node: Whole) -> pyfuse3.EntryAttributes:
+        entry = pyfuse3.EntryAttributes()
         entry.st_uid, entry.st_gid = self._uid, self._gid
         entry.st_blksize = 4096
         entry.generation = 0
@@ -156,7 +171,6 @@ class Tree(pyfuse3.Operations):
             case CloneFile(volume):
                 clone = self._names.clone(node)
                 self._file(entry, TAP_MODE, volume, clone.allocated_sectors() * SECTOR)
-                entry.attr_timeout = PAST_TIMEOUT_S
                 time_ns = clone.written_ns
             case Link(_, _, target):
                 entry.st_mode, entry.st_nlink, entry.st_size = stat.S_IFLNK | 0o777, 1, len(target)
@@ -175,6 +189,7 @@ class Tree(pyfuse3.Operations):
     async def _measure(self, node: Node) -> None:
         """Have ready what the attributes of an image or clone need: counting its blocks may take a while."""
         base: Image | None = None
+        node = whole(node)
         if isinstance(node, PastImage):
             base = self._image(node)
         elif isinstance(node, CloneFile):
@@ -205,19 +220,24 @@ class Tree(pyfuse3.Operations):
     ) -> pyfuse3.EntryAttributes:
         """Refuse changes; of what can be written times are the kernel's business, and truncating changes nothing."""
         node = self._table.node(inode)
-        if not isinstance(node, (TapFile, CloneFile)):
+        if not isinstance(whole(node), (TapFile, CloneFile)):
             raise FUSEError(errno.EROFS)
         if fields.update_mode or fields.update_uid or fields.update_gid:
             raise FUSEError(errno.EPERM)
-        if fields.update_size and attr.st_size not in (0, self._backend.size(node.volume)):
+        attributes = self._attributes(node)
+        if fields.update_size and attr.st_size not in (0, attributes.st_size):
             raise FUSEError(errno.EINVAL)
-        return self._attributes(node)
+        return attributes
 
     @guarded
     async def getxattr(self, inode: pyfuse3.InodeT, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
-        """Return ``user.dmafs.seq``, ``.time``, ``.volume``, ``.consistency`` or ``.digest``; of a clone its base's."""
-        node = self._table.node(inode)
+        """Return ``user.dmafs.seq``, ``.time``, ``.volume``, ``.consistency`` or ``.digest``; of a clone its base's.
+
+        A partition has its image's, but for the digest, and ``.offset``: where it begins in the image, in bytes.
+        """
+        found = self._table.node(inode)
         key = text_of(name)
+        node = whole(found)
         if not isinstance(node, _WITH_XATTRS) or not key.startswith(_XATTR_PREFIX):
             raise FUSEError(pyfuse3.ENOATTR)
         image = self._image(node)
@@ -230,7 +250,9 @@ class Tree(pyfuse3.Operations):
                 return node.volume.encode()
             case "consistency":
                 return b"clone" if isinstance(node, CloneFile) else self._backend.consistency(image).encode()
-            case "digest" if isinstance(node, PastImage):
+            case "offset" if isinstance(found, PartitionFile):
+                return str(found.start).encode()
+            case "digest" if isinstance(found, PastImage):
                 return await self._digest(image)
         raise FUSEError(pyfuse3.ENOATTR)
 
@@ -258,9 +280,11 @@ class Tree(pyfuse3.Operations):
     @guarded
     async def listxattr(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> list[bytes]:
         """List the cheap attributes; the digest, which reads the whole image, only on demand."""
-        if isinstance(self._table.node(inode), _WITH_XATTRS):
-            return [(_XATTR_PREFIX + name).encode() for name in _XATTRS]
-        return []
+        node = self._table.node(inode)
+        if not isinstance(whole(node), _WITH_XATTRS):
+            return []
+        names = (*_XATTRS, "offset") if isinstance(node, PartitionFile) else _XATTRS
+        return [(_XATTR_PREFIX + name).encode() for name in names]
 
     @guarded
     async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
@@ -282,10 +306,10 @@ class Tree(pyfuse3.Operations):
     @guarded
     async def opendir(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> pyfuse3.FileHandleT:
         """Open a directory: its listing stays as it is now."""
-        handle = self._new_handle()
-        listing = self._names.listing(self._table.node(inode))
+        listing = await self._views.listing(self._table.node(inode))
         if self._listed and self._listed + len(listing) > LISTED_MAX:
             raise FUSEError(errno.ENFILE)
+        handle = self._new_handle()
         self._listings[handle] = listing
         self._listed += len(listing)
         return handle
@@ -355,20 +379,23 @@ class Tree(pyfuse3.Operations):
     @guarded
     async def open(self, inode: pyfuse3.InodeT, flags: pyfuse3.FlagT, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
         """Open an image, which holds it, a clone, which can't be dropped then, or a tap."""
-        node = self._table.node(inode)
+        found = self._table.node(inode)
+        node = whole(found)
+        if not isinstance(node, (PastImage, LiveFile, TapFile, CloneFile)):
+            raise FUSEError(errno.EISDIR)
+        handle = Handle(node.volume, inode, 0, self._backend.size(node.volume))
+        if isinstance(found, PartitionFile):
+            handle.start, handle.size = found.start, found.length
         match node:
             case PastImage(volume, seq):
-                handle = Handle(volume, inode, image=self._backend.image(volume, seq))
+                handle.image = self._backend.image(volume, seq)
             case LiveFile(volume):
                 self._backend.live(volume)
-                handle = Handle(volume, inode)
-            case TapFile(volume):
-                handle = Handle(volume, inode, tap=True)
-            case CloneFile(volume):
-                handle = Handle(volume, inode, clone=self._names.clone(node))
-            case _:
-                raise FUSEError(errno.EISDIR)
-        cached, direct = isinstance(node, PastImage), isinstance(node, (LiveFile, TapFile))
+            case TapFile():
+                handle.tap = True
+            case CloneFile():
+                handle.clone = self._names.clone(node)
+        cached = isinstance(node, PastImage)
         if flags & _WRITING and isinstance(node, (PastImage, LiveFile)):
             raise FUSEError(errno.EROFS)
         number = self._new_handle(more=TAP_HANDLES if handle.tap else 0)
@@ -378,7 +405,7 @@ class Tree(pyfuse3.Operations):
             handle.clone.parts()  # a damaged one can't be opened
             handle.clone.opens += 1
         self._handles[number] = handle
-        return pyfuse3.FileInfo(fh=number, keep_cache=cached, direct_io=direct)
+        return pyfuse3.FileInfo(fh=number, keep_cache=cached, direct_io=not cached)
 
     async def read(  # type: ignore[override]  # any buffer will do
         self, fh: pyfuse3.FileHandleT, off: int, size: int
@@ -397,13 +424,18 @@ class Tree(pyfuse3.Operations):
         if image is None:
             return None
         handle.sequential, handle.next = offset == handle.next, offset + length
-        self.around.missed(handle.inode, image, offset, length)
-        return image.read_nowait(offset, length, self._scratch)
+        self.around.missed(handle.inode, image, offset, length, start=handle.start, size=handle.size)
+        length = min(length, handle.size - offset)
+        return image.read_nowait(handle.start + offset, length, self._scratch) if length > 0 else None
 
     @guarded
     async def _read(self, fh: pyfuse3.FileHandleT, off: int, size: int) -> memoryview | bytearray:
         """Read whatever it takes."""
         handle = self._handles[fh]
+        size = min(size, handle.size - off)
+        if size <= 0:
+            return bytearray()
+        off += handle.start
         if handle.tap:
             return await self._backend.read_tap(handle.volume, off, size)
         if handle.clone is not None:
@@ -417,13 +449,13 @@ class Tree(pyfuse3.Operations):
         handle = self._handles[fh]
         if not handle.tap and handle.clone is None:
             raise FUSEError(errno.EROFS)
-        room = self._backend.size(handle.volume) - off
+        room = handle.size - off
         if len(buf) > room:
             if room <= 0:
                 raise FUSEError(errno.ENOSPC)
             buf = buf[:room]
         if handle.clone is not None:
-            await self._backend.write_clone(handle.clone, off, buf)
+            await self._backend.write_clone(handle.clone, handle.start + off, buf)
         else:
             await self._backend.write_tap(handle.volume, off, buf)
         return len(buf)

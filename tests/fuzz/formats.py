@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import struct
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 from uuid import UUID
@@ -34,6 +35,7 @@ from dmafs.core.ondisk import (
     seal_records,
 )
 from dmafs.core.overlay import BLOCK_SECTORS, Overlay
+from dmafs.core.partitions import ENTRIES_MAX, LINKS_MAX, PARTITIONS_MAX, find_partitions
 from dmafs.core.pointers import PointerFile
 from dmafs.core.segment import Segment, read_header
 from dmafs.core.storage import Storage
@@ -42,6 +44,7 @@ from dmafs.errors import CorruptionError, VersionError
 from dmafs.taps.logformat import HEADER_BYTES, Entry, LogFlag, Super, decode_mark, encode_mark
 from dmafs.taps.logreader import LogReader
 from dmafs.units import SECTOR
+from tests.disklabels import gpt_entries, gpt_entry, gpt_header, mbr_sector, sealed
 from tests.fuzz.mutation import mutants, odd_numbers, seeded, shown, text_mutants
 from tests.logs import DISK_SECTORS, FLUSH, MemoryFile, discard, log_of, mark, write
 
@@ -377,3 +380,61 @@ def logs(rng: Rng, count: int) -> None:
                 reader.read(window, 0, len(window))
         except CorruptionError as error:
             assert error.message.startswith("a.log at byte ")
+
+
+# --- partition tables
+
+DISK: Final = 4 << 20
+_LAST: Final = DISK // SECTOR - 1
+
+
+def _gpt_tables() -> list[bytes]:
+    """Protective MBRs, headers, and four entries each, with the header of the end behind them."""
+    found = []
+    for numbers in ({1: gpt_entry(40, 99, "one"), 3: gpt_entry(100, _LAST)}, {4: gpt_entry(64, 64)}):
+        entries = gpt_entries(numbers, 4)
+        headers = [gpt_header(place, _LAST, 2, entries).ljust(SECTOR, b"\0") for place in (1, _LAST)]
+        found.append(mbr_sector([(0xEE, 1, _LAST)]) + headers[0] + entries + headers[1])
+    return found
+
+
+def _mbr_tables() -> list[bytes]:
+    """Four sectors, an MBR first; which of them a sector of the disk is, its number says."""
+    links = [mbr_sector([(0x83, 1, 60), (5, number * 7 + 2, 64)]) for number in range(3)]
+    return [mbr_sector([(0x83, 1, 9), (5, 64, 4096), (0x07, 5000, 9000)]) + b"".join(links)]
+
+
+def partition_tables(rng: Rng, count: int) -> None:
+    """Partition tables: ranges within the disk, whatever is read, and few small reads."""
+    for number, mutant in enumerate(mutants(rng, _gpt_tables(), count // 2)):
+        header, entries, other = (mutant[begin : begin + SECTOR] for begin in (512, 1024, 1536))
+        if number % 4:  # with the right checksums, so that what they are of is looked at
+            checksum = zlib.crc32(entries).to_bytes(4, "little")
+            header, other = (sealed(each[:88] + checksum + each[92:]) for each in (header, other))
+        _judge_table([mutant[:SECTOR], header, entries, other], shown(mutant))
+    for mutant in mutants(rng, _mbr_tables(), count - count // 2):
+        _judge_table([mutant[begin : begin + SECTOR] for begin in range(0, 2048, SECTOR)], shown(mutant))
+
+
+def _judge_table(sectors: list[bytes], label: str) -> None:
+    reads = 0
+
+    def read(offset: int, length: int) -> bytes:
+        nonlocal reads
+        reads += 1
+        assert 0 <= offset < offset + length <= DISK, label
+        assert length <= ENTRIES_MAX * 128, label
+        first = offset // SECTOR
+        if first == _LAST:
+            return sectors[3][:length]
+        return b"".join(sectors[number % 4] for number in range(first, first - (-length // SECTOR)))[:length]
+
+    found = find_partitions(read, DISK)
+    assert reads <= LINKS_MAX + 8, label
+    assert len(found) <= PARTITIONS_MAX, label
+    numbers = [partition.number for partition in found]
+    assert numbers == sorted(set(numbers)), label
+    for partition in found:
+        assert partition.number > 0, label
+        assert 0 <= partition.start < partition.start + partition.length <= DISK, label
+        assert (partition.start | partition.length) % SECTOR == 0, label

@@ -44,6 +44,7 @@ KINDS: Final[dict[str, tuple[Kind, int]]] = {
     "configurations": (texts.configurations, 64_000),
     "requests": (texts.requests, 48_000),
     "indexes": (formats.indexes, 80_000),
+    "partition tables": (formats.partition_tables, 80_000),
 }
 tried: dict[str, int] = {}
 
