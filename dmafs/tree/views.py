@@ -24,8 +24,8 @@ from dmafs.tree.nodes import SUFFIX, CloneFile, LiveFile, Node, PartitionFile, P
 
 log = logging.getLogger(__name__)
 
-KEPT_MAX: Final = 1024
-"""Images of the past whose partitions are kept in memory, the least recently used go first."""
+KEPT_MAX: Final = 256
+"""Images of the past whose partitions are kept in memory, the least recently used go first. At worst 50 KiB each."""
 
 _VIEW: Final = re.compile(r"(.+)\.p([1-9][0-9]{0,3})" + re.escape(SUFFIX), re.DOTALL)
 _Reading = Callable[[int, int], Awaitable[memoryview]]

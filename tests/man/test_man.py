@@ -30,6 +30,7 @@ from dmafs.core.extent import MAX_EXTENT_SECTORS
 from dmafs.core.forward import UNREAD_MAX
 from dmafs.core.layers import STACK_WARM
 from dmafs.core.moments import LATEST
+from dmafs.core.partitions import PARTITIONS_MAX
 from dmafs.core.scrub import DAMAGE_MAX, STEP_BYTES
 from dmafs.core.segment import BATCH_BYTES
 from dmafs.core.store import CONFIGURATION_NAME, SOCKET_NAME, VOLUMES_MAX
@@ -42,6 +43,7 @@ from dmafs.service.mounting import MAX_BACKGROUND
 from dmafs.taps import logreader
 from dmafs.tree.around import AREA, AREAS_MAX, WISHES_MAX
 from dmafs.tree.operations import HANDLES_MAX
+from dmafs.tree.views import KEPT_MAX
 from dmafs.units import SECTOR, TimeNs, format_bytes, parse_spelling
 
 ROOT: Final = Path(__file__).parents[2]
@@ -327,6 +329,8 @@ def test_bounds_are_the_programs() -> None:
         "one event of a write": format_bytes(MAX_EXTENT_SECTORS * SECTOR),
         "flushes at once": 1,
         "open files of the tree": HANDLES_MAX,
+        "images with known partitions": KEPT_MAX,
+        "partitions shown of an image": PARTITIONS_MAX,
         "read-around, areas remembered": AREAS_MAX,
         "read-around, windows that wait": WISHES_MAX,
         "read-around, one window": format_bytes(AREA),

@@ -197,11 +197,12 @@ def test_a_name_used_again_is_another_file(rig: Rig) -> None:
     pwrite(path, b"mine", 0, sync=True)
     with opened(path.parent, os.O_RDONLY | os.O_DIRECTORY) as folder, opened(path, os.O_PATH) as file:
         assert os.listdir(folder) == ["disk.img"]
+        inode = os.fstat(file).st_ino
         drop(rig, "one")
         fails(errno.ENOENT, os.stat, path)
         make(rig, "one")
         assert pread(path, 4, 0) == b"base"
-        assert path.stat().st_ino != os.fstat(file).st_ino
+        assert path.stat().st_ino != inode
         fails(errno.ESTALE, os.open, f"/proc/self/fd/{file}", os.O_RDWR)
     assert pread(path, 4, 0) == b"base"
 

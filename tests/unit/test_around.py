@@ -116,6 +116,26 @@ async def test_the_window_grows_with_each_request_nearby(made: ReadAround, kerne
     assert await settled(made, kernel, 3) == [(7, 64 * KIB, first), (7, 0, second), (7, 0, third)]
 
 
+async def test_a_part_of_an_image_is_read_where_it_is(
+    made: ReadAround, kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Offsets are those of the file; windows end where it does, and aren't what is behind it in the image."""
+    read: list[tuple[int, int]] = []
+    picture = Picture()
+
+    def read_nowait(offset: int, length: int, scratch: memoryview) -> memoryview | None:
+        read.append((offset, length))
+        return Picture().read_nowait(offset, length, scratch)
+
+    monkeypatch.setattr(picture, "read_nowait", read_nowait)
+    for offset in (0, 40 * KIB, 80 * KIB):
+        made.missed(7, cast("Image", picture), offset, 4096, start=AREA + 512, size=100 * KIB)
+        while made.step():
+            pass
+    assert await settled(made, kernel, 2) == [(7, 0, WINDOWS[0]), (7, 0, 100 * KIB)]
+    assert read == [(AREA + 512, WINDOWS[0]), (AREA + 512, 100 * KIB)]
+
+
 async def test_near_is_what_is_in_the_next_piece_in_either_direction(made: ReadAround, kernel: Kernel) -> None:
     ask(made, 3 * AREA, 3 * AREA - 4096, 3 * AREA - NEAR - 4096)
     assert await settled(made, kernel, 1) == [(7, 3 * AREA - 2 * WINDOWS[0], WINDOWS[0])]
