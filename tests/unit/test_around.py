@@ -128,12 +128,12 @@ async def test_a_part_of_an_image_is_read_where_it_is(
         return Picture().read_nowait(offset, length, scratch)
 
     monkeypatch.setattr(picture, "read_nowait", read_nowait)
-    for offset in (0, 40 * KIB, 80 * KIB):
+    for offset in (0, 40 * KIB, 80 * KIB, 20 * KIB):
         made.missed(7, cast("Image", picture), offset, 4096, start=AREA + 512, size=100 * KIB)
         while made.step():
             pass
-    assert await settled(made, kernel, 2) == [(7, 0, WINDOWS[0]), (7, 0, 100 * KIB)]
-    assert read == [(AREA + 512, WINDOWS[0]), (AREA + 512, 100 * KIB)]
+    assert await settled(made, kernel, 2) == [(7, 64 * KIB, 36 * KIB), (7, 0, 100 * KIB)]
+    assert read == [(AREA + 512 + 64 * KIB, 36 * KIB), (AREA + 512, 100 * KIB)]
 
 
 async def test_near_is_what_is_in_the_next_piece_in_either_direction(made: ReadAround, kernel: Kernel) -> None:
