@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dmafs.cli.bars import bar
 from dmafs.cli.output import say
 from dmafs.errors import CorruptionError, DifferenceError
-from dmafs.service.client import Session, Show, session
+from dmafs.service.client import Session, session
 from dmafs.service.report import Report
 from dmafs.units import format_bytes, parse_bytes
 
@@ -119,24 +117,8 @@ def _names(asked: Session, volume: str | None) -> list[str]:
 
 def _compared(asked: Session, what: str, name: str, rate: str | None) -> Report:
     bytes_per_s = None if rate is None else parse_bytes(rate)
-    with _bar(f"{what} {name}") as show:
+    with bar(f"{what} {name}") as show:
         return {"verify": asked.verify, "resync": asked.resync, "scrub": asked.scrub}[what](name, bytes_per_s, show)
-
-
-@contextlib.contextmanager
-def _bar(text: str) -> Iterator[Show]:
-    """Yield what shows how far something is: a bar on a terminal, else nothing."""
-    if not sys.stderr.isatty():
-        yield lambda _done, _total: None
-        return
-    from rich import progress as bars  # noqa: PLC0415 - slow to import, and needed for terminals only
-    from rich.console import Console  # noqa: PLC0415 - likewise
-
-    columns = bars.BarColumn(), bars.DownloadColumn(binary_units=True), bars.TransferSpeedColumn()
-    label, left = bars.TextColumn("{task.description}"), bars.TimeRemainingColumn()
-    with bars.Progress(label, *columns, left, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(text, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 def _print(reports: list[Report], *, as_json: bool, one: str, many: str) -> None:

@@ -63,18 +63,23 @@ def instant_of(volumes: Volumes, seqs: Mapping[str, int]) -> TimeNs:
 
 def resolve(volumes: Volumes, text: str) -> TimeNs:
     """Return the canonical time of the moment that a spelling means; NoSuchPointError if there is none."""
+    return canonical(volumes, time_meant(volumes, text))
+
+
+def time_meant(volumes: Volumes, text: str) -> int:
+    """Return the time that a spelling says; NoSuchPointError if it isn't understood, or names what isn't there."""
     if text == LATEST:
-        return canonical(volumes, instant(latest(volumes)))
+        return instant(latest(volumes))
     clock = next(iter(volumes.values())).clock
     try:
         spelling = parse_spelling(text, now=TimeNs(clock()))
     except InputError as error:
         raise NoSuchPointError(error.message, hint=error.hint) from error
     if isinstance(spelling, AtTime):
-        return canonical(volumes, spelling.time)
+        return spelling.time
     if isinstance(spelling, AtSeq):
-        return canonical(volumes, _time_of_seq(volumes, spelling.seq, text) - spelling.offset_ns)
-    return canonical(volumes, _time_of_name(volumes, spelling.name) - spelling.offset_ns)
+        return _time_of_seq(volumes, spelling.seq, text) - spelling.offset_ns
+    return _time_of_name(volumes, spelling.name) - spelling.offset_ns
 
 
 def _time_of_seq(volumes: Volumes, seq: int, text: str) -> int:

@@ -47,7 +47,6 @@ from dmafs.service.report import (
     Report,
     clones_of,
     diff_of,
-    image_at,
     points_of,
     state_of,
     status_of,
@@ -401,9 +400,10 @@ class Appliance:
         report = await engine.answer(diff_of(self._volumes, volume, a, b))
         return await trio.to_thread.run_sync(lambda: json.dumps(report).encode(), limiter=engine.limiter)
 
-    def image_at(self, volume: str, at: str) -> Image:
-        """Return a volume's image at the moment that a spelling means."""
-        return image_at(self._volumes, volume, at)
+    @property
+    def volumes(self) -> Mapping[str, Volume]:
+        """The volumes by name, for reports."""
+        return self._volumes
 
     async def tap(self, action: str, volume: str | None) -> Report:
         """Attach or detach mapped devices, or only report them."""

@@ -15,23 +15,24 @@ from typing import Any, Final, Protocol
 
 import httpx
 
-from dmafs import errors
 from dmafs.core.moments import Volumes, clone_group, instant_of, pin_group, require_mark, unpin_group
 from dmafs.core.ondisk import Flag
 from dmafs.core.resync import mend, needs_resync, resync
 from dmafs.core.retention import KeepRules
 from dmafs.core.scrub import Rest, last_scrub, scope_sectors, scrub
 from dmafs.core.storage import lock_directory, open_source
-from dmafs.core.store import SOCKET_NAME, Store
+from dmafs.core.store import Store
 from dmafs.core.sync import sync
 from dmafs.core.throttle import Throttle
 from dmafs.core.verify import Steps, verify
 from dmafs.core.volume import Volume
 from dmafs.core.work import Work, run
-from dmafs.errors import ControlError, DmafsError, SourceError, StoreBusyError, StoreError, TapError
+from dmafs.errors import ControlError, SourceError, StoreBusyError, StoreError, TapError
 from dmafs.service.checking import require_copied, require_source
 from dmafs.service.configuration import Configuration, load_configuration
+from dmafs.service.connection import connected, error_in, error_of, no_answer
 from dmafs.service.devices import local_tap, mapped_volumes
+from dmafs.service.moment import moment_of
 from dmafs.service.report import (
     READ_CHUNK,
     Report,
@@ -65,6 +66,9 @@ class Session(Protocol):
 
     def points(self) -> Report:
         """Return the recoverable points."""
+
+    def moment(self, at: str, volume: str | None) -> Report:
+        """Return what a time means in all volumes or one, and why."""
 
     def take_snapshot(self, name: str) -> Report:
         """Take a snapshot of all volumes."""
@@ -120,7 +124,7 @@ def session(path: Path) -> Iterator[Session]:
         configuration = load_configuration(path)
         store = Store(path, limits=configuration.volume_limits())
     except StoreBusyError:
-        with _connected(path) as client:
+        with connected(path) as client:
             yield RemoteSession(client, path)
         return
     try:
@@ -154,6 +158,10 @@ class LocalSession:
     def points(self) -> Report:
         """See ``Session``."""
         return points_of(self._volumes)
+
+    def moment(self, at: str, volume: str | None) -> Report:
+        """See ``Session``."""
+        return moment_of(self._volumes, at, volume)
 
     def take_snapshot(self, name: str) -> Report:
         """See ``Session``. The newest state that journal and primary agree on; without a daemon nobody writes."""
@@ -319,10 +327,10 @@ class RemoteSession:
         try:
             response = self._client.request(method, what, params=query, timeout=timeout)
         except httpx.HTTPError as error:
-            raise _no_answer(self._path, error) from error
+            raise no_answer(self._path, error) from error
         if response.is_success:
             return response
-        raise _error(response, self._path)
+        raise error_in(response, self._path)
 
     def status(self) -> Report:
         """See ``Session``."""
@@ -332,6 +340,12 @@ class RemoteSession:
     def points(self) -> Report:
         """See ``Session``."""
         answer: Report = self._ask("GET", "/points").json()
+        return answer
+
+    def moment(self, at: str, volume: str | None) -> Report:
+        """See ``Session``."""
+        which = {} if volume is None else {"volume": volume}
+        answer: Report = self._ask("GET", "/moment", timeout=TIMEOUT_S, at=at, **which).json()
         return answer
 
     def take_snapshot(self, name: str) -> Report:
@@ -393,10 +407,10 @@ class RemoteSession:
             with self._client.stream("GET", "/read", params=query, timeout=None) as response:
                 if not response.is_success:
                     response.read()
-                    raise _error(response, self._path)
+                    raise error_in(response, self._path)
                 yield from response.iter_raw()
         except httpx.HTTPError as error:
-            raise _no_answer(self._path, error) from error
+            raise no_answer(self._path, error) from error
 
     def diff(self, volume: str, a: str, b: str) -> Report:
         """See ``Session``."""
@@ -422,17 +436,17 @@ class RemoteSession:
             with self._client.stream("POST", what, params=query, timeout=None) as response:
                 if not response.is_success:
                     response.read()
-                    raise _error(response, self._path)
+                    raise error_in(response, self._path)
                 for line in response.iter_lines():
                     told: dict[str, Any] = json.loads(line)
                     if "result" in told:
                         result: Report = told["result"]
                         return result
                     if "error" in told:
-                        raise _error_of(told)
+                        raise error_of(told)
                     show(told["done_bytes"], told["total_bytes"])
         except httpx.HTTPError as error:
-            raise _no_answer(self._path, error) from error
+            raise no_answer(self._path, error) from error
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise ControlError(
                 f"the daemon of store {self._path} answered {what} not as expected", hint="look at the daemon's log"
@@ -443,44 +457,6 @@ class RemoteSession:
 def _close_garbage(volume: Volume) -> None:
     for segment in volume.take_garbage():
         segment.close()
-
-
-@contextlib.contextmanager
-def _connected(path: Path) -> Iterator[httpx.Client]:
-    """Yield an HTTP client of the store's socket, reached by its directory: unix socket names are short."""
-    directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        transport = httpx.HTTPTransport(uds=f"/proc/self/fd/{directory}/{SOCKET_NAME}")
-        with httpx.Client(transport=transport, base_url="http://dmafs") as client:
-            yield client
-    finally:
-        os.close(directory)
-
-
-def _no_answer(path: Path, error: httpx.HTTPError) -> ControlError:
-    return ControlError(
-        f"the daemon of store {path} doesn't answer: {type(error).__name__}: {error}",
-        hint="look at its log; or another command is just working on the store, then try again",
-    )
-
-
-def _error(response: httpx.Response, path: Path) -> DmafsError:
-    """Return the error of the tree that a daemon answered."""
-    try:
-        return _error_of(response.json())
-    except (ValueError, KeyError, AttributeError, TypeError):
-        return ControlError(
-            f"the daemon of store {path} answered with status {response.status_code}", hint="look at the daemon's log"
-        )
-
-
-def _error_of(body: dict[str, Any]) -> DmafsError:
-    """Return the error of the tree that a JSON object says; TypeError and its like if it says none."""
-    kind = getattr(errors, body["error"])
-    if not issubclass(kind, DmafsError):
-        raise TypeError
-    error: DmafsError = kind(body["message"], hint=body["hint"])
-    return error
 
 
 def _settled() -> Work[object]:

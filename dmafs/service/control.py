@@ -5,6 +5,7 @@ method   path              parameters                                          a
 =======  ================  ==================================================  =============================
 GET      /status                                                               JSON
 GET      /points                                                               JSON
+GET      /moment           at, volume (optional)                               JSON
 POST     /snapshots        name                                                JSON
 POST     /marks            name                                                JSON
 POST     /sync                                                                 JSON
@@ -61,7 +62,8 @@ from dmafs.service.admission import CONNECTIONS_MAX, Admission, Connection
 from dmafs.service.appliance import Appliance
 from dmafs.service.checking import RESYNC, SCRUB, VERIFY, Check
 from dmafs.service.devices import ACTIONS
-from dmafs.service.report import Report, check_range, differences_of, scrubbed_of
+from dmafs.service.moment import moment_of
+from dmafs.service.report import Report, check_range, differences_of, image_at, scrubbed_of
 from dmafs.units import check_name
 
 log = logging.getLogger(__name__)
@@ -81,6 +83,7 @@ def application(appliance: Appliance) -> Starlette:
     routes = [
         ("GET", "/status", handlers.status),
         ("GET", "/points", handlers.points),
+        ("GET", "/moment", handlers.moment),
         ("POST", "/snapshots", handlers.take_snapshot),
         ("POST", "/marks", handlers.mark),
         ("POST", "/sync", handlers.sync),
@@ -114,6 +117,11 @@ class Handlers:
     async def points(self, _request: Request) -> Response:
         """Answer with the recoverable points."""
         return JSONResponse(self._appliance.points())
+
+    async def moment(self, request: Request) -> Response:
+        """Answer with what a time means."""
+        query = request.query_params
+        return JSONResponse(moment_of(self._appliance.volumes, query.get("at", ""), query.get("volume")))
 
     async def take_snapshot(self, request: Request) -> Response:
         """Take a snapshot."""
@@ -174,7 +182,7 @@ class Handlers:
         """Answer with bytes of an image."""
         query = request.query_params
         offset, length = _number(query.get("offset")), _number(query.get("length"))
-        image = self._appliance.image_at(query.get("volume", ""), query.get("at", ""))
+        image = image_at(self._appliance.volumes, query.get("volume", ""), query.get("at", ""))
         check_range(image, offset, length)
         parts = self._appliance.read_at(image, offset, length)
         first = await anext(parts, b"")  # from here on the image is held, and most errors would have come

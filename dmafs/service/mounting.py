@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 from typing import Final
 
-from dmafs.core.mounts import mounts
+from dmafs.core.mounts import Mount, mounts
 from dmafs.core.store import is_inside
 from dmafs.errors import MountError, PlacementError
 
@@ -24,6 +24,27 @@ _CONNECTIONS: Final = Path("/sys/fs/fuse/connections")
 def mount_source(store: Path) -> str:
     """Return what mountinfo shows as the source: the store, so that a mount tells whose it is."""
     return str(store).replace(",", "_")
+
+
+def is_tree_of(mount: Mount, store: Path) -> bool:
+    """Say whether a mount is the tree of a store, which the daemon may know by another path."""
+    if mount.kind != FILESYSTEM_TYPE:
+        return False
+    with contextlib.suppress(OSError):
+        if Path(mount.source).samefile(store):
+            return True
+    return mount.source in {mount_source(store.absolute()), mount_source(store.resolve())}
+
+
+def tree_of(store: Path) -> Path | None:
+    """Return where the tree of a store is mounted and can be reached by this process; None if it can't."""
+    for mount in reversed(mounts()):
+        if is_tree_of(mount, store):
+            point = Path(mount.point)
+            with contextlib.suppress(OSError):  # of an earlier daemon, another's without allow_other, or covered
+                if point.stat().st_dev == mount.device and (point / "at").is_dir():
+                    return point
+    return None
 
 
 def prepare_mount_point(store: Path, point: Path) -> None:

@@ -23,6 +23,7 @@ _GET_FREE: Final = 0x4C82
 _CLEAR: Final = 0x4C01
 _GET_STATUS: Final = 0x4C05
 _CONFIGURE: Final = 0x4C0A  # Linux 5.8: everything in one step, so nobody sees a loop device without AUTOCLEAR
+_READ_ONLY: Final = 1
 _AUTOCLEAR: Final = 4
 _CONFIG: Final = struct.Struct("<II5QIIII64s64s32s2Q64x")
 _INFO: Final = struct.Struct("<5QIIII64s64s32s2Q")
@@ -68,17 +69,21 @@ class Loop:
         self.close()
 
 
-def attach(path: Path) -> Loop:
-    """Make a loop device over the file *path*; TapError if that can't be."""
+def attach(path: Path, *, writable: bool = True, offset: int = 0, limit: int = 0) -> Loop:
+    """Make a loop device over the file *path*; TapError if that can't be.
+
+    It shows *limit* bytes from *offset* on; *limit* 0 is no limit.
+    """
     try:
-        file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        file = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
     except OSError as error:
         raise TapError(f"can't open {path} for a loop device: {error.strerror}") from error
+    area, flags = (offset, limit), _AUTOCLEAR | (0 if writable else _READ_ONLY)
     try:
         control = _opened(_CONTROL)
         try:
             for _ in range(_TRIES):
-                made = _try(control, file, path)
+                made = _try(control, file, path, area, flags)
                 if made is not None:
                     _set_scheduler(made)
                     return made
@@ -99,7 +104,7 @@ def _opened(node: Path) -> int:
         ) from error
 
 
-def _try(control: int, file: int, path: Path) -> Loop | None:
+def _try(control: int, file: int, path: Path, area: tuple[int, int], flags: int) -> Loop | None:
     """Take the free device that the kernel names; None if somebody else was faster."""
     try:
         node = Path(f"/dev/loop{fcntl.ioctl(control, _GET_FREE)}")
@@ -107,7 +112,7 @@ def _try(control: int, file: int, path: Path) -> Loop | None:
         raise TapError(f"no free loop device for {path}: {error.strerror}") from error
     fd = _opened(node)
     name = os.fsencode(path)[:63]
-    config = _CONFIG.pack(file, SECTOR, 0, 0, 0, 0, 0, 0, 0, 0, _AUTOCLEAR, name, b"", b"", 0, 0)
+    config = _CONFIG.pack(file, SECTOR, 0, 0, 0, *area, 0, 0, 0, flags, name, b"", b"", 0, 0)
     try:
         fcntl.ioctl(fd, _CONFIGURE, config)
     except OSError as error:

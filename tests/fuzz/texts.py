@@ -288,8 +288,9 @@ class _Asked:
     async def drop_clone(self, name: str) -> None:
         clone_group(self._volumes, name)
 
-    def image_at(self, volume: str, at: str) -> Any:  # what the real one returns
-        return image_at(self._volumes, volume, at)
+    @property
+    def volumes(self) -> Volumes:
+        return self._volumes
 
     async def read_at(self, image: Any, offset: int, length: int) -> AsyncIterator[bytes]:
         assert 0 <= offset <= offset + length <= image.size
@@ -318,6 +319,8 @@ REQUESTS: Final = [
     "DELETE /clones?name=try",
     "GET /read?volume=disk&at=0s ago&offset=0&length=512",
     "GET /diff?volume=disk&a=0s ago&b=seq:0",
+    "GET /moment?at=0s ago",
+    "GET /moment?volume=disk&at=seq:0",
     "POST /verify?volume=disk&rate=0",
     "POST /resync?volume=disk",
     "POST /tap?action=status&volume=disk",

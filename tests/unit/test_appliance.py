@@ -22,6 +22,7 @@ from dmafs.errors import (
 )
 from dmafs.service.appliance import Appliance
 from dmafs.service.passing import PassThroughEngine
+from dmafs.service.report import image_at
 from dmafs.taps.passthrough import PassThroughTap
 
 SECTORS = 64
@@ -95,7 +96,7 @@ async def test_a_long_read_is_of_one_moment(appliance: Appliance) -> None:
     """What is read in parts is of one moment, also when a sync passes it meanwhile."""
     await appliance.write_tap("a", 0, b"old".ljust(512) * SECTORS)
     await appliance.flush_tap("a")
-    image = appliance.image_at("a", "0s ago")
+    image = image_at(appliance.volumes, "a", "0s ago")
     parts = appliance.read_at(image, 0, 512)
     first = await anext(parts)
     await appliance.write_tap("a", 0, b"new".ljust(512) * SECTORS)

@@ -1,0 +1,75 @@
+"""``dmafs at``: what a time means."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from dmafs.cli.output import say
+from dmafs.service.client import session
+from dmafs.service.mounting import tree_of
+
+if TYPE_CHECKING:
+    from argparse import _SubParsersAction
+
+_STATES: Final = {
+    "frozen": "frozen: a hook had brought what uses the disk to rest",
+    "exact": "exact: what a power cut right after a flush would have left",
+    "crash": "crash: what a power cut between two flushes would have left",
+}
+
+
+def add_commands(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command."""
+    at = commands.add_parser(
+        "at",
+        help="explain which moment a time means",
+        description="Say which moment of each volume a time means, why it is that one, and where the tree shows it.",
+    )
+    at.add_argument("store", metavar="STORE", type=Path, help="directory of the store")
+    at.add_argument("time", metavar="TIME", help="the time")
+    at.add_argument("--volume", metavar="VOLUME", help="this volume only")
+    at.add_argument("--json", action="store_true", help="as JSON")
+    at.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Explain; 1 if some volume has no point there."""
+    with session(options.store) as asked:
+        report = asked.moment(options.time, options.volume)
+    tree = tree_of(options.store)
+    for found in report["volumes"]:
+        found["path"] = None
+        if tree is not None and "problem" not in found:
+            found["path"] = str(tree / "at" / report["at"] / f"{found['volume']}.img")
+    if options.json:
+        say(json.dumps(report, indent=2))
+    else:
+        say(f"moment {report['at']}")
+        for found in report["volumes"]:
+            say("\n".join(_lines(found)))
+    return 1 if any("problem" in found for found in report["volumes"]) else 0
+
+
+def _lines(found: dict[str, Any]) -> list[str]:
+    if "problem" in found:
+        return [f"volume {found['volume']}: nothing: {found['problem']}", f"  hint   {found['hint']}"]
+    kind = f"{found['kind']} {found['name']}".rstrip()
+    lines = [
+        f"volume {found['volume']}: {kind}, seq {found['seq']}",
+        f"  local  {_local(found['time'])}",
+        f"  UTC    {found['time']}",
+        f"  why    {found['why']}",
+        f"  state  {_STATES[found['consistency']]}",
+    ]
+    return lines + ([f"  path   {found['path']}"] if found["path"] else [])
+
+
+def _local(text: str) -> str:
+    """Return an RFC 3339 time, of UTC and with nine digits behind the point, in the zone of this process."""
+    whole, _, fraction = text.removesuffix("Z").partition(".")
+    local = datetime.fromisoformat(whole).replace(tzinfo=UTC).astimezone()
+    return f"{local:%Y-%m-%d %H:%M:%S}.{fraction} {local:%z}"
