@@ -87,6 +87,10 @@ def coarsening(rig: Rig) -> Iterator[list[int]]:
         thread.join()
 
 
+def goes_on(rounds: list[int], before: int) -> None:
+    wait_until(lambda: len(rounds) > before, "a sync")
+
+
 def data_in(expected: bytes) -> int:
     """Return the bytes of the blocks that aren't zeros."""
     return int(np.frombuffer(expected, np.uint8).reshape(-1, 4096).any(axis=1).sum()) * 4096
@@ -151,7 +155,7 @@ def test_cp_while_syncs_and_drops_go_on(rig: Rig) -> None:
             written = [at for at in range(0, len(rest) - 4096, 4096) if any(rest[at : at + 4096])]
             assert written == list(range(0, 4096 * len(written), 4096)), "a prefix of what was written"
             assert report["at"] == report["time"].replace(":", "")
-            wait_until(lambda before=before: len(rounds) > before, "a sync")
+            goes_on(rounds, before)
         held.seek(0)
         assert held.read() == expected
 
@@ -264,7 +268,7 @@ def test_at_explains_a_time(rig: Rig) -> None:
         ("10m ago", "not understood"),
     ):
         assert said in rig.dmafs("at", rig.store, time, code=21).stderr
-    assert rig.dmafs("at", rig.store, "kept", "--volume", "nope", code=22)
+    assert "no volume nope" in rig.dmafs("at", rig.store, "kept", "--volume", "nope", code=22).stderr
     rig.stop()
     text = rig.dmafs("at", rig.store, "kept").stdout
     assert "snapshot kept" in text
