@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dmafs.cli.output import say
-from dmafs.core.store import create_volume, remove_new_volume
 from dmafs.errors import InputError
-from dmafs.service.client import session
+from dmafs.service.configuration import VolumeTable
+from dmafs.service.making import make_volume
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
@@ -44,28 +44,11 @@ def run(options: argparse.Namespace) -> int:
     """Create the volume."""
     if (options.log is not None) != (options.tap == "log"):
         raise InputError("--tap log and --log FILE belong together", hint="give both or none")
-    warnings = create_volume(
-        options.store,
-        options.volume,
-        source=options.source,
-        tap=options.tap,
-        log_path=options.log,
-        force=options.force,
-    )
+    wanted = VolumeTable(options.volume, options.source, options.tap, options.log)
+    warnings, device = make_volume(options.store, wanted, force=options.force)
     for warning in warnings:
         print(f"dmafs: warning: {warning}", file=sys.stderr)
-    if options.tap == "dm":
-        _attach(options.store, options.volume)
+    if device:
+        say(f"device {device} made; use it in place of the source")
     say(f"volume {options.volume} made in {options.store}; now run: dmafs serve {options.store} MOUNTPOINT")
     return 1 if warnings else 0
-
-
-def _attach(store: Path, name: str) -> None:
-    """Make the device of a new volume, or undo its creation."""
-    try:
-        with session(store) as asked:
-            [report] = asked.tap("attach", name)["volumes"]
-    except BaseException:
-        remove_new_volume(store, name)
-        raise
-    say(f"device {report['device']} made; use it in place of the source")

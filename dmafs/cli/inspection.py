@@ -14,7 +14,7 @@ from dmafs.cli.output import say
 from dmafs.core.inspection import Inspected, inspect
 from dmafs.core.store import CONFIGURATION_NAME
 from dmafs.errors import CorruptionError
-from dmafs.service.configuration import load_configuration
+from dmafs.service.loading import load_configuration
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction

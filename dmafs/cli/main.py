@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import Final
 
 from dmafs.cli import (
@@ -14,6 +15,7 @@ from dmafs.cli import (
     check,
     clone,
     completion,
+    config,
     copying,
     create,
     importing,
@@ -27,6 +29,7 @@ from dmafs.cli import (
     tap,
 )
 from dmafs.errors import DmafsError
+from dmafs.service.loading import MACHINE_FILE, choose_machine_file
 
 _SIGPIPE_EXIT: Final = 128 + 13
 _SIGINT_EXIT: Final = 128 + 2
@@ -55,6 +58,12 @@ def parser() -> argparse.ArgumentParser:
     )
     root.add_argument("--version", action="version", version=f"dmafs {version('dmafs')}")
     root.add_argument("-v", "--verbose", action="store_true", help="log what happens, not only what goes wrong")
+    root.add_argument(
+        "--config",
+        metavar="FILE",
+        type=Path,
+        help=f"file that names the machine's stores ({MACHINE_FILE} if there)",
+    )
     commands = root.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for group in (
         create,
@@ -69,6 +78,7 @@ def parser() -> argparse.ArgumentParser:
         clone,
         check,
         inspection,
+        config,
         tap,
     ):
         group.add_commands(commands)
@@ -85,6 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         stream=sys.stderr,
     )
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    choose_machine_file(options.config)
     try:
         status: int = options.run(options)
         output.flush()

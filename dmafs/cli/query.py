@@ -71,6 +71,9 @@ def run_status(options: argparse.Namespace) -> int:
     else:
         daemon = report["daemon"]
         say(f"store {options.store}: " + (f"served by process {daemon['pid']}" if daemon else "no daemon"))
+        configuration = daemon["configuration"] if daemon else None
+        if configuration and configuration["file"]:
+            say(f"configuration {configuration['file']}, loaded {configuration['loaded']}")
         for alarm in report["alarms"]:
             say(f"  alarm     {alarm['message']} (since {alarm['since']})")
         schedule = daemon["schedule"] if daemon else None

@@ -15,10 +15,15 @@ def add_commands(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
     command = commands.add_parser(
         "serve",
         help="capture writes and show the past at a mount point",
-        description="Serve a store at a mount point, in the foreground, until SIGTERM, SIGINT, SIGHUP or umount.",
+        description="Serve a store at a mount point, in the foreground, until SIGTERM, SIGINT or umount. SIGHUP loads "
+        "the configuration again; it is an end, too, of a daemon that has a terminal.",
     )
-    command.add_argument("store", metavar="STORE", type=Path, help="directory of the store")
-    command.add_argument("mount_point", metavar="MOUNTPOINT", type=Path, help="an empty directory")
+    command.add_argument(
+        "store", metavar="STORE", type=Path, nargs="?", help="directory of the store (the only one of dmafs.toml)"
+    )
+    command.add_argument(
+        "mount_point", metavar="MOUNTPOINT", type=Path, nargs="?", help="an empty directory (mount of dmafs.toml)"
+    )
     command.set_defaults(run=run)
 
 

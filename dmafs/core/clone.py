@@ -60,16 +60,16 @@ class Allowance:
     def __init__(self, storage: Storage, *, quota: int, reserve: int) -> None:
         """Allow *quota* bytes to each of them, and keep *reserve* bytes of the filesystem free."""
         self._storage = storage
-        self._quota = quota
+        self.quota = quota
         self._reserve = reserve
 
     def require(self, label: str, taken: int, more: int) -> None:
         """Raise StoreFullError unless a clone that has *taken* blocks may take *more*."""
         if not more:
             return
-        if (taken + more) * BLOCK > self._quota:
+        if (taken + more) * BLOCK > self.quota:
             raise StoreFullError(
-                f"{label} has reached its quota of {self._quota} bytes", hint="raise clone_quota, or drop the clone"
+                f"{label} has reached its quota of {self.quota} bytes", hint="raise clone_quota, or drop the clone"
             )
         if self._storage.free_bytes() - more * BLOCK < self._reserve:
             raise StoreFullError(
@@ -231,7 +231,7 @@ class Clones:
         self._volume = info.name
         self._uuid = info.uuid
         self._size_sectors = info.size_sectors
-        self._allowance = allowance
+        self.allowance = allowance
         self._clock = clock
         self._by_name: dict[str, Clone] = {}
         self._making: set[str] = set()
@@ -248,10 +248,10 @@ class Clones:
         try:
             overlay = Overlay.open(self._storage, f"{DIRECTORY}/{name}", self._uuid, self._size_sectors)
         except (DmafsError, OSError) as error:
-            clone = Clone(self._volume, name, None, self._allowance, self._clock)
+            clone = Clone(self._volume, name, None, self.allowance, self._clock)
             self._fail(clone, error)
             return clone
-        return Clone(self._volume, name, overlay, self._allowance, self._clock)
+        return Clone(self._volume, name, overlay, self.allowance, self._clock)
 
     def _fail(self, clone: Clone, error: DmafsError | OSError) -> None:
         clone.failure = error.message if isinstance(error, DmafsError) else str(error)
@@ -298,7 +298,7 @@ class Clones:
         base.pins += 1
         try:
             overlay = yield partial(self._make, name, header)
-            clone = self._by_name[name] = Clone(self._volume, name, overlay, self._allowance, self._clock)
+            clone = self._by_name[name] = Clone(self._volume, name, overlay, self.allowance, self._clock)
             clone.hold(base)
         except OSError as error:
             raise _translated(error, f"clone {name} of volume {self._volume}") from error

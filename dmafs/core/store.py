@@ -386,15 +386,20 @@ def _check_store(store: Path, name: str) -> None:
         raise InputError(f"store {store} has {VOLUMES_MAX} volumes, which is the limit", hint="make another store")
 
 
+def volume_info(store: Path, name: str) -> VolumeInfo:
+    """Return what is written of a volume in a store that needn't be open."""
+    path = store / name / INFO_NAME
+    try:
+        content = RealStorage(path.parent).read_bytes(INFO_NAME, VOLUME_JSON_LIMIT)
+    except OSError as error:
+        raise _unreadable(error, path) from error
+    return VolumeInfo.decode(content, str(path))
+
+
 def _check_unprotected(store: Path, source: Path) -> None:
     """Refuse a source that a volume of the store has already: two taps would miss each other's writes."""
     for name in volume_names(store):
-        path = store / name / INFO_NAME
-        try:
-            content = RealStorage(path.parent).read_bytes(INFO_NAME, VOLUME_JSON_LIMIT)
-        except OSError as error:
-            raise _unreadable(error, path) from error
-        if _same_file(Path(VolumeInfo.decode(content, str(path)).source), source):
+        if _same_file(Path(volume_info(store, name).source), source):
             raise ExistsError(
                 f"source {source} is already the source of volume {name} in {store}", hint="give another source"
             )

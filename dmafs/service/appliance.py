@@ -74,13 +74,14 @@ class Appliance:
         self._store = store
         self._engines = engines
         self._volumes: dict[str, Volume] = store.volumes
-        self._rules = rules or KeepRules()
+        self.rules = rules or KeepRules()
         self._cloning = trio.Lock()
         self._pinning = trio.Lock()
         self._retaining = trio.Lock()
         self._fruitless_until = self.short_at = -math.inf
         self.schedule: Callable[[], Report | None] = lambda: None
-        """Says what is planned; set by who plans."""
+        """Says what is planned; set by who plans, as what is configured by who has loaded that."""
+        self.configured: Callable[[], Report | None] = lambda: None
         first = next(iter(self._volumes.values()))
         self.started_ns = first.clock()
         self.alarms = Alarms(first.clock)
@@ -351,7 +352,7 @@ class Appliance:
             report |= {"device": engine.device_report(), "loss": engine.loss, "syncing": engine.syncing}
             report |= {"commits": engine.commits, **engine.checking.report()}
             volumes.append(report)
-        daemon: Report = {"pid": os.getpid(), "schedule": self.schedule()}
+        daemon: Report = {"pid": os.getpid(), "schedule": self.schedule(), "configuration": self.configured()}
         return {"daemon": daemon, "alarms": self.alarms.report(), "volumes": volumes}
 
     def points(self) -> Report:
@@ -425,7 +426,7 @@ class Appliance:
     async def thin(self, *, dry_run: bool = False, measured: bool = True) -> Report:
         """Drop the snapshots that no rule keeps; with *dry_run* only say which, *measured* with what they hold."""
         async with self._retaining:
-            thinning = Thinning(self._volumes, self._rules, measured=measured)
+            thinning = Thinning(self._volumes, self.rules, measured=measured)
             if not dry_run:
                 for drops in thinning.rounds():
                     await self._drop(drops)
@@ -455,7 +456,7 @@ class Appliance:
             missing = self._missing(needed)
             if missing <= 0:
                 return
-            shrinking = Shrinking(self._volumes, self._rules, missing + self.reserve // 2)
+            shrinking = Shrinking(self._volumes, self.rules, missing + self.reserve // 2)
             try:
                 for drops in shrinking.steps(spare=self.space().available * 7 // 8):
                     await self._drop(drops)

@@ -100,7 +100,7 @@ class Checking:
         self._engine = engine
         self._volume = engine.volume
         self._name = engine.volume.info.name
-        self._bytes_per_s = bytes_per_s
+        self.bytes_per_s = bytes_per_s
         self._wanted = trio.Event()
         self._losses = 0
         self.current: Check | None = None
@@ -147,7 +147,7 @@ class Checking:
                 f"volume {self._name}: a {self.current.kind if self.current else RESYNC} is under way already",
                 hint="see dmafs status, and try again when it is done",
             )
-        self.current = self._new(kind, self._bytes_per_s if bytes_per_s is None else bytes_per_s)
+        self.current = self._new(kind, self.bytes_per_s if bytes_per_s is None else bytes_per_s)
         self._wanted.set()
         return self.current
 
@@ -169,7 +169,7 @@ class Checking:
 
     async def _end_gap(self) -> None:
         """Resync once; after a failure wait, for the next attempt."""
-        self.current = check = self._new(RESYNC, self._bytes_per_s)
+        self.current = check = self._new(RESYNC, self.bytes_per_s)
         try:
             steps = self._engine.steps(Throttle(check.bytes_per_s))
             primary = self._engine.tap.primary

@@ -29,9 +29,10 @@ from dmafs.core.volume import Volume
 from dmafs.core.work import Work, run
 from dmafs.errors import ControlError, SourceError, StoreBusyError, StoreError, TapError
 from dmafs.service.checking import require_copied, require_source
-from dmafs.service.configuration import Configuration, load_configuration
+from dmafs.service.configuration import Configuration
 from dmafs.service.connection import connected, error_in, error_of, no_answer
 from dmafs.service.devices import local_tap, mapped_volumes
+from dmafs.service.loading import load_configuration
 from dmafs.service.moment import moment_of
 from dmafs.service.report import (
     READ_CHUNK,

@@ -1,29 +1,25 @@
-"""Configuration: ``dmafs.conf`` in the store, TOML, all keys optional; see dmafs.conf(5).
+"""Configuration: what a store's ``dmafs.conf``, and the machine's ``dmafs.toml``, may say; see dmafs.conf(5).
 
-Every limit of the program has a name here (promise 7). One dataclass is one table, the top level is ``Configuration``.
-A field says how its key is written (its ``Kind``), its default as the file would have it, and its minimum; loader and
-man page follow from that. Unknown tables and keys, and values out of range, are errors that name file, table and key.
+Every limit of the program has a name here (promise 7). One dataclass is one table; the top level of a store's file is
+``Configuration``, that of the machine's ``Machine``, where each store has the same keys. A field says how its key is
+written (its ``Kind``), its default as the file would have it, and its minimum; what reads files (``document``), what
+finds them (``loading``), what is loaded again while the daemon runs (``reloading``) and the man page follow from that.
 """
 
 from __future__ import annotations
 
-import math
 import os
-import tomllib
-from collections.abc import Callable, Mapping
-from dataclasses import Field, dataclass, field, fields
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple
 
 from dmafs.core.limits import IndexLimits, SegmentLimits, VolumeLimits
 from dmafs.core.policy import SnapshotSchedule, SyncPolicy
-from dmafs.core.privacy import require_private
 from dmafs.core.retention import KeepRules
-from dmafs.core.store import CONFIGURATION_NAME
+from dmafs.core.store import require_volume_name
 from dmafs.errors import InputError
 from dmafs.units import SECTOR, parse_bytes, parse_duration_s, parse_share, parse_time_of_day
-
-Table = TypeVar("Table")
 
 
 class Kind(NamedTuple):
@@ -77,6 +73,18 @@ def _word(*words: str) -> Callable[[Any], str]:
     return read
 
 
+def _path(value: Any) -> Path:  # noqa: ANN401 - whatever TOML has
+    path = Path(_text(value))
+    if not path.is_absolute():
+        raise InputError(f"path {value!r} is not absolute", hint="begin it with a slash")
+    return path
+
+
+def _volume_name(value: Any) -> str:  # noqa: ANN401 - whatever TOML has
+    require_volume_name(name := _text(value))
+    return name
+
+
 SIZE: Final = Kind(
     "size", "bytes, or a size", lambda value: parse_bytes(value) if type(value) is str else _number(value)
 )
@@ -96,11 +104,21 @@ TIMES: Final = Kind("times", "a list of times of day", _list_of(parse_time_of_da
 PATTERNS: Final = Kind("patterns", "a list of patterns", _list_of(str))
 FULL: Final = Kind("policy", "refuse or gap", _word("refuse", "gap"))
 COMMAND: Final = Kind("command", "a list of a program and its arguments", _list_of(str))
+PATH: Final = Kind("path", "an absolute path", _path)
+NAME: Final = Kind("name", "the name of a volume", _volume_name)
+TAP: Final = Kind("tap", "fuse, dm or log", _word("fuse", "dm", "log"))
 
 
-def setting(kind: Kind, default: Any, *, minimum: float | None = None) -> Any:  # noqa: ANN401 - a field of any type
-    """Return the field of a key; *default* is as in the file, *minimum* in the program's own unit."""
-    return field(default=kind.read(default), metadata={"kind": kind, "default": default, "minimum": minimum})
+def setting(
+    kind: Kind,
+    default: Any,  # noqa: ANN401 - whatever TOML has
+    *,
+    minimum: float | None = None,
+    required: bool = False,
+) -> Any:  # noqa: ANN401 - a field of any type
+    """Return the field of a key; *default* is as in the file or None, *minimum* in the program's own unit."""
+    metadata = {"kind": kind, "default": default, "minimum": minimum, "required": required}
+    return field(default=None if default is None else kind.read(default), metadata=metadata)
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,65 +234,32 @@ class Configuration:
         )
 
 
-def load_configuration(store: Path) -> Configuration:
-    """Return the configuration in a store, or the defaults where there is none.
+@dataclass(frozen=True, slots=True)
+class VolumeTable:
+    """``[[store.volume]]``: a volume that the daemon makes if it isn't there."""
 
-    UnsafeError if others can write it, InputError for anything not right.
-    """
-    path = store / CONFIGURATION_NAME
-    try:
-        require_private(path)
-        content = path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):  # the store itself says what is wrong with its path
-        return Configuration()
-    except OSError as error:
-        raise _unreadable(path, error) from error
-    return parse_configuration(content, path)
+    name: str = setting(NAME, "disk")
+    source: Path = setting(PATH, None, required=True)  # noqa: RUF009 - it is a field
+    tap: str = setting(TAP, "fuse")
+    log: Path | None = setting(PATH, None)  # noqa: RUF009 - it is a field
 
-
-def parse_configuration(content: bytes, path: Path) -> Configuration:
-    """Return what a file's content says; InputError naming *path* for anything not right."""
-    try:
-        values = tomllib.loads(content.decode())
-    except (ValueError, RecursionError) as error:  # neither UTF-8 nor TOML, or deeper than any sense
-        raise _unreadable(path, error) from error
-    return _load(Configuration, values, f"configuration {path}")
+    def __post_init__(self) -> None:
+        """Refuse what can't be meant."""
+        if (self.log is not None) != (self.tap == "log"):
+            raise InputError('tap = "log" and log belong together', hint="give both or none")
 
 
-def _unreadable(path: Path, error: Exception) -> InputError:
-    return InputError(f"configuration {path} can't be read: {error}", hint="see dmafs.conf(5)")
+@dataclass(frozen=True, slots=True)
+class StoreTable(Configuration):
+    """``[[store]]``: a store of the machine, with all that ``dmafs.conf`` may say."""
+
+    path: Path = setting(PATH, None, required=True)  # noqa: RUF009 - it is a field
+    mount: Path | None = setting(PATH, None)  # noqa: RUF009 - it is a field
+    volume: tuple[VolumeTable, ...] = field(default=(), metadata={"tables": VolumeTable})
 
 
-def _load(kind: type[Table], values: Mapping[str, Any], where: str) -> Table:
-    """Return a table made from what the file has; *where* names file and table."""
-    known: dict[str, Field[Any]] = {entry.name: entry for entry in fields(kind)}  # type: ignore[arg-type]  # it is one
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        if key not in known:
-            shown = ", ".join(f"[{name}]" if "table" in entry.metadata else name for name, entry in known.items())
-            raise InputError(f"{where} has an unknown key {key}", hint=f"keys: {shown}")
-        subtable = known[key].metadata.get("table")
-        if subtable is None:
-            found[key] = _checked(known[key], value, where)
-        elif isinstance(value, dict):
-            found[key] = _load(subtable, value, f"{where}, [{key}]")
-        else:
-            raise InputError(f"{where}: {key} = {value!r} is not right", hint=f"it is a table: [{key}]")
-    try:
-        return kind(**found)
-    except InputError as error:
-        raise InputError(f"{where}: {error.message}", hint=error.hint) from error
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """The whole of ``dmafs.toml``."""
 
-
-def _checked(entry: Field[Any], value: Any, where: str) -> Any:  # noqa: ANN401 - of the field's type
-    kind, minimum = entry.metadata["kind"], entry.metadata["minimum"]
-    least = "" if minimum is None else f", at least {minimum:g}"
-    try:
-        read = kind.read(value)
-    except InputError as error:
-        raise InputError(f"{where}: {entry.name}: {error.message}", hint=error.hint) from error
-    except TypeError:
-        read = None
-    if read is None or (minimum is not None and not minimum <= read < math.inf):
-        raise InputError(f"{where}: {entry.name} = {value!r} is not right", hint=f"it is {kind.allowed}{least}")
-    return read
+    store: tuple[StoreTable, ...] = field(default=(), metadata={"tables": StoreTable})

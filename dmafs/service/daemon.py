@@ -1,8 +1,9 @@
 """The daemon: the composition root. Opens the store, mounts the tree, runs engines and control interface.
 
-Order of starting: lock and recovery, privileges dropped, checks, redo onto the primaries, engines, control socket,
-mount, scheduler and keeper. Order of ending, on SIGTERM, SIGINT, SIGHUP or an unmount from outside: scheduler and
-keeper, unmount, control socket, engines' tasks, last flush, clean mark, unlock.
+Order of starting: configuration, volumes that it names and that aren't there, lock and recovery, privileges dropped,
+checks, redo onto the primaries, engines, control socket, mount, scheduler and keeper. Order of ending, on SIGTERM,
+SIGINT or an unmount from outside: scheduler and keeper, unmount, control socket, tasks of engines, flush, clean mark,
+unlock. SIGHUP has the configuration loaded again; a daemon that has a terminal ends then, too, since that is gone.
 """
 
 from __future__ import annotations
@@ -27,15 +28,16 @@ from dmafs.core.storage import boot_id
 from dmafs.core.store import SOCKET_NAME, Store, is_inside, require_apart
 from dmafs.errors import MountError, PlacementError
 from dmafs.service.appliance import Appliance
-from dmafs.service.configuration import Configuration, load_configuration
 from dmafs.service.control import serve_control
 from dmafs.service.datasyncs import Datasyncs
 from dmafs.service.engine import Engine
 from dmafs.service.keeper import Keeper
+from dmafs.service.making import find, make_missing
 from dmafs.service.memory import share_arena
 from dmafs.service.mounting import abort, mount_source, prepare_mount_point, tune
 from dmafs.service.privileges import drop_privileges, needed
 from dmafs.service.progress import show_progress
+from dmafs.service.reloading import Reloading
 from dmafs.service.report import summary_of
 from dmafs.service.scheduler import Scheduler
 from dmafs.service.supervision import Manager, look_up, supervise
@@ -52,13 +54,15 @@ GRACE_S: Final = 5.0
 """How long requests that are under way may take when the daemon ends."""
 
 
-def serve(store_path: Path, mount_point: Path) -> None:
-    """Serve a store at a mount point until SIGTERM, SIGINT, SIGHUP or unmounting."""
+def serve(store_path: Path | None, mount_point: Path | None) -> None:
+    """Serve a store at a mount point until SIGTERM, SIGINT or unmounting; what isn't given is in the machine's file."""
     share_arena()
     faulthandler.enable(2)  # a watchdog's SIGABRT tells where it hangs
     manager = Manager.of(os.environ, os.getpid())
+    store_path, mount_point, loaded = find(store_path, mount_point)
     mount_point = mount_point.resolve()  # by lstat: a dead mount there does no harm
-    configuration = load_configuration(store_path)
+    configuration = loaded.configuration
+    make_missing(loaded)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each segment of a journal is two open files
     store = Store(store_path, limits=configuration.volume_limits())
@@ -67,7 +71,7 @@ def serve(store_path: Path, mount_point: Path) -> None:
         drop_privileges(needed(taps, hooks=bool(configuration.snapshots.before or configuration.snapshots.after)))
         prepare_mount_point(store.path, mount_point)
         _check_sources(store, mount_point)
-        trio.run(_run, store, mount_point, configuration, manager)
+        trio.run(_run, store, mount_point, Reloading(store.path, loaded), manager)
     finally:
         store.close()
 
@@ -83,7 +87,8 @@ def _check_sources(store: Store, mount_point: Path) -> None:
         require_apart(store.path, source)
 
 
-async def _run(store: Store, mount_point: Path, configuration: Configuration, manager: Manager | None) -> None:
+async def _run(store: Store, mount_point: Path, reloading: Reloading, manager: Manager | None) -> None:
+    configuration = reloading.started
     limiter = trio.CapacityLimiter(configuration.threads)
     engines = {}
     with contextlib.ExitStack() as opened:
@@ -92,49 +97,57 @@ async def _run(store: Store, mount_point: Path, configuration: Configuration, ma
             engine.datasyncs = Datasyncs.open()
             if engine.datasyncs is not None:
                 opened.callback(engine.datasyncs.close)
-        await _serve_engines(store, engines, mount_point, configuration, manager)
+        await _serve_engines(store, engines, mount_point, reloading, manager)
 
 
 async def _serve_engines(
-    store: Store,
-    engines: dict[str, Engine],
-    mount_point: Path,
-    configuration: Configuration,
-    manager: Manager | None,
+    store: Store, engines: dict[str, Engine], mount_point: Path, reloading: Reloading, manager: Manager | None
 ) -> None:
     """Recover the engines, serve them, and close them."""
-    with trio.open_signal_receiver(*_ending_signals()) as signals:
+    hung_up = None if _ends_on_hang_up() else reloading.want
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
         async with trio.open_nursery() as nursery:
-            ending = Ending(nursery.cancel_scope.cancel, manager)
+            ending = Ending(nursery.cancel_scope.cancel, manager, hung_up)
             nursery.start_soon(ending.watch, signals)
             try:
                 for name, engine in engines.items():
                     await _recover(name, engine)
-                await _serve_mount(store, engines, mount_point, configuration, ending)
+                await _serve_mount(store, engines, mount_point, ending, reloading)
             finally:
                 for engine in engines.values():
                     await engine.close()
             nursery.cancel_scope.cancel()
 
 
-def _ending_signals() -> list[signal.Signals]:
-    """Return the signals that end the daemon: a hang-up too, unless it was started to ignore that (nohup)."""
-    hang_up = [] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGHUP]
-    return [signal.SIGTERM, signal.SIGINT, *hang_up]
+def _ends_on_hang_up() -> bool:
+    """Say whether SIGHUP tells that the terminal is gone: there is one, and the daemon wasn't started to outlive it."""
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # nohup
+        return False
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY | os.O_CLOEXEC))
+    except OSError:
+        return False
+    return True
 
 
 class Ending:
     """How the daemon is asked to end: once; what that does depends on how far it is. Later signals change nothing."""
 
-    def __init__(self, act: Callable[[], object], manager: Manager | None = None) -> None:
-        """Tell *manager* and do *act* at the first signal."""
+    def __init__(
+        self, act: Callable[[], object], manager: Manager | None, hung_up: Callable[[], object] | None
+    ) -> None:
+        """Tell *manager* and do *act* at the first signal; at SIGHUP *hung_up* if there is one, each time."""
         self.act = act
         self.manager = manager
+        self._hung_up = hung_up
 
     async def watch(self, signals: AsyncIterator[int]) -> None:
         """Take all signals until cancelled."""
         asked = False
         async for number in signals:
+            if number == signal.SIGHUP and self._hung_up is not None:
+                self._hung_up()
+                continue
             log.info("ending on %s", signal.Signals(number).name)
             if not asked:
                 if self.manager is not None:
@@ -152,13 +165,10 @@ async def _recover(name: str, engine: Engine) -> None:
 
 
 async def _serve_mount(
-    store: Store,
-    engines: dict[str, Engine],
-    mount_point: Path,
-    configuration: Configuration,
-    ending: Ending,
+    store: Store, engines: dict[str, Engine], mount_point: Path, ending: Ending, reloading: Reloading
 ) -> None:
     """Run the engines, the control interface and the mount until the mount ends."""
+    configuration = reloading.started
     options = {"default_permissions", f"fsname={mount_source(store.path)}", "subtype=dmafs", "auto_unmount"}
     if configuration.allow_other:
         options.add("allow_other")
@@ -174,7 +184,7 @@ async def _serve_mount(
             "DMAFS_MOUNT": str(mount_point),
         },
     )
-    appliance.schedule = scheduler.report
+    appliance.schedule, appliance.configured = scheduler.report, reloading.report
     async with trio.open_nursery() as nursery:
         for engine in engines.values():
             await nursery.start(engine.run)
@@ -197,6 +207,7 @@ async def _serve_mount(
             nursery.start_soon(_run_until, scheduled, tasks, tree.around, mounted)
             nursery.start_soon(trio.to_thread.run_sync, tune, mount_point)
             nursery.start_soon(show_progress, engines)
+            nursery.start_soon(reloading.run, appliance, engines, scheduler)
             with contextlib.suppress(OSError):  # the terminal may be gone already
                 print(f"dmafs: serving {store.path} at {mount_point}", file=sys.stderr, flush=True)  # noqa: T201
             nursery.start_soon(tree.around.run)

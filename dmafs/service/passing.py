@@ -59,7 +59,7 @@ class PassThroughEngine(LosingEngine):
         super().__init__(volume, tap, tick_s=tick_s, limiter=limiter, resync_rate=resync_rate)
         self.through = tap
         self.synced = tap.primary
-        self._goes_on = goes_on
+        self.goes_on = goes_on
         self._switch: Switch | None = None
         self._lost = trio.Event()
 
@@ -97,7 +97,7 @@ class PassThroughEngine(LosingEngine):
             try:
                 return await self._write(offset, data)
             except StoreFullError as error:
-                if not self._goes_on:
+                if not self.goes_on:
                     raise
                 await self._lose(error)
 

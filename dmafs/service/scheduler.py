@@ -120,6 +120,16 @@ class Scheduler:
                 nursery.start_soon(self._watch, name)
             nursery.start_soon(self._take_snapshots)
 
+    def adjust(self, policy: SyncPolicy, schedule: SnapshotSchedule) -> None:
+        """Go by these from now on. What is past isn't caught up with; a snapshot under way ends as it began."""
+        now = self._clock()
+        if (schedule.every_s, schedule.times) != (self._schedule.every_s, self._schedule.times):
+            self._snapshots.since_ns = max(self._snapshots.since_ns, now)
+        if policy.times != self._policy.times:
+            for agenda in self._syncs.values():
+                agenda.since_ns = max(agenda.since_ns, now)
+        self._policy, self._schedule = policy, schedule
+
     # -- syncs ----------------------------------------------------------------------------------------------------
 
     async def _watch(self, name: str) -> None:
@@ -130,10 +140,9 @@ class Scheduler:
             target = None
             now = self._clock()
             agenda.since_ns = min(agenda.since_ns, now)  # the clock was set back
-            time_came = self._time_of_sync(agenda) <= now
             try:
                 facts = await self._facts(engine, rested=trio.current_time() - space_synced >= SPACE_PAUSE_S)
-                target = plan(facts, self._policy, now, time_came=time_came)
+                target = plan(facts, self._policy, now, time_came=self._time_of_sync(agenda) <= now)
                 if target is not None:
                     await self._sync(name, target)
                     if target.reason == "free space":
@@ -193,18 +202,18 @@ class Scheduler:
             agenda.since_ns = max(agenda.since_ns, now)
 
     async def _take(self, agenda: Agenda) -> None:
-        """Take a snapshot between the hooks."""
-        frozen = False
+        """Take a snapshot between the hooks, those of the schedule that has begun it."""
+        schedule, frozen = self._schedule, False
         try:
-            if self._schedule.before:
-                frozen = await self._hook(self._schedule.before)
+            if schedule.before:
+                frozen = await self._hook(schedule.before)
                 if not frozen:
                     log.warning("the snapshot is taken all the same, but isn't frozen")
             identifier = await self._taker.take_scheduled(frozen=frozen)
         finally:
-            if self._schedule.after:
+            if schedule.after:
                 with trio.CancelScope(shield=True):  # bounded by its time limit
-                    await self._hook(self._schedule.after)
+                    await self._hook(schedule.after)
         log.info("snapshot %s taken by schedule", identifier)
         agenda.note(self._clock(), "schedule", f"{'frozen ' if frozen else ''}snapshot {identifier}")
 

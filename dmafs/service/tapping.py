@@ -57,6 +57,17 @@ def open_engine(volume: Volume, directory: Path, configuration: Configuration, l
             return PastEngine(volume, NoTap(volume), **settings)
 
 
+def adjust_engine(engine: Engine, configuration: Configuration) -> None:
+    """Have a running engine go by another configuration, as far as that can be; see ``reloading``."""
+    engine.tick_s = configuration.tick_s
+    engine.checking.bytes_per_s = configuration.resync.rate
+    engine.volume.clones.allowance.quota = configuration.clone_quota
+    if isinstance(engine, PassThroughEngine):
+        engine.goes_on = configuration.when_full == "gap"
+    if isinstance(engine.tap, LogTap):
+        engine.tap.settle_s = configuration.tick_s
+
+
 async def tap_reports(engines: Mapping[str, Engine], action: str, volume: str | None) -> Report:
     """Attach or detach the mapped devices of all volumes that have one, or of the one named, or only report them."""
     reports = []

@@ -71,7 +71,7 @@ class LogTap(LoggedTap):
         super().__init__(primary, volume.info.size_sectors)
         self._volume = volume
         self._path = Path(volume.info.log)
-        self._settle_s = settle_s
+        self.settle_s = settle_s
         self._clock = clock
         self._checking = threading.Lock()
         """Held while what tells this log from another one is used or changed: never for long."""
@@ -175,7 +175,7 @@ class LogTap(LoggedTap):
         if found is not None and found > (self._counts[-1][1] if self._counts else self._settled):
             self._counts.append((now, found))
             self._known = found
-        while self._counts and self._counts[0][0] + self._settle_s <= now:
+        while self._counts and self._counts[0][0] + self.settle_s <= now:
             self._settled = self._counts.popleft()[1]
 
     def _super(self, log: Log) -> int | None:

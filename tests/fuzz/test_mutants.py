@@ -45,6 +45,7 @@ KINDS: Final[dict[str, tuple[Kind, int]]] = {
     "requests": (texts.requests, 48_000),
     "indexes": (formats.indexes, 80_000),
     "partition tables": (formats.partition_tables, 80_000),
+    "machine files": (texts.machines, 48_000),
 }
 tried: dict[str, int] = {}
 

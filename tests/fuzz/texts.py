@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import re
 import tempfile
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ from urllib.parse import quote
 
 import numpy as np
 import pyfuse3
+import pytest
 import trio
 
 from dmafs.core.moments import Volumes, clone_group, require_clone, require_mark, snapshot_group
@@ -20,9 +22,12 @@ from dmafs.core.store import Store, create_volume
 from dmafs.core.work import run
 from dmafs.errors import CheckBusyError, InputError, NoSuchPointError, NotFoundError
 from dmafs.service.appliance import Appliance
-from dmafs.service.configuration import Configuration, parse_configuration
+from dmafs.service.configuration import Configuration
 from dmafs.service.control import application
 from dmafs.service.devices import mapped_volumes
+from dmafs.service.document import Document
+from dmafs.service.lines import Place
+from dmafs.service.loading import machine_of
 from dmafs.service.report import diff_of, image_at, volume_of
 from dmafs.tree.backend import Backend
 from dmafs.tree.guard import text_of
@@ -227,25 +232,104 @@ TOML_WORDS: Final = [
 
 
 def configurations(rng: Rng, count: int) -> None:
-    """A configuration whose values are in range, or a refusal that names the file."""
+    """A configuration whose values are in range, or a refusal that names the file and the line."""
     path = Path("/it/dmafs.conf")
     lines = CONFIGURATION.splitlines(keepends=True)
     parts = [CONFIGURATION, *lines, "".join(lines[:5]), "".join(lines[5:11]), "".join(lines[11:15]), ""]
-    assert parse_configuration(b"", path) == Configuration()
+    assert Document(b"", path).table(Configuration) == Configuration()
     for mutant in text_mutants(seeded(rng), parts, count, words=TOML_WORDS):
-        try:
-            found = parse_configuration(mutant.encode(errors="surrogatepass"), path)
-        except InputError as error:
-            assert error.message.startswith("configuration /it/dmafs.conf"), shown(mutant)
-            assert error.hint, shown(mutant)
-        else:
-            assert found.segment_size >= 1 << 20, shown(mutant)
-            assert 0.01 <= found.tick_s < float("inf"), shown(mutant)
-            assert found.threads >= 2, shown(mutant)
-            assert all(type(word) is str and "\0" not in word for word in found.snapshots.before), shown(mutant)
-            found.volume_limits()
-            found.sync.policy()
-            found.snapshots.schedule()
+        document = Document(mutant.encode(errors="surrogatepass"), path)
+        found = document.table(Configuration)
+        if _is_right(document, mutant):
+            _in_range(found, mutant)
+
+
+def _is_right(document: Document, text: str) -> bool:
+    """Say whether a document has no mistakes; check that each has what it needs, and that lines are those of keys."""
+    for problem in document.problems:
+        assert document.message(problem).startswith(f"configuration {document.path}"), shown(text)
+        assert problem.hint, shown(text)
+        assert 0 <= problem.line <= text.count("\n") + 1, shown(text)
+        assert problem.line or problem.text.startswith("no TOML"), shown((text, problem))
+    _check_lines(document, text.split("\n"), document.values, ())
+    if document.problems:
+        with pytest.raises(InputError, match=re.escape(str(document.path))):
+            document.finish()
+    else:
+        document.finish()
+    return not document.problems
+
+
+def _check_lines(document: Document, lines: list[str], values: dict[str, Any], place: Place) -> None:
+    """Look for each plain key of a table in the line that it is said to be in."""
+    for key, value in values.items():
+        inner = (*place, key)
+        line = document.line(inner)
+        assert line, shown((lines, inner))
+        if inner in document.lines and re.fullmatch("[A-Za-z0-9_-]+", key):
+            assert key in lines[line - 1], shown((lines, inner, line))
+        if isinstance(value, dict):
+            _check_lines(document, lines, value, inner)
+        elif isinstance(value, list) and (*inner, 0) in document.lines:
+            for number, each in enumerate(value):
+                _check_lines(document, lines, each, (*inner, number))
+
+
+def _in_range(found: Configuration, mutant: str) -> None:
+    assert found.segment_size >= 1 << 20, shown(mutant)
+    assert 0.01 <= found.tick_s < float("inf"), shown(mutant)
+    assert found.threads >= 2, shown(mutant)
+    assert all(type(word) is str and "\0" not in word for word in found.snapshots.before), shown(mutant)
+    found.volume_limits()
+    found.sync.policy()
+    found.snapshots.schedule()
+
+
+BELOW_STORE: Final = CONFIGURATION.replace("\n[", "\n[store.")
+MACHINE: Final = f"""# of this machine
+[[store]]
+path = "/backup/store"
+mount = "/mnt/dmafs"
+{BELOW_STORE}
+[[store.volume]]
+name = "disk"
+source = "/dev/sdb"
+tap = "dm"
+[[store.volume]]
+name = "guest"
+source = "/vm/disk.img"
+tap = "log"
+log = "/vm/disk.log"
+[[store]]
+path = "/backup/other"
+"""
+MACHINE_WORDS: Final = [
+    *TOML_WORDS,
+    *("[[store]]\n", "[store.sync]\n", "[[store.volume]]\n", "[store]\n", 'path = "/x"\n', 'name = "y"\n', "store."),
+    *('tap = "fuse"\n', 'source = "/dev/sdb"\n', '"/"', '"."', "[[store.sync]]\n", '"""', "\\", "\r\n", "'"),
+]
+
+
+def machines(rng: Rng, count: int) -> None:
+    """The machine's file: stores and volumes with all that they need, each once, or a refusal as of a store's file."""
+    lines = MACHINE.splitlines(keepends=True)
+    parts = [MACHINE, *lines, "".join(lines[:4]), "".join(lines[:12]), "".join(lines[-12:]), ""]
+    good = Document(MACHINE.encode(), Path("/it/dmafs.toml"))
+    assert len(machine_of(good).store) == 2
+    assert _is_right(good, MACHINE)
+    for mutant in text_mutants(seeded(rng), parts, count, words=MACHINE_WORDS):
+        document = Document(mutant.encode(errors="surrogatepass"), Path("/it/dmafs.toml"))
+        machine = machine_of(document)
+        if not _is_right(document, mutant):
+            continue
+        assert len({entry.path for entry in machine.store}) == len(machine.store), shown(mutant)
+        for entry in machine.store:
+            _in_range(entry, mutant)
+            assert entry.path.is_absolute(), shown(mutant)
+            assert len({volume.name for volume in entry.volume}) == len(entry.volume), shown(mutant)
+            for volume in entry.volume:
+                assert volume.source.is_absolute(), shown(mutant)
+                assert (volume.log is None) == (volume.tap != "log"), shown(mutant)
 
 
 # --- requests

@@ -36,10 +36,13 @@ from dmafs.core.segment import BATCH_BYTES
 from dmafs.core.store import CONFIGURATION_NAME, SOCKET_NAME, VOLUMES_MAX
 from dmafs.core.verify import EXTENTS_MAX, PART_SECTORS
 from dmafs.errors import DmafsError
-from dmafs.service.configuration import DURATION, SIZE, Configuration, load_configuration
+from dmafs.service.configuration import DURATION, SIZE, Configuration, StoreTable, VolumeTable
 from dmafs.service.daemon import FUSE_TASKS
+from dmafs.service.document import Document
 from dmafs.service.following import TICKS_MAX
+from dmafs.service.loading import MACHINE_FILE, machine_of
 from dmafs.service.mounting import MAX_BACKGROUND
+from dmafs.service.reloading import OF_THE_MACHINE, RESTART
 from dmafs.taps import logreader
 from dmafs.tree.around import AREA, AREAS_MAX, WISHES_MAX
 from dmafs.tree.operations import HANDLES_MAX
@@ -219,8 +222,8 @@ def test_exit_statuses_are_the_errors() -> None:
 
 def test_files_have_the_programs_names() -> None:
     """The files named are those that the program uses."""
-    files = set(re.findall(r"^\.It Pa STORE/(\S+)$", part(page("dmafs.1"), "FILES"), re.MULTILINE))
-    assert files == {CONFIGURATION_NAME, SOCKET_NAME, "VOLUME/"}
+    files = set(re.findall(r"^\.It Pa (\S+)$", part(page("dmafs.1"), "FILES"), re.MULTILINE))
+    assert files == {str(MACHINE_FILE), *(f"STORE/{name}" for name in (CONFIGURATION_NAME, SOCKET_NAME, "VOLUME/"))}
 
 
 def spellings() -> list[str]:
@@ -253,6 +256,12 @@ TABLE_FIELDS = {
         for field in dataclasses.fields(Configuration)
         if "table" in field.metadata
     },
+    "[[store]]": [
+        field
+        for field in dataclasses.fields(StoreTable)
+        if field.name not in {known.name for known in dataclasses.fields(Configuration)} and "kind" in field.metadata
+    ],
+    "[[store.volume]]": dataclasses.fields(VolumeTable),
 }
 
 
@@ -261,7 +270,9 @@ def shown_default(field: dataclasses.Field[object]) -> str:
     default = field.metadata["default"]
     if field.metadata["kind"] is SIZE:
         return format_bytes(SIZE.read(default))
-    return "none" if default == [] else str(default).lower()
+    if field.metadata["required"]:
+        return "required"
+    return "none" if default in ([], None) else str(default).lower()
 
 
 def shown_minimum(field: dataclasses.Field[object]) -> str:
@@ -295,13 +306,32 @@ def test_units_are_the_configurations() -> None:
     assert set(explained) == units - {"number"}
 
 
-@pytest.mark.parametrize(
-    "text", ["\n".join(literals(page("dmafs.conf.5"))), re.findall(r"```toml\n(.*?)```", README, re.DOTALL)[0]]
-)
-def test_example_configurations_are_right(text: str, tmp_path: Path) -> None:
-    """The examples are files that the program takes, and change something."""
-    (tmp_path / CONFIGURATION_NAME).write_text(text)
-    assert load_configuration(tmp_path) != Configuration()
+def examples() -> list[str]:
+    """Return the configurations in page and README; their pages' own begin with a table, or a comment, or a key."""
+    displays = re.findall(r"^\.Bd -literal.*?\n(.*?)^\.Ed", page("dmafs.conf.5"), re.MULTILINE | re.DOTALL)
+    return [*map(plain, displays), *re.findall(r"```toml\n(.*?)```", README, re.DOTALL)]
+
+
+@pytest.mark.parametrize("text", examples())
+def test_example_configurations_are_right(text: str) -> None:
+    """The examples are files that the program takes, and change something; some of each kind."""
+    document = Document(text.encode(), Path("/example"))
+    if "store" in document.values:
+        assert machine_of(document).store
+    else:
+        assert document.table(Configuration) != Configuration()
+    document.finish()
+
+
+def test_there_are_examples_of_both_files() -> None:
+    """In the page and in the README."""
+    assert ["[[store]]" in text for text in examples()] == [False, True, False, True]
+
+
+def test_what_needs_a_restart_is_the_programs() -> None:
+    """The page names each such key, in the program's order, and no other."""
+    named = re.findall(r"^\.Ic (\w+)", part(page("dmafs.conf.5"), "LOADING IT AGAIN"), re.MULTILINE)
+    assert named == [*RESTART, *OF_THE_MACHINE]
 
 
 def test_example_values_are_understood() -> None:

@@ -51,15 +51,6 @@ def test_further_signals_change_nothing(rig: Rig) -> None:
     restarted_clean(rig)
 
 
-def test_a_hang_up_ends_it_like_any_other_signal(rig: Rig) -> None:
-    """Logging out doesn't kill the daemon before its last flush."""
-    rig.create(size=SIZE)
-    rig.start()
-    pwrite(rig.tap(), b"not flushed".ljust(4096), MIB)
-    rig.stop(signal.SIGHUP)
-    restarted_clean(rig)
-
-
 def test_a_closed_terminal_is_no_end(rig: Rig) -> None:
     """The terminal on which the progress bar was shown may go; the disk stays."""
     rig.create(size=256 * MIB, content=os.urandom(256 * MIB))

@@ -258,8 +258,7 @@ def test_command_tells_of_the_configuration_too(store: Path, capsys: pytest.Capt
     (store / "dmafs.conf").write_text("wrong = 1")
     assert main(["check", str(store)]) == CorruptionError.exit_code
     assert (
-        f"configuration {store}/dmafs.conf has an unknown key wrong\n            remedy: keys: "
-        in capsys.readouterr().out
+        f"configuration {store}/dmafs.conf:1: unknown key wrong\n            remedy: keys: " in capsys.readouterr().out
     )
 
 

@@ -259,7 +259,7 @@ async def test_the_alarm_is_logged_once_until_it_has_cleared(
     """It stays on for a time and until there is twice the reserve; it is logged when it begins and gets worse."""
     monkeypatch.setattr(appliances, "FRUITLESS_S", 0.0)
     keeper = Keeper(bench.appliance)
-    bench.appliance._rules = KeepRules(named=False, minimum=1)
+    bench.appliance.rules = KeepRules(named=False, minimum=1)
     await fill_with(bench, "one", "two", "three", "four", "five")
 
     def logged() -> list[str]:

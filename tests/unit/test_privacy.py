@@ -13,7 +13,7 @@ from dmafs.core.privacy import require_private
 from dmafs.core.store import CONFIGURATION_NAME, Store, create_volume
 from dmafs.errors import UnsafeError
 from dmafs.service.client import session
-from dmafs.service.configuration import load_configuration
+from dmafs.service.loading import load_configuration
 
 
 @pytest.fixture

@@ -354,3 +354,51 @@ async def test_policies_do_not_see_each_other(autojump_clock: MockClock) -> None
     await rig.run(DAY)
     targets = [target for _, target in rig.disks["a"].synced]
     assert targets == sorted(set(targets))
+
+
+# --- another configuration while it runs
+
+
+async def adjusted(rig: Rig, policy: SyncPolicy, schedule: SnapshotSchedule, *, after_s: float, run_s: float) -> None:
+    """Run, and have the scheduler go by something else after a while."""
+
+    async def change() -> None:
+        await trio.sleep(after_s)
+        rig.scheduler.adjust(policy, schedule)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(change)
+        await rig.run(run_s)
+
+
+@pytest.mark.usefixtures("days")
+async def test_another_schedule_holds_at_once_and_catches_up_with_nothing(autojump_clock: MockClock) -> None:
+    """Without snapshots for hours, the first one is the next full hour; then with none again there is none."""
+    rig = Rig(autojump_clock)
+    await adjusted(rig, NEVER, SnapshotSchedule(every_s=HOUR), after_s=5 * HOUR, run_s=7.5 * HOUR)
+    assert [text[:8] for text in rig.taker.taken] == ["28 18:00", "28 19:00", "28 20:00"]
+    await adjusted(rig, NEVER, NO_SNAPSHOTS, after_s=HOUR, run_s=5 * HOUR)
+    assert [text[:8] for text in rig.taker.taken[3:]] == ["28 21:00"]
+    assert rig.scheduler.report()["snapshots"]["next"] is None
+
+
+@pytest.mark.usefixtures("days")
+async def test_another_policy_holds_at_once_and_catches_up_with_nothing(autojump_clock: MockClock) -> None:
+    """A time of day that has passed comes tomorrow; an age holds for what is there already."""
+    rig = Rig(autojump_clock)
+    by_day = SyncPolicy(age_s=0, exact_s=0, free=0, times=(15 * HOUR,))  # local time; it is 14:34 now
+    await adjusted(rig, by_day, NO_SNAPSHOTS, after_s=HOUR, run_s=12 * HOUR)
+    assert rig.disks["a"].synced == []
+    await adjusted(rig, SyncPolicy(age_s=HOUR, exact_s=0, free=0), NO_SNAPSHOTS, after_s=HOUR, run_s=1.5 * HOUR)
+    assert rig.disks["a"].synced
+
+
+async def test_a_snapshot_ends_with_the_hooks_it_has_begun_with(autojump_clock: MockClock) -> None:
+    """What was frozen is thawed by the hook that belongs to it, though there are others meanwhile."""
+    old = SnapshotSchedule(every_s=HOUR, before=("freeze",), after=("thaw",))
+    new = SnapshotSchedule(every_s=HOUR, before=("lock",), after=("unlock",))
+    rig = Rig(autojump_clock, schedule=old)  # at 12:34:56; a hook takes 3 seconds
+    await adjusted(rig, NEVER, new, after_s=25 * 60 + 6, run_s=HOUR)
+    assert rig.taker.log == ["freeze", "frozen", "thaw"]
+    await rig.run(HOUR)
+    assert rig.taker.log[3:] == ["lock", "frozen", "unlock"]

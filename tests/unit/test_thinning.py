@@ -14,7 +14,7 @@ from dmafs.core.sync import sync
 from dmafs.core.volume import Volume
 from dmafs.core.work import run
 from dmafs.errors import InputError
-from dmafs.service.configuration import load_configuration
+from dmafs.service.loading import load_configuration
 from dmafs.service.thinning import Drops, Shrinking, Thinning, held_of
 from tests.unit.tools import Ticking, copied_volume, fill
 
