@@ -307,7 +307,7 @@ def test_units_are_the_configurations() -> None:
 
 
 def examples() -> list[str]:
-    """Return the configurations in page and README; their pages' own begin with a table, or a comment, or a key."""
+    """Return the configurations that page and README show."""
     displays = re.findall(r"^\.Bd -literal.*?\n(.*?)^\.Ed", page("dmafs.conf.5"), re.MULTILINE | re.DOTALL)
     return [*map(plain, displays), *re.findall(r"```toml\n(.*?)```", README, re.DOTALL)]
 
