@@ -170,10 +170,10 @@ def unmount(directory: Path) -> Report:
 def _loop_of(mount: Mount) -> tuple[int, Path]:
     """Return the number of the loop device that a mount of ours is of, and its file; MountError if it isn't ours."""
     for number in mount.devices():
-        backing = loopdev.backing(number)
-        if backing is None:
+        path = loopdev.backing_path(number)
+        if path is None:
             continue
-        file = Path(backing.path.removesuffix(" (deleted)"))
+        file = Path(path.removesuffix(" (deleted)"))
         folder, name = (["", "", "", *file.parts])[-3:-1]
         if (folder == "clones" and CLONE.fullmatch(name)) or (folder == "at" and parse_canonical(name) is not None):
             return number, file
@@ -183,8 +183,8 @@ def _loop_of(mount: Mount) -> tuple[int, Path]:
 
 
 def _is_backing(number: int, file: Path) -> bool:
-    backing = loopdev.backing(number)
-    return backing is not None and Path(backing.path.removesuffix(" (deleted)")) == file
+    path = loopdev.backing_path(number)
+    return path is not None and Path(path.removesuffix(" (deleted)")) == file
 
 
 def _tree_of_file(file: Path) -> Path | None:

@@ -133,13 +133,20 @@ def _set_scheduler(made: Loop) -> None:
 
 def backing(number: int) -> Backing | None:
     """Return the file behind the loop device of that number; None if it is no loop device, or has no file."""
-    folder = _sysfs(number)
+    name = backing_path(number)
     try:
-        name = os.fsdecode((folder / "loop" / "backing_file").read_bytes()).removesuffix("\n")
-        info = _INFO.unpack(_ioctl(folder, _GET_STATUS, bytes(_INFO.size)))
+        info = _INFO.unpack(_ioctl(_sysfs(number), _GET_STATUS, bytes(_INFO.size)))
     except OSError:
         return None  # also when it is detached meanwhile
-    return Backing(name, info[0], info[1])
+    return None if name is None else Backing(name, info[0], info[1])
+
+
+def backing_path(number: int) -> str | None:
+    """Return that file's path as the kernel tells it, without asking who serves the file: that may be a dead mount."""
+    try:
+        return os.fsdecode((_sysfs(number) / "loop" / "backing_file").read_bytes()).removesuffix("\n")
+    except OSError:
+        return None
 
 
 def detach(number: int) -> None:
