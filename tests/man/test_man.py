@@ -32,7 +32,7 @@ from dmafs.core.layers import STACK_WARM
 from dmafs.core.moments import LATEST
 from dmafs.core.partitions import PARTITIONS_MAX
 from dmafs.core.scrub import DAMAGE_MAX, STEP_BYTES
-from dmafs.core.segment import BATCH_BYTES
+from dmafs.core.segment import BATCH_BYTES, DATA_AHEAD, RECORDS_AHEAD
 from dmafs.core.store import CONFIGURATION_NAME, SOCKET_NAME, VOLUMES_MAX
 from dmafs.core.verify import EXTENTS_MAX, PART_SECTORS
 from dmafs.errors import DmafsError
@@ -364,6 +364,8 @@ def test_bounds_are_the_programs() -> None:
         "read-around, areas remembered": AREAS_MAX,
         "read-around, windows that wait": WISHES_MAX,
         "read-around, one window": format_bytes(AREA),
+        "zeros ahead, of data": format_bytes(DATA_AHEAD),
+        "zeros ahead, of records": format_bytes(RECORDS_AHEAD),
         "a step of a sync or drop": format_bytes(BATCH_BYTES),
         "a step of the first copy": format_bytes(CHUNK_SECTORS * SECTOR),
         "a step of a verify": format_bytes(PART_SECTORS * SECTOR),
