@@ -17,7 +17,6 @@ import fcntl
 import os
 import re
 import secrets
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from dmafs.service.client import Session
 from dmafs.service.extraction import Range, close, open_in
 from dmafs.service.holders import SHOWN_MAX, holders
 from dmafs.service.mounting import FILESYSTEM_TYPE, tree_of
-from dmafs.service.probing import Content, find, needs_recovery
+from dmafs.service.probing import Content, find, needs_recovery, run
 from dmafs.service.report import Report
 from dmafs.taps import loopdev
 from dmafs.units import parse_canonical
@@ -135,7 +134,7 @@ def _options(content: Content, further: str, *, writable: bool, cloned: bool) ->
 
 
 def _mount(kind: str, options: str, node: Path, directory: Path) -> None:
-    done = _run("mount", "-t", kind, "-o", options, "--", str(node), str(directory))
+    done = run("mount", "-t", kind, "-o", options, "--", str(node), str(directory))
     if done.returncode:
         said = done.stderr.strip().splitlines() or [f"mount ended with {done.returncode}"]
         raise MountError(
@@ -199,7 +198,7 @@ def _tree_of_file(file: Path) -> Path | None:
 
 def _unmount(directory: Path) -> None:
     deadline = time.monotonic() + _BUSY_S
-    while (done := _run("umount", "--", str(directory))).returncode:
+    while (done := run("umount", "--", str(directory))).returncode:
         if "busy" not in done.stderr:
             raise MountError(f"{directory} can't be unmounted: {done.stderr.strip()}", hint="look at dmesg")
         found = holders(directory)
@@ -264,11 +263,3 @@ def require_tree(store: Path) -> Path:
             f"the tree of store {store} can't be reached from here", hint="serve it: dmafs serve STORE MOUNTPOINT"
         )
     return tree
-
-
-def _run(*command: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "LC_ALL": "C"}
-    try:
-        return subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, env=environment)
-    except FileNotFoundError as error:
-        raise MountError(f"{command[0]} is missing", hint="install the packages mount and util-linux") from error

@@ -6,13 +6,14 @@ import os
 import struct
 import subprocess
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
+from dmafs.core.partitions import Partition, find_partitions
 from dmafs.errors import InputError, MountError
-from dmafs.units import SECTOR, format_bytes
+from dmafs.units import format_bytes
 
-_EXTENDED: Final = {"0x5", "0xf", "0x85"}  # partitions that hold partitions
 _SUPERBLOCK: Final = 1024  # of ext2, ext3 and ext4, and where fields are in it
 _MAGIC: Final = (0x38, 0xEF53)
 _INCOMPATIBLE: Final = 0x60
@@ -23,23 +24,13 @@ _NOTHING: Final = 2
 
 @dataclass(frozen=True)
 class Content:
-    """What a range of an image holds: a file system's type and UUID, or the type of a partition table, or nothing."""
+    """What a range of an image holds: the type and UUID of a file system or of something else, or nothing."""
 
     offset: int
     length: int
     type: str = ""
     usage: str = ""
     uuid: str = ""
-    table: str = ""
-
-
-@dataclass(frozen=True)
-class Partition:
-    """A partition, in bytes."""
-
-    number: int
-    offset: int
-    length: int
 
 
 def find(image: Path, size: int, number: int | None) -> tuple[Content, int | None]:
@@ -51,7 +42,7 @@ def find(image: Path, size: int, number: int | None) -> tuple[Content, int | Non
     whole = probe(image, 0, size)
     if whole.type and number is None:
         return _mountable(whole, "the image"), None
-    parts = partitions(image) if whole.table else []
+    parts = partitions(image, size)
     if not parts:
         if number is not None:
             raise InputError(f"the image has no partition {number}: it has none", hint="leave --partition out")
@@ -62,7 +53,7 @@ def find(image: Path, size: int, number: int | None) -> tuple[Content, int | Non
         what = "several partitions" if number is None else f"no partition {number}"
         raise InputError(f"the image has {what}: {listed}", hint="choose one with --partition N")
     [part] = chosen
-    content = probe(image, part.offset, part.length)
+    content = probe(image, part.start, part.length)
     return _mountable(content, f"partition {part.number}"), part.number
 
 
@@ -78,14 +69,14 @@ def _mountable(content: Content, where: str) -> Content:
 
 
 def _described(image: Path, part: Partition) -> str:
-    kind = probe(image, part.offset, part.length).type or "unknown"
+    kind = probe(image, part.start, part.length).type or "unknown"
     return f"{part.number} ({kind}, {format_bytes(part.length)})"
 
 
 def probe(image: Path, offset: int, length: int) -> Content:
     """Return what is on a range of an image."""
     area = ["--offset", str(offset), "--size", str(length)]
-    done = _run("blkid", "-p", "-o", "export", *area, str(image))
+    done = run("blkid", "-p", "-o", "export", *area, str(image))
     if done.returncode == _AMBIVALENT:
         raise MountError(
             f"signatures of several file systems are on {image} at {offset}", hint="mount it by hand: mount -t TYPE"
@@ -93,29 +84,17 @@ def probe(image: Path, offset: int, length: int) -> Content:
     if done.returncode not in {0, _NOTHING}:
         raise MountError(f"{image} can't be looked at: {done.stderr.strip()}", hint="look at the daemon's log")
     found = dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
-    get = found.get
-    return Content(offset, length, get("TYPE", ""), get("USAGE", ""), get("UUID", ""), get("PTTYPE", ""))
+    return Content(offset, length, found.get("TYPE", ""), found.get("USAGE", ""), found.get("UUID", ""))
 
 
-def partitions(image: Path) -> list[Partition]:
-    """Return the partitions on an image, but for those that only hold others."""
-    done = _run("partx", "--raw", "--noheadings", "--output", "NR,START,SECTORS,TYPE", str(image))
-    found = []
-    for line in done.stdout.splitlines():
-        number, start, sectors, *kind = line.split()
-        if kind[:1] and kind[0] in _EXTENDED:
-            continue
-        found.append(Partition(int(number), int(start) * SECTOR, int(sectors) * SECTOR))
-    return found
+def partitions(image: Path, size: int) -> list[Partition]:
+    """Return the partitions on an image of *size* bytes, but for those that only hold others."""
+    return find_partitions(partial(_read, image), size)
 
 
 def needs_recovery(image: Path, offset: int) -> bool:
     """Say whether the journal of an ext2, ext3 or ext4 file system wants a replay."""
-    fd = os.open(image, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        block = os.pread(fd, 1024, offset + _SUPERBLOCK)
-    finally:
-        os.close(fd)
+    block = _read(image, offset + _SUPERBLOCK, 1024)
     place, magic = _MAGIC
     if struct.unpack_from("<H", block, place)[0] != magic:
         raise MountError(
@@ -124,8 +103,20 @@ def needs_recovery(image: Path, offset: int) -> bool:
     return bool(struct.unpack_from("<I", block, _INCOMPATIBLE)[0] & _NEEDS_RECOVERY)
 
 
-def _run(*command: str) -> subprocess.CompletedProcess[str]:
+def _read(image: Path, offset: int, length: int) -> bytes:
     try:
-        return subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+        with image.open("rb", buffering=0) as file:
+            return os.pread(file.fileno(), length, offset)
+    except OSError as error:
+        raise MountError(
+            f"{image} can't be looked at: {(error.strerror or '').lower()}", hint="look at the daemon's log"
+        ) from error
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    """Run a program of util-linux, which speaks English then; MountError if it is missing."""
+    environment = {**os.environ, "LC_ALL": "C"}
+    try:
+        return subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, env=environment)
     except FileNotFoundError as error:
-        raise MountError(f"{command[0]} is missing", hint="install util-linux") from error
+        raise MountError(f"{command[0]} is missing", hint="install the packages mount and util-linux") from error

@@ -105,7 +105,7 @@ def disk(path: Path, *entries: tuple[int, int, int]) -> Path:
 def test_partitions_are_found(tmp_path: Path) -> None:
     """In bytes; what only holds others is none."""
     path = disk(tmp_path / "disk", (0x83, 2048, 4096), (0x5, 8192, 4096), (0x83, 12288, 2048))
-    assert [(one.number, one.offset, one.length) for one in partitions(path)] == [
+    assert [(one.number, one.start, one.length) for one in partitions(path, 8 * MIB)] == [
         (1, 2048 * 512, 4096 * 512),
         (3, 12288 * 512, 2048 * 512),
     ]
