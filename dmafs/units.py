@@ -132,15 +132,19 @@ def parse_duration_s(text: str) -> int:
     return seconds
 
 
+def greatest_units(seconds: int) -> list[tuple[int, str]]:
+    """Return a duration as counts of its greatest unit and the one below, rounded down, without those that are 0."""
+    found: list[tuple[int, str]] = []
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
+        count, seconds = divmod(seconds, length)
+        if count or found:
+            found.append((count, unit))
+    return [(count, unit) for count, unit in found[:2] if count]
+
+
 def format_span(seconds: float) -> str:
     """Return a duration for humans, in its two greatest units, rounded down: ``3d4h``, ``2min5s``, ``0s``."""
-    left = int(seconds)
-    words: list[str] = []
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
-        count, left = divmod(left, length)
-        if count or words:
-            words.append(f"{count}{unit}" if count else "")
-    return "".join(words[:2]) or "0s"
+    return "".join(f"{count}{unit}" for count, unit in greatest_units(int(seconds))) or "0s"
 
 
 def parse_share(text: str) -> float:

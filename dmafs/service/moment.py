@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Final
-
 from dmafs.core.moments import Volumes, canonical, time_meant
 from dmafs.core.points import consistency, seq_at
 from dmafs.core.volume import Volume
 from dmafs.errors import NoSuchPointError
 from dmafs.service.report import Report, point, volume_of
-from dmafs.units import SECTOR, format_rfc3339, format_time
-
-_UNITS: Final = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
+from dmafs.units import SECTOR, format_rfc3339, format_time, greatest_units
 
 
 def moment_of(volumes: Volumes, text: str, name: str | None = None) -> Report:
@@ -107,10 +103,4 @@ def span(ns: int) -> str:
     for size, unit, below in ((1, "ns", 10**3), (10**3, "us", 10**6), (10**6, "ms", 10**9), (10**9, "s", 60 * 10**9)):
         if ns < below:
             return f"{ns} {unit}" if size == 1 else f"{ns / size:.1f} {unit}"
-    seconds = ns // 10**9
-    for place, (size, unit) in enumerate(_UNITS):
-        if seconds >= size:
-            smaller, name = _UNITS[place + 1]
-            rest = seconds % size // smaller
-            return f"{seconds // size} {unit}" + (f" {rest} {name}" if rest else "")
-    raise AssertionError(ns)
+    return " ".join(f"{count} {unit}" for count, unit in greatest_units(ns // 10**9))
