@@ -19,6 +19,7 @@ from typing import Final
 
 import numpy as np
 
+from dmafs.core.storage import RealFile, RealStorage
 from dmafs.core.store import is_inside
 from dmafs.errors import ControlError, CorruptionError, DmafsError, ExistsError, InputError, PlacementError
 from dmafs.service.client import Session, Show
@@ -150,7 +151,11 @@ def _check_device(path: Path, info: os.stat_result, length: int, *, force: bool)
     if not stat.S_ISBLK(info.st_mode):
         kind = "a directory" if stat.S_ISDIR(info.st_mode) else "neither a file nor a block device"
         raise InputError(f"{path} is {kind}", hint="give a file, a block device, or - for standard output")
-    size = _device_size(path)
+    try:
+        with contextlib.closing(_opened(path, os.O_RDONLY)) as device:
+            size = device.size()
+    except OSError as error:
+        raise _unwritable(path, error) from error
     if size < length:
         raise InputError(f"device {path} has {size} bytes, less than {length}", hint="give a larger one")
     if not force:
@@ -174,17 +179,14 @@ def to_file(path: Path, wanted: Range, parts: Iterator[bytes], show: Show, *, fo
     """
     temporary = path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}.part")
     try:
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            os.ftruncate(fd, wanted.length)
-            data = _write_sparse(fd, parts, wanted.length, show)
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        with contextlib.closing(_opened(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)) as file:
+            file.truncate(wanted.length)
+            data = _write_sparse(file, parts, wanted.length, show)
+            file.datasync()
         if path.exists() and not force:
             raise _there(path)  # it came meanwhile
         temporary.replace(path)
-        _sync_directory(path.parent)
+        RealStorage(path.parent).sync_directory(".")
     except OSError as error:
         raise _unwritable(path, error) from error
     finally:
@@ -197,27 +199,28 @@ def to_device(path: Path, wanted: Range, parts: Iterator[bytes], show: Show) -> 
     """Write onto a block device that nobody else has, zeros too; return how much that was."""
     done = 0
     try:
-        fd = os.open(path, os.O_WRONLY | os.O_EXCL | os.O_CLOEXEC)
-        try:
+        with contextlib.closing(_opened(path, os.O_WRONLY | os.O_EXCL)) as file:
             for part in parts:
-                _write_all(fd, memoryview(part), done)
+                file.write([part], done)
                 done += len(part)
                 show(done, wanted.length)
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+            file.datasync()
     except OSError as error:
         raise _unwritable(path, error) from error
     return done
 
 
-def _write_sparse(fd: int, parts: Iterator[bytes], length: int, show: Show) -> int:
+def _opened(path: Path, flags: int) -> RealFile:
+    return RealFile(os.open(path, flags | os.O_CLOEXEC, 0o600), str(path))
+
+
+def _write_sparse(file: RealFile, parts: Iterator[bytes], length: int, show: Show) -> int:
     """Write what isn't zero into a file of zeros; return how much that was."""
     done = data = 0
     for part in parts:
         if part != _ZEROS[: len(part)]:
             for begin, end in _runs(part):
-                _write_all(fd, memoryview(part)[begin:end], done + begin)
+                file.write([memoryview(part)[begin:end]], done + begin)
                 data += end - begin
         done += len(part)
         show(done, length)
@@ -231,31 +234,6 @@ def _runs(part: bytes) -> list[tuple[int, int]]:
     tail = any(part[whole * BLOCK :])
     edges = np.flatnonzero(np.diff(np.concatenate([[False], blocks, [tail], [False]])))
     return [(int(begin) * BLOCK, min(int(end) * BLOCK, len(part))) for begin, end in edges.reshape(-1, 2)]
-
-
-def _write_all(fd: int, data: memoryview, offset: int) -> None:
-    while data:
-        written = os.pwrite(fd, data, offset)
-        data, offset = data[written:], offset + written
-
-
-def _device_size(path: Path) -> int:
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            return os.lseek(fd, 0, os.SEEK_END)
-        finally:
-            os.close(fd)
-    except OSError as error:
-        raise _unwritable(path, error) from error
-
-
-def _sync_directory(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _there(path: Path) -> ExistsError:
