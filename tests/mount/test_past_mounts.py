@@ -138,15 +138,22 @@ def test_a_moment_in_the_middle_of_work(rig: Rig, kind: str, size: int) -> None:
     rig.detach(device)
 
 
-def test_a_clean_ext4_needs_no_clone(rig: Rig) -> None:
-    """One that was unmounted, or frozen, is mounted from the image itself; its snapshot keeps nothing for it."""
-    files, past = rig.folder("files"), rig.folder("past")
-    rig.create(size=32 * MIB)
+def in_use(rig: Rig, size: int) -> tuple[Path, str]:
+    """Make a disk with an ext4 that has a file; return where it is mounted, and its loop device."""
+    files = rig.folder("files")
+    rig.create(size=size)
     rig.start()
     device = rig.attach(rig.tap())
     rig.mkfs(device)
     rig.mount(device, files)
     (files / "one").write_text("one")
+    return files, device
+
+
+def test_a_clean_ext4_needs_no_clone(rig: Rig) -> None:
+    """One that was unmounted, or frozen, is mounted from the image itself; its snapshot keeps nothing for it."""
+    past = rig.folder("past")
+    files, device = in_use(rig, 32 * MIB)
     rig.umount(files)
     rig.detach(device)
     report = mounted(rig, "@0s ago", past)
@@ -270,13 +277,7 @@ def test_a_file_system_that_is_damaged(rig: Rig) -> None:
 
 def dirty(rig: Rig) -> tuple[Path, str]:
     """Make an ext4 in use; return its folder, and a moment that wants a replay."""
-    files = rig.folder("files")
-    rig.create(size=64 * MIB)
-    rig.start()
-    device = rig.attach(rig.tap())
-    rig.mkfs(device)
-    rig.mount(device, files)
-    (files / "one").write_text("one")
+    files, _ = in_use(rig, 64 * MIB)
     run("sync", "-f", files)
     return files, f"@{spelled(moment())}"
 
