@@ -361,7 +361,7 @@ def _check_log(store: Path, source: Path, log_path: Path) -> None:
     open_source(log_path, writable=False).close()
     if not log_path.is_file():
         raise InputError(f"log {log_path} is no regular file", hint="give the file that QEMU logs to")
-    if _same_file(log_path, source):
+    if is_same_file(log_path, source):
         raise InputError(f"log {log_path} is the source itself", hint="give the file that QEMU logs to")
     if is_inside(log_path, store):
         raise PlacementError(f"log {log_path} is inside the store {store}", hint="keep it outside")
@@ -399,7 +399,7 @@ def volume_info(store: Path, name: str) -> VolumeInfo:
 def _check_unprotected(store: Path, source: Path) -> None:
     """Refuse a source that a volume of the store has already: two taps would miss each other's writes."""
     for name in volume_names(store):
-        if _same_file(Path(volume_info(store, name).source), source):
+        if is_same_file(Path(volume_info(store, name).source), source):
             raise ExistsError(
                 f"source {source} is already the source of volume {name} in {store}", hint="give another source"
             )
@@ -452,7 +452,7 @@ def lies_on(device: int, source: Path, *, through_files: bool = True) -> bool:
         backing = directory / "loop" / "backing_file"
         if backing.exists():
             file = Path(backing.read_text().rstrip("\n"))
-            if _same_file(file, source):
+            if is_same_file(file, source):
                 return True
             if through_files and _exists(file):
                 queue += devices_below(file)
@@ -468,7 +468,7 @@ def _entries(directory: Path) -> list[Path]:
     return sorted(directory.iterdir()) if directory.is_dir() else []
 
 
-def _same_file(one: Path, other: Path) -> bool:
+def is_same_file(one: Path, other: Path) -> bool:
     """Say whether two paths lead to one file, or to nodes of one block device."""
     try:
         infos = one.stat(), other.stat()

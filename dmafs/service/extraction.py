@@ -20,7 +20,7 @@ from typing import Final
 import numpy as np
 
 from dmafs.core.storage import RealFile, RealStorage
-from dmafs.core.store import is_inside
+from dmafs.core.store import is_inside, is_same_file
 from dmafs.errors import ControlError, CorruptionError, DmafsError, ExistsError, InputError, PlacementError
 from dmafs.service.client import Session, Show
 from dmafs.service.mounting import tree_of
@@ -133,11 +133,12 @@ def check_target(path: Path, length: int, sources: list[Path], store: Path, *, f
     """Refuse a place that can't or mustn't be written, before anything is read."""
     try:
         info = path.stat()
+        is_source = any(is_same_file(path, source) for source in sources)
     except FileNotFoundError:
-        info = None
+        info, is_source = None, False
     except OSError as error:
         raise _unwritable(path, error) from error
-    if info and any(_is_same(info, source) for source in sources):
+    if is_source:
         raise PlacementError(f"{path} is a source of this store", hint="write to it through its tap, to be captured")
     if is_inside(path, store):
         raise PlacementError(f"{path} is inside the store {store}", hint="give a place outside of it")
@@ -160,16 +161,6 @@ def _check_device(path: Path, info: os.stat_result, length: int, *, force: bool)
         raise InputError(f"device {path} has {size} bytes, less than {length}", hint="give a larger one")
     if not force:
         raise ExistsError(f"{path} is a block device", hint="--force overwrites what is on it")
-
-
-def _is_same(info: os.stat_result, source: Path) -> bool:
-    """Say whether that is a source, by any of the names that it may have."""
-    try:
-        other = source.stat()
-    except OSError:
-        return False
-    is_device = stat.S_ISBLK(info.st_mode) and info.st_rdev == other.st_rdev
-    return is_device or (info.st_dev, info.st_ino) == (other.st_dev, other.st_ino)
 
 
 def to_file(path: Path, wanted: Range, parts: Iterator[bytes], show: Show, *, force: bool) -> int:

@@ -428,6 +428,6 @@ def test_a_file_in_a_dead_mount_is_no_other_file(tmp_path: Path, monkeypatch: py
         return real(path, **options)
 
     monkeypatch.setattr(Path, "stat", answer)
-    assert not module._same_file(dead, source)
+    assert not module.is_same_file(dead, source)
     assert not module._exists(dead)
-    assert module._same_file(source, source)
+    assert module.is_same_file(source, source)
