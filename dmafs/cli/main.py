@@ -9,7 +9,21 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Final
 
-from dmafs.cli import change, check, clone, completion, create, importing, inspection, keep, output, query, serve, tap
+from dmafs.cli import (
+    change,
+    check,
+    clone,
+    completion,
+    create,
+    importing,
+    inspection,
+    keep,
+    metrics,
+    output,
+    query,
+    serve,
+    tap,
+)
 from dmafs.errors import DmafsError
 
 _SIGPIPE_EXIT: Final = 128 + 13
@@ -40,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
     root.add_argument("--version", action="version", version=f"dmafs {version('dmafs')}")
     root.add_argument("-v", "--verbose", action="store_true", help="log what happens, not only what goes wrong")
     commands = root.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for group in (create, importing, serve, query, change, keep, clone, check, inspection, tap):
+    for group in (create, importing, serve, query, metrics, change, keep, clone, check, inspection, tap):
         group.add_commands(commands)
     completion.add_commands(commands, parser)
     return root

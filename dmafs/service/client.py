@@ -120,7 +120,7 @@ def session(path: Path) -> Iterator[Session]:
         configuration = load_configuration(path)
         store = Store(path, limits=configuration.volume_limits())
     except StoreBusyError:
-        with _connected(path) as client:
+        with connected(path) as client:
             yield RemoteSession(client, path)
         return
     try:
@@ -334,6 +334,10 @@ class RemoteSession:
         answer: Report = self._ask("GET", "/points").json()
         return answer
 
+    def metrics(self) -> str:
+        """Return the daemon's metrics."""
+        return self._ask("GET", "/metrics").text
+
     def take_snapshot(self, name: str) -> Report:
         """See ``Session``."""
         answer: Report = self._ask("POST", "/snapshots", timeout=None, name=check_name(name, "snapshot")).json()
@@ -446,7 +450,7 @@ def _close_garbage(volume: Volume) -> None:
 
 
 @contextlib.contextmanager
-def _connected(path: Path) -> Iterator[httpx.Client]:
+def connected(path: Path) -> Iterator[httpx.Client]:
     """Yield an HTTP client of the store's socket, reached by its directory: unix socket names are short."""
     directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields
+from ipaddress import IPv6Address, ip_address
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeVar
 
@@ -24,6 +26,9 @@ from dmafs.errors import InputError
 from dmafs.units import SECTOR, parse_bytes, parse_duration_s, parse_share, parse_time_of_day
 
 Table = TypeVar("Table")
+
+ADDRESS_HINT: Final = 'such as "127.0.0.1:9110" or "[::1]:9110"; ports are 1 to 65535'
+_PORT: Final = re.compile(r"[0-9]{1,5}", re.ASCII)
 
 
 class Kind(NamedTuple):
@@ -77,6 +82,21 @@ def _word(*words: str) -> Callable[[Any], str]:
     return read
 
 
+def _address(value: Any) -> tuple[str, int]:  # noqa: ANN401 - whatever TOML has
+    if value == "":
+        return "", 0
+    host, _, port = _text(value).rpartition(":")
+    bracketed = host.startswith("[") and host.endswith("]")
+    try:
+        found = ip_address(host[1:-1] if bracketed else host)
+    except ValueError:
+        raise InputError(f"{value!r} is no IP address with a port", hint=ADDRESS_HINT) from None
+    is_port = _PORT.fullmatch(port) and 0 < int(port) < 1 << 16
+    if bracketed != isinstance(found, IPv6Address) or not is_port:
+        raise InputError(f"{value!r} is no IP address with a port", hint=ADDRESS_HINT)
+    return str(found), int(port)
+
+
 SIZE: Final = Kind(
     "size", "bytes, or a size", lambda value: parse_bytes(value) if type(value) is str else _number(value)
 )
@@ -96,6 +116,9 @@ TIMES: Final = Kind("times", "a list of times of day", _list_of(parse_time_of_da
 PATTERNS: Final = Kind("patterns", "a list of patterns", _list_of(str))
 FULL: Final = Kind("policy", "refuse or gap", _word("refuse", "gap"))
 COMMAND: Final = Kind("command", "a list of a program and its arguments", _list_of(str))
+
+
+ADDRESS: Final = Kind("address", "an IP address and a port, or empty", _address)
 
 
 def setting(kind: Kind, default: Any, *, minimum: float | None = None) -> Any:  # noqa: ANN401 - a field of any type
@@ -171,6 +194,24 @@ class ResyncTable:
 
 
 @dataclass(frozen=True, slots=True)
+class AlarmsTable:
+    """``[alarms]``: what is an alarm, and who is told."""
+
+    command: tuple[str, ...] = setting(COMMAND, [])
+    timeout: int = setting(DURATION, "1min", minimum=1)
+    free: float = setting(SHARE, "5%")
+    history: int = setting(DURATION, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class MetricsTable:
+    """``[metrics]``: where metrics can be read besides the control socket."""
+
+    listen: tuple[str, int] = setting(ADDRESS, "")
+    """A numeric IP address and a port; port 0 is nowhere."""
+
+
+@dataclass(frozen=True, slots=True)
 class Configuration:
     """What an administrator may set. A new table is one more field here."""
 
@@ -204,6 +245,8 @@ class Configuration:
     snapshots: SnapshotsTable = field(default_factory=SnapshotsTable, metadata={"table": SnapshotsTable})
     retention: RetentionTable = field(default_factory=RetentionTable, metadata={"table": RetentionTable})
     resync: ResyncTable = field(default_factory=ResyncTable, metadata={"table": ResyncTable})
+    alarms: AlarmsTable = field(default_factory=AlarmsTable, metadata={"table": AlarmsTable})
+    metrics: MetricsTable = field(default_factory=MetricsTable, metadata={"table": MetricsTable})
 
     def volume_limits(self) -> VolumeLimits:
         """Return what the core needs of it."""

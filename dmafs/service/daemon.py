@@ -31,6 +31,7 @@ from dmafs.service.configuration import Configuration, load_configuration
 from dmafs.service.control import serve_control
 from dmafs.service.datasyncs import Datasyncs
 from dmafs.service.engine import Engine
+from dmafs.service.exposition import Exposition
 from dmafs.service.keeper import Keeper
 from dmafs.service.memory import share_arena
 from dmafs.service.mounting import abort, mount_source, prepare_mount_point, tune
@@ -38,8 +39,10 @@ from dmafs.service.privileges import drop_privileges, needed
 from dmafs.service.progress import show_progress
 from dmafs.service.report import summary_of
 from dmafs.service.scheduler import Scheduler
+from dmafs.service.scraping import serve_metrics
 from dmafs.service.supervision import Manager, look_up, supervise
 from dmafs.service.tapping import open_engine
+from dmafs.service.watching import watch
 from dmafs.tree import requests
 from dmafs.tree.around import ReadAround
 from dmafs.tree.operations import Tree
@@ -64,7 +67,8 @@ def serve(store_path: Path, mount_point: Path) -> None:
     store = Store(store_path, limits=configuration.volume_limits())
     try:
         taps = {volume.info.tap for volume in store.volumes.values()}
-        drop_privileges(needed(taps, hooks=bool(configuration.snapshots.before or configuration.snapshots.after)))
+        hooks = configuration.snapshots.before or configuration.snapshots.after or configuration.alarms.command
+        drop_privileges(needed(taps, hooks=bool(hooks)))
         prepare_mount_point(store.path, mount_point)
         _check_sources(store, mount_point)
         trio.run(_run, store, mount_point, configuration, manager)
@@ -163,22 +167,22 @@ async def _serve_mount(
     if configuration.allow_other:
         options.add("allow_other")
     appliance = Appliance(store, engines, rules=configuration.retention.rules(store.path))
-    scheduler = Scheduler(
-        engines,
-        appliance,
-        configuration.sync.policy(),
-        configuration.snapshots.schedule(),
-        environment={
-            "DMAFS_STORE": str(store.path),
-            "DMAFS_VOLUMES": " ".join(engines),
-            "DMAFS_MOUNT": str(mount_point),
-        },
-    )
+    environment = {
+        "DMAFS_STORE": str(store.path),
+        "DMAFS_VOLUMES": " ".join(engines),
+        "DMAFS_MOUNT": str(mount_point),
+    }
+    policy, schedule = configuration.sync.policy(), configuration.snapshots.schedule()
+    scheduler = Scheduler(engines, appliance, policy, schedule, environment=environment)
     appliance.schedule = scheduler.report
     async with trio.open_nursery() as nursery:
+        nursery.start_soon(watch, appliance, engines, configuration.alarms, environment)
         for engine in engines.values():
             await nursery.start(engine.run)
-        await nursery.start(serve_control, appliance, store.path / SOCKET_NAME)
+        exposition = Exposition(appliance, engines)
+        await nursery.start(serve_control, appliance, store.path / SOCKET_NAME, exposition)
+        if configuration.metrics.listen[1]:
+            await nursery.start(serve_metrics, exposition, configuration.metrics.listen)
         try:
             tree = Tree(appliance, appliance.started_ns)
             requests.install(tree.around.step)

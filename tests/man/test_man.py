@@ -36,10 +36,12 @@ from dmafs.core.segment import BATCH_BYTES
 from dmafs.core.store import CONFIGURATION_NAME, SOCKET_NAME, VOLUMES_MAX
 from dmafs.core.verify import EXTENTS_MAX, PART_SECTORS
 from dmafs.errors import DmafsError
+from dmafs.service.admission import SCRAPERS_MAX
 from dmafs.service.configuration import DURATION, SIZE, Configuration, load_configuration
 from dmafs.service.daemon import FUSE_TASKS
 from dmafs.service.following import TICKS_MAX
 from dmafs.service.mounting import MAX_BACKGROUND
+from dmafs.service.telling import WAITING_MAX
 from dmafs.taps import logreader
 from dmafs.tree.around import AREA, AREAS_MAX, WISHES_MAX
 from dmafs.tree.operations import HANDLES_MAX
@@ -261,7 +263,7 @@ def shown_default(field: dataclasses.Field[object]) -> str:
     default = field.metadata["default"]
     if field.metadata["kind"] is SIZE:
         return format_bytes(SIZE.read(default))
-    return "none" if default == [] else str(default).lower()
+    return "none" if default in ([], "") else str(default).lower()
 
 
 def shown_minimum(field: dataclasses.Field[object]) -> str:
@@ -296,7 +298,7 @@ def test_units_are_the_configurations() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["\n".join(literals(page("dmafs.conf.5"))), re.findall(r"```toml\n(.*?)```", README, re.DOTALL)[0]]
+    "text", ["\n".join(literals(page("dmafs.conf.5"))), *re.findall(r"```toml\n(.*?)```", README, re.DOTALL)]
 )
 def test_example_configurations_are_right(text: str, tmp_path: Path) -> None:
     """The examples are files that the program takes, and change something."""
@@ -347,6 +349,8 @@ def test_bounds_are_the_programs() -> None:
         "barriers of ticks": TICKS_MAX,
         "clones of a store": CLONES_MAX,
         "volumes of a store": VOLUMES_MAX,
+        "connections to the port for metrics": SCRAPERS_MAX,
+        "alarms that wait for the command": WAITING_MAX,
     }
     assert {what: most for what, (most, key) in found.items() if key == r"\-"} == {
         what: str(most) for what, most in constants.items()
