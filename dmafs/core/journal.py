@@ -78,6 +78,8 @@ class ForwardJournal(ForwardMaps):
         self.head_time_ns = 0
         self.durable = 0
         self.gaps: list[Gap] = []
+        self.gaps_begun = 0
+        """How many since the volume was opened."""
         self.position = 0
         """Up to where the log that events come from has been read."""
         self.retained = 0
@@ -109,6 +111,7 @@ class ForwardJournal(ForwardMaps):
                 self.retained = retained or self.retained
         for slot in range(len(self.parts) - 1):
             self._tree.add(slot)
+        self.gaps_begun = 0
         self._noted = self.position
         self._noted_retained = self.durable_retained = self.retained
         self._filled = [part for part in self.parts[:-1] if part.segment is not None]
@@ -198,6 +201,7 @@ class ForwardJournal(ForwardMaps):
         is_open = bool(self.gaps) and self.gaps[-1].end is None
         if indicator.flag == Flag.GAP and not is_open:
             self.gaps.append(Gap(indicator.seq, indicator.time_ns))
+            self.gaps_begun += 1
         elif indicator.flag == Flag.RESYNCED and is_open:
             begin = self.gaps.pop()
             self.gaps.append(Gap(begin.begin, begin.begin_time_ns, indicator.seq, indicator.time_ns))
@@ -276,6 +280,10 @@ class ForwardJournal(ForwardMaps):
     def _last_indicated(self) -> Part | None:
         number = last_indicated(self.parts)
         return self.parts[number] if number >= 0 else None
+
+    def pending_ns(self) -> int:
+        """Return the age of the oldest event that isn't durable, 0 if all are. In memory: it isn't sealed."""
+        return max(0, self._clock() - self.time_of(self.durable + 1)) if self.durable < self.head else 0
 
     def is_clean(self) -> bool:
         """Say whether all is durable and a sync indicator stands at the head: a flush would have nothing to do."""

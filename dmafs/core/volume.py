@@ -137,6 +137,8 @@ class Volume:
         self.require_space(0 if data is None else len(data))
         with self.gate():
             seq = self.journal.append(start, length, data)
+        counted = self.statistics.zeros if data is None else self.statistics.data
+        counted.events, counted.sectors = counted.events + 1, counted.sectors + length
         self.live.vrmo.overwrite(start, start + length, seq if data is not None else seq | ZERO)
         self.live.seq, self.live.time_ns = seq, self.journal.head_time_ns
         return seq
@@ -149,6 +151,7 @@ class Volume:
     def publish(self, window: Window) -> None:
         """Have the events of a closed window count; see ``ForwardJournal.publish``."""
         self.journal.publish(window)
+        window.count_into(self.statistics)
         for starts, stops in window.extents():
             self.live.vrmo.forget(starts, stops)
         self.live.seq, self.live.time_ns = self.journal.head, self.journal.head_time_ns

@@ -17,6 +17,7 @@ from dmafs.core.extent import Ints
 from dmafs.core.limits import SegmentLimits
 from dmafs.core.ondisk import EVENT_FLAGS, RECORD_DTYPE, Flag, Records
 from dmafs.core.segment import Segment
+from dmafs.core.statistics import Statistics
 from dmafs.units import SECTOR
 
 NOTED_SECTORS: Final = (1 << 20) // SECTOR
@@ -119,6 +120,11 @@ class Window:
             events = records[np.isin(records["flags"], EVENT_FLAGS)]
             starts = events["start"].astype(np.int64)
             yield starts, starts + events["length"].astype(np.int64)
+
+    def count_into(self, statistics: Statistics) -> None:
+        """Have the events counted."""
+        for _, records in self.parts:
+            statistics.note_events(records)
 
     def discard(self) -> None:
         """Take away what was written."""

@@ -7,6 +7,7 @@
 4. An answer that isn't taken on for ``STALL_S`` is given up, so that nobody holds an image for ever by not reading it.
 5. What goes wrong in one connection ends that connection, and at the daemon's end all of them are cut.
 
+The port for metrics, where there is one, takes connections from anybody who reaches it; all else holds there, too.
 Those who are refused get an answer as the control interface gives them, without anything being read.
 """
 
@@ -29,6 +30,8 @@ from dmafs.errors import ControlError, DeniedError, DmafsError
 log = logging.getLogger(__name__)
 
 CONNECTIONS_MAX: Final = 64
+SCRAPERS_MAX: Final = 8
+"""Connections to the port for metrics."""
 HEAD_S: Final = 5.0
 """How long a connection may take to say what it wants."""
 LINGER_S: Final = 0.05
@@ -111,6 +114,10 @@ class Connection:
 class Admission:
     """Takes connections: ``serve_listeners`` calls ``handle`` with each."""
 
+    where = "the control socket"
+    level = logging.WARNING
+    """How what others do wrong is logged."""
+
     def __init__(self, serve: Callable[[Connection], Awaitable[None]]) -> None:
         """Have *serve* do what an admitted connection asks."""
         self._serve = serve
@@ -121,7 +128,7 @@ class Admission:
         try:
             self._check(stream)
         except DmafsError as error:
-            log.warning("%s", error.message)
+            log.log(self.level, "%s", error.message)
             await _refuse(stream, error)
             return
         self._open += 1
@@ -132,7 +139,7 @@ class Admission:
                 await self._serve(connection)
                 nursery.cancel_scope.cancel()
         except Exception:
-            log.exception("a connection to the control socket failed, please report this")
+            log.exception("a connection to %s failed, please report this", self.where)
         finally:
             self._open -= 1
             stream.socket.close()
@@ -145,11 +152,25 @@ class Admission:
                 f"process {pid} of user {user} may not ask the daemon of user {os.geteuid()}",
                 hint="run the command as root, or as the user that the daemon runs as",
             )
-        if self._open >= CONNECTIONS_MAX:
+        self._check_number(CONNECTIONS_MAX)
+
+    def _check_number(self, most: int) -> None:
+        if self._open >= most:
             raise ControlError(
-                f"the control socket has {CONNECTIONS_MAX} connections open, which is the limit",
-                hint="try again when some of the commands that ask the daemon have ended",
+                f"{self.where} has {most} connections open, which is the limit",
+                hint="try again when some of those that ask the daemon have ended",
             )
+
+
+class ScraperAdmission(Admission):
+    """Takes connections to the port for metrics, from anybody: so nobody can fill the log with warnings."""
+
+    where = "the port for metrics"
+    level = logging.INFO
+
+    def _check(self, stream: trio.SocketStream) -> None:
+        del stream
+        self._check_number(SCRAPERS_MAX)
 
 
 async def _refuse(stream: trio.SocketStream, error: DmafsError) -> None:

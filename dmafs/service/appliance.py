@@ -34,10 +34,11 @@ from dmafs.core.points import consistency, oldest_point
 from dmafs.core.resync import needs_resync
 from dmafs.core.retention import KeepRules
 from dmafs.core.snapshot import Snapshot, require_unpinned
+from dmafs.core.statistics import Statistics
 from dmafs.core.store import Store
 from dmafs.core.volume import Volume
 from dmafs.errors import NoSuchPointError, NoSuchVolumeError
-from dmafs.service.alarms import Alarms
+from dmafs.service.alarms import GAP_ALARM, SPACE_ALARM, Alarms
 from dmafs.service.checking import Check
 from dmafs.service.engine import Engine
 from dmafs.service.losing import LosingEngine
@@ -57,9 +58,6 @@ from dmafs.service.thinning import Drops, Shrinking, Thinning
 from dmafs.tree.backend import Space
 from dmafs.units import SECTOR, TimeNs, check_name, format_bytes, format_rfc3339, format_time
 
-GAP_ALARM: Final = "gap"
-SPACE_ALARM: Final = "space"
-RETENTION_ALARM: Final = "retention"
 ROOM_WAIT_S: Final = 2.0
 """How long freed space may take to be free: some file systems free it in the background."""
 FRUITLESS_S: Final = 1.0
@@ -75,19 +73,18 @@ class Appliance:
         self._engines = engines
         self._volumes: dict[str, Volume] = store.volumes
         self.rules = rules or KeepRules()
-        self._cloning = trio.Lock()
-        self._pinning = trio.Lock()
-        self._retaining = trio.Lock()
+        self._cloning, self._pinning, self._retaining = trio.Lock(), trio.Lock(), trio.Lock()
         self._fruitless_until = self.short_at = -math.inf
         self.schedule: Callable[[], Report | None] = lambda: None
         """Says what is planned; set by who plans, as what is configured by who has loaded that."""
         self.configured: Callable[[], Report | None] = lambda: None
         first = next(iter(self._volumes.values()))
         self.started_ns = first.clock()
+        self.look: Callable[[], None] = self.clear_gaps  # brings the alarms up to date; set by who watches
         self.alarms = Alarms(first.clock)
         for name, engine in engines.items():
             if isinstance(engine, LosingEngine):
-                engine.make_room, engine.alarm = self.make_room, partial(self.alarms.set, f"{GAP_ALARM}-{name}")
+                engine.make_room, engine.alarm = self.make_room, partial(self.alarms.set, GAP_ALARM, volume=name)
 
     def _engine(self, volume: str) -> Engine:
         try:
@@ -333,6 +330,10 @@ class Appliance:
         """See ``Backend``."""
         await self._engine(volume).flush()
 
+    def statistics(self, volume: str) -> Statistics:
+        """See ``Backend``."""
+        return self._volumes[volume].statistics
+
     def space(self) -> Space:
         """See ``Backend``."""
         info = os.statvfs(self._store.path)
@@ -343,7 +344,7 @@ class Appliance:
     def status(self) -> Report:
         """Return the state of the daemon and of all volumes."""
         volumes = []
-        self.clear_gaps()
+        self.look()
         for engine in self._engines.values():
             report = status_of(engine.volume)
             if report["state"] == "copying":
@@ -415,8 +416,8 @@ class Appliance:
     def clear_gaps(self) -> None:
         """Clear the alarms of the gaps that have ended."""
         for name, volume in self._volumes.items():
-            if not needs_resync(volume) and volume.pointers.now.copied:
-                self.alarms.clear(f"{GAP_ALARM}-{name}")
+            if not needs_resync(volume) and volume.pointers.now.copied and not self._engines[name].loss:
+                self.alarms.clear(GAP_ALARM, name)
 
     @property
     def reserve(self) -> int:

@@ -349,6 +349,10 @@ class RemoteSession:
         answer: Report = self._ask("GET", "/moment", timeout=TIMEOUT_S, at=at, **which).json()
         return answer
 
+    def metrics(self) -> str:
+        """Return the daemon's metrics."""
+        return self._ask("GET", "/metrics").text
+
     def take_snapshot(self, name: str) -> Report:
         """See ``Session``."""
         answer: Report = self._ask("POST", "/snapshots", timeout=None, name=check_name(name, "snapshot")).json()

@@ -9,8 +9,10 @@ finds them (``loading``), what is loaded again while the daemon runs (``reloadin
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from ipaddress import IPv6Address, ip_address
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -20,6 +22,9 @@ from dmafs.core.retention import KeepRules
 from dmafs.core.store import require_volume_name
 from dmafs.errors import InputError
 from dmafs.units import SECTOR, parse_bytes, parse_duration_s, parse_share, parse_time_of_day
+
+ADDRESS_HINT: Final = 'such as "127.0.0.1:9110" or "[::1]:9110"; ports are 1 to 65535'
+_PORT: Final = re.compile(r"[0-9]{1,5}", re.ASCII)
 
 
 class Kind(NamedTuple):
@@ -85,6 +90,21 @@ def _volume_name(value: Any) -> str:  # noqa: ANN401 - whatever TOML has
     return name
 
 
+def _address(value: Any) -> tuple[str, int]:  # noqa: ANN401 - whatever TOML has
+    if value == "":
+        return "", 0
+    host, _, port = _text(value).rpartition(":")
+    bracketed = host.startswith("[") and host.endswith("]")
+    try:
+        found = ip_address(host[1:-1] if bracketed else host)
+    except ValueError:
+        raise InputError(f"{value!r} is no IP address with a port", hint=ADDRESS_HINT) from None
+    is_port = _PORT.fullmatch(port) and 0 < int(port) < 1 << 16
+    if bracketed != isinstance(found, IPv6Address) or not is_port:
+        raise InputError(f"{value!r} is no IP address with a port", hint=ADDRESS_HINT)
+    return str(found), int(port)
+
+
 SIZE: Final = Kind(
     "size", "bytes, or a size", lambda value: parse_bytes(value) if type(value) is str else _number(value)
 )
@@ -107,6 +127,7 @@ COMMAND: Final = Kind("command", "a list of a program and its arguments", _list_
 PATH: Final = Kind("path", "an absolute path", _path)
 NAME: Final = Kind("name", "the name of a volume", _volume_name)
 TAP: Final = Kind("tap", "fuse, dm or log", _word("fuse", "dm", "log"))
+ADDRESS: Final = Kind("address", "an IP address and a port, or empty", _address)
 
 
 def setting(
@@ -189,6 +210,24 @@ class ResyncTable:
 
 
 @dataclass(frozen=True, slots=True)
+class AlarmsTable:
+    """``[alarms]``: what is an alarm, and who is told."""
+
+    command: tuple[str, ...] = setting(COMMAND, [])
+    timeout: int = setting(DURATION, "1min", minimum=1)
+    free: float = setting(SHARE, "5%")
+    history: int = setting(DURATION, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class MetricsTable:
+    """``[metrics]``: where metrics can be read besides the control socket."""
+
+    listen: tuple[str, int] = setting(ADDRESS, "")
+    """A numeric IP address and a port; port 0 is nowhere."""
+
+
+@dataclass(frozen=True, slots=True)
 class Configuration:
     """What an administrator may set. A new table is one more field here."""
 
@@ -222,6 +261,13 @@ class Configuration:
     snapshots: SnapshotsTable = field(default_factory=SnapshotsTable, metadata={"table": SnapshotsTable})
     retention: RetentionTable = field(default_factory=RetentionTable, metadata={"table": RetentionTable})
     resync: ResyncTable = field(default_factory=ResyncTable, metadata={"table": ResyncTable})
+    alarms: AlarmsTable = field(default_factory=AlarmsTable, metadata={"table": AlarmsTable})
+    metrics: MetricsTable = field(default_factory=MetricsTable, metadata={"table": MetricsTable})
+
+    @property
+    def has_hooks(self) -> bool:
+        """Whether the daemon runs programs of the administrator."""
+        return bool(self.snapshots.before or self.snapshots.after or self.alarms.command)
 
     def volume_limits(self) -> VolumeLimits:
         """Return what the core needs of it."""

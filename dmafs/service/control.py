@@ -6,6 +6,7 @@ method   path              parameters                                          a
 GET      /status                                                               JSON
 GET      /points                                                               JSON
 GET      /moment           at, volume (optional)                               JSON
+GET      /metrics                                                              text, Prometheus' format 0.0.4
 POST     /snapshots        name                                                JSON
 POST     /marks            name                                                JSON
 POST     /sync                                                                 JSON
@@ -62,6 +63,7 @@ from dmafs.service.admission import CONNECTIONS_MAX, Admission, Connection
 from dmafs.service.appliance import Appliance
 from dmafs.service.checking import RESYNC, SCRUB, VERIFY, Check
 from dmafs.service.devices import ACTIONS
+from dmafs.service.exposition import CONTENT_TYPE, Exposition
 from dmafs.service.moment import moment_of
 from dmafs.service.report import Report, check_range, differences_of, image_at, scrubbed_of
 from dmafs.units import check_name
@@ -77,8 +79,8 @@ HEAD_BYTES_MAX: Final = 16 << 10
 _NUMBER: Final = re.compile(r"-?[0-9]{1,18}", re.ASCII)  # fits 63 bits
 
 
-def application(appliance: Appliance) -> Starlette:
-    """Return the application that serves *appliance*."""
+def application(appliance: Appliance, exposition: Exposition | None = None) -> Starlette:
+    """Return the application that serves *appliance*, and its metrics where somebody has them."""
     handlers = Handlers(appliance)
     routes = [
         ("GET", "/status", handlers.status),
@@ -100,7 +102,20 @@ def application(appliance: Appliance) -> Starlette:
         ("POST", "/scrub", handlers.scrub),
         ("POST", "/tap", handlers.tap),
     ]
-    return Starlette(routes=[Route(path, _answering(handler), methods=[method]) for method, path, handler in routes])
+    shown = [] if exposition is None else metrics_routes(exposition)
+    plain = [Route(path, _answering(handler), methods=[method]) for method, path, handler in routes]
+    return Starlette(routes=[*plain, *shown])
+
+
+def metrics_routes(exposition: Exposition) -> list[Route]:
+    """Return what serves metrics, and nothing else."""
+
+    async def answer(_request: Request) -> Response:
+        return Response(await exposition.text(), media_type=CONTENT_TYPE)
+
+    route = Route("/metrics", _answering(answer))
+    route.methods = {"GET"}  # not HEAD, which it would add
+    return [route]
 
 
 class Handlers:
@@ -300,16 +315,13 @@ class _Server(TCPServer):
         self._protocol = switching.protocol
 
 
-async def serve_control(
-    appliance: Appliance, path: Path, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
-) -> None:
-    """Serve on a unix socket until cancelled. One left by an earlier daemon is replaced: the store's lock is ours."""
-    path.unlink(missing_ok=True)  # noqa: ASYNC240 - at once, on a local filesystem
+async def serve_requests(listener: socket.socket, routes: Starlette, door: type[Admission]) -> None:
+    """Serve what connects to *listener*, as far as *door* admits it, until cancelled."""
     config = Config()
     config.loglevel = "WARNING"
     config.accesslog = None
     config.h11_max_incomplete_size = HEAD_BYTES_MAX
-    context, state, routes = WorkerContext(None), ConnectionState({}), application(appliance)
+    context, state = WorkerContext(None), ConnectionState({})
 
     async def serve_one(connection: Connection) -> None:
         async def answer(scope: Scope, receive: Receive, send: Send) -> None:
@@ -320,12 +332,25 @@ async def serve_control(
         try:
             await _Server(asgi, config, context, state, connection)  # type: ignore[arg-type]  # as good as a stream
         except* (H2CProtocolRequiredError, H2ProtocolAssumedError):
-            log.warning("a connection to the control socket was closed: it asked for HTTP/2")
+            log.log(door.level, "a connection to %s was closed: it asked for HTTP/2", door.where)
 
-    listener = trio.SocketListener(trio.socket.from_stdlib_socket(socket_of(path)))
+    sockets = trio.SocketListener(trio.socket.from_stdlib_socket(listener))
+    await trio.serve_listeners(door(serve_one).handle, [sockets])
+
+
+async def serve_control(
+    appliance: Appliance,
+    path: Path,
+    exposition: Exposition | None = None,
+    *,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serve on a unix socket until cancelled. One left by an earlier daemon is replaced: the store's lock is ours."""
+    path.unlink(missing_ok=True)  # noqa: ASYNC240 - at once, on a local filesystem
+    listener = socket_of(path)
     task_status.started()
     try:
-        await trio.serve_listeners(Admission(serve_one).handle, [listener])
+        await serve_requests(listener, application(appliance, exposition), Admission)
     finally:
         try:
             path.unlink(missing_ok=True)  # noqa: ASYNC240 - at once, on a local filesystem

@@ -31,6 +31,7 @@ from dmafs.service.appliance import Appliance
 from dmafs.service.control import serve_control
 from dmafs.service.datasyncs import Datasyncs
 from dmafs.service.engine import Engine
+from dmafs.service.exposition import Exposition
 from dmafs.service.keeper import Keeper
 from dmafs.service.making import find, make_missing
 from dmafs.service.memory import share_arena
@@ -40,8 +41,10 @@ from dmafs.service.progress import show_progress
 from dmafs.service.reloading import Reloading
 from dmafs.service.report import summary_of
 from dmafs.service.scheduler import Scheduler
+from dmafs.service.scraping import serve_metrics
 from dmafs.service.supervision import Manager, look_up, supervise
 from dmafs.service.tapping import open_engine
+from dmafs.service.watching import Watch
 from dmafs.tree import requests
 from dmafs.tree.around import ReadAround
 from dmafs.tree.operations import Tree
@@ -68,7 +71,7 @@ def serve(store_path: Path | None, mount_point: Path | None) -> None:
     store = Store(store_path, limits=configuration.volume_limits())
     try:
         taps = {volume.info.tap for volume in store.volumes.values()}
-        drop_privileges(needed(taps, hooks=bool(configuration.snapshots.before or configuration.snapshots.after)))
+        drop_privileges(needed(taps, hooks=configuration.has_hooks))
         prepare_mount_point(store.path, mount_point)
         _check_sources(store, mount_point)
         trio.run(_run, store, mount_point, Reloading(store.path, loaded), manager)
@@ -164,6 +167,23 @@ async def _recover(name: str, engine: Engine) -> None:
         log.warning("volume %s: a gap is open; it lasts until the resync ends", name)
 
 
+async def _serve_questions(
+    appliance: Appliance,
+    engines: dict[str, Engine],
+    path: Path,
+    address: tuple[str, int],
+    *,
+    task_status: trio.TaskStatus[None],
+) -> None:
+    """Serve the control interface, and the metrics at their own address if there is one."""
+    exposition = Exposition(appliance, engines)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(serve_control, appliance, path, exposition)
+        if address[1]:
+            await nursery.start(serve_metrics, exposition, address)
+        task_status.started()
+
+
 async def _serve_mount(
     store: Store, engines: dict[str, Engine], mount_point: Path, ending: Ending, reloading: Reloading
 ) -> None:
@@ -173,22 +193,22 @@ async def _serve_mount(
     if configuration.allow_other:
         options.add("allow_other")
     appliance = Appliance(store, engines, rules=configuration.retention.rules(store.path))
-    scheduler = Scheduler(
-        engines,
-        appliance,
-        configuration.sync.policy(),
-        configuration.snapshots.schedule(),
-        environment={
-            "DMAFS_STORE": str(store.path),
-            "DMAFS_VOLUMES": " ".join(engines),
-            "DMAFS_MOUNT": str(mount_point),
-        },
-    )
+    environment = {
+        "DMAFS_STORE": str(store.path),
+        "DMAFS_VOLUMES": " ".join(engines),
+        "DMAFS_MOUNT": str(mount_point),
+    }
+    policy, schedule = configuration.sync.policy(), configuration.snapshots.schedule()
+    scheduler = Scheduler(engines, appliance, policy, schedule, environment=environment)
+    watch = Watch(appliance, engines, configuration.alarms, environment)
     appliance.schedule, appliance.configured = scheduler.report, reloading.report
     async with trio.open_nursery() as nursery:
+        nursery.start_soon(watch.run)
         for engine in engines.values():
             await nursery.start(engine.run)
-        await nursery.start(serve_control, appliance, store.path / SOCKET_NAME)
+        await nursery.start(
+            _serve_questions, appliance, engines, store.path / SOCKET_NAME, configuration.metrics.listen
+        )
         try:
             tree = Tree(appliance, appliance.started_ns)
             requests.install(tree.around.step)
@@ -207,7 +227,7 @@ async def _serve_mount(
             nursery.start_soon(_run_until, scheduled, tasks, tree.around, mounted)
             nursery.start_soon(trio.to_thread.run_sync, tune, mount_point)
             nursery.start_soon(show_progress, engines)
-            nursery.start_soon(reloading.run, appliance, engines, scheduler)
+            nursery.start_soon(reloading.run, appliance, engines, scheduler, watch)
             with contextlib.suppress(OSError):  # the terminal may be gone already
                 print(f"dmafs: serving {store.path} at {mount_point}", file=sys.stderr, flush=True)  # noqa: T201
             nursery.start_soon(tree.around.run)

@@ -22,11 +22,10 @@ from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Final
+from typing import Any
 from uuid import UUID
 
 import trio
-import xxhash
 
 from dmafs.core.clone import Clone
 from dmafs.core.copy import initial_copy
@@ -45,7 +44,8 @@ from dmafs.core.volume import Volume
 from dmafs.core.work import Work
 from dmafs.errors import CorruptionError
 from dmafs.service.checking import Checking
-from dmafs.service.driver import Await, Driver, Result
+from dmafs.service.driver import Await, Result
+from dmafs.service.reading import Reading
 from dmafs.service.report import Report
 from dmafs.service.tasks import RETRY_S, TROUBLE, Progress, Tap
 from dmafs.service.turns import Turns
@@ -53,28 +53,24 @@ from dmafs.units import SECTOR, format_bytes
 
 log = logging.getLogger(__name__)
 
-DIGEST_CHUNK: Final = 1 << 20
 
-
-class Engine(Driver):
+class Engine(Reading):
     """One volume in a daemon."""
 
     def __init__(
         self, volume: Volume, tap: Tap, *, tick_s: float, limiter: trio.CapacityLimiter, resync_rate: int = 0
     ) -> None:
         """Drive *volume*; threads are taken from *limiter*. Checks read *resync_rate* bytes a second; 0 is no limit."""
-        super().__init__(limiter)
-        self.volume = volume
+        super().__init__(volume, limiter)
         self.tap = tap
         self.tick_s = tick_s
         self.appending = Turns()
         self.synced: File | None = None
         """What a flush makes durable beside the journal; a tap that writes the primary itself sets it."""
         self._commit = Turns()
-        self._requested = self._committed = 0
+        self.flushes = self._committed = 0
         self.commits = 0
         self._maintenance = trio.Lock()
-        self._drop_wanted = trio.Event()
         self._clone_locks: defaultdict[int, trio.Lock] = defaultdict(trio.Lock)  # by serial
         self.progress = Progress(volume.info.size_sectors)
         self.checking = Checking(self, bytes_per_s=resync_rate)
@@ -126,8 +122,8 @@ class Engine(Driver):
     async def _drop_unheld(self) -> None:
         """Finish drops when the last holder of an image is gone."""
         while True:
-            await self._drop_wanted.wait()
-            self._drop_wanted = trio.Event()
+            await self.drop_wanted.wait()
+            self.drop_wanted = trio.Event()
             async with self._maintenance:
                 try:
                     await self.drive(self.volume.drop_unheld(), drain=True, stoppable=True)
@@ -171,7 +167,7 @@ class Engine(Driver):
                 if told != str(error):
                     log.error("volume %s: the index can't be made: %s", self.volume.info.name, error)
                 told = str(error)
-            self._mind_excess()
+            self.mind_excess()
             while self._finished() == finished:  # noqa: ASYNC110 - the core knows no events, and a tick is soon enough
                 await trio.sleep(self.tick_s)
 
@@ -231,12 +227,12 @@ class Engine(Driver):
 
     async def secure(self, flag: Flag = Flag.FLUSH) -> None:
         """Make durable what is in the journal now, without waiting for the tap: that may be waiting for space."""
-        self._requested += 1
-        mine = self._requested
+        self.flushes += 1
+        mine = self.flushes
         async with self._commit:
             if self._committed >= mine and flag in (Flag.FLUSH, Flag.TICK):
                 return
-            upto = self._requested
+            upto = self.flushes
             await self.commit(flag)
             self._committed = upto
 
@@ -251,7 +247,7 @@ class Engine(Driver):
             self.commits += not self.volume.journal.is_clean()
             self.volume.indicate(flag if only_if() else Flag.TICK)
         await self.drive(self.volume.settle(self.synced))
-        self._mind_excess()
+        self.mind_excess()
 
     async def settle(self, *, mark: str = "") -> None:
         """Have all writes that are complete on the primary be in the journal: with a pass-through they are."""
@@ -269,62 +265,10 @@ class Engine(Driver):
         """Return why writes aren't captured, empty as long as they are."""
         return ""
 
-    # -- reading ------------------------------------------------------------------------------------------------
-
-    async def read(self, image: Image, offset: int, length: int, *, ahead: int = 0) -> memoryview:
-        """Return bytes of an image, fewer at its end: at once from the page cache, else from a thread.
-
-        In that case what the next *ahead* bytes need is prefetched, as far as it is known where that is.
-        """
-        length = max(0, min(length, image.size - offset))
-        if not length:
-            return memoryview(b"")
-        pieces = image.resolve_nowait(offset, length)
-        if pieces is None:
-            pieces = await self.answer(image.locate(offset, length))
-        try:
-            return image.read_pieces(pieces, offset, length, nowait=True)
-        except BlockingIOError:
-            pass
-        behind = min(ahead, image.size - offset - length)
-        further = (behind and image.resolve_nowait(offset + length, behind)) or []
-
-        def read() -> memoryview:
-            image.prefetch([*pieces, *further])
-            return image.read_pieces(pieces, offset, length)
-
-        with self.reading():
-            return await trio.to_thread.run_sync(read, limiter=self.limiter)
-
-    async def answer(self, work: Work[Result]) -> Result:
-        """Do work that changes nothing; who waits for it may give up."""
-        found = await self.drive(work, stoppable=True)
-        self._mind_excess()
-        return found
-
-    def _mind_excess(self) -> None:
-        """Have journals closed in the background when too many are in memory."""
-        if self.volume.excess():
-            self._drop_wanted.set()
-
-    async def digest(self, image: Image) -> str:
-        """Return the xxh3-128 digest of a whole image."""
-        digest = xxhash.xxh3_128()
-        for offset in range(0, image.size, DIGEST_CHUNK):
-            digest.update(await self.read(image, offset, DIGEST_CHUNK))
-            await trio.lowlevel.checkpoint()
-        return digest.hexdigest()
-
-    def hold(self, image: Image) -> None:
-        """Keep an image readable and unchanged (promise 4)."""
-        image.pins += 1
-
-    def release(self, image: Image) -> None:
-        """Undo one hold; what was kept only for it is dropped in the background."""
-        image.pins -= 1
-        assert image.pins >= 0
-        if not image.pins:
-            self._drop_wanted.set()
+    @property
+    def lag_s(self) -> float:
+        """Return the age of the oldest write that isn't durable in the journal, in seconds; 0 if there is none."""
+        return self.volume.journal.pending_ns() / 1e9
 
     # -- clones -------------------------------------------------------------------------------------------------
 
@@ -340,11 +284,15 @@ class Engine(Driver):
         async with self._clone_locks[clone.serial]:
             await self.drive(self.volume.clones.drop(clone))
         self._clone_locks.pop(clone.serial, None)
-        self._drop_wanted.set()
+        self.drop_wanted.set()
 
     async def read_clone(self, clone: Clone, offset: int, length: int) -> memoryview:
         """Return bytes of a clone, fewer at its end."""
-        return await self.drive(clone.read(offset, length), reads=True)
+        try:
+            return await self.drive(clone.read(offset, length), reads=True)
+        except CorruptionError:
+            self.volume.statistics.damaged_reads += 1
+            raise
 
     async def write_clone(self, clone: Clone, offset: int, data: bytes) -> None:
         """Write within a clone."""
@@ -384,10 +332,12 @@ class Engine(Driver):
 
     async def _sync(self, work: Work[int]) -> int:
         self.syncing = True
+        begun = trio.current_time()
         try:
             seq: int = await self.drive(work, drain=True, stoppable=True)
         finally:
             self.syncing = False
+        self.volume.statistics.sync_durations.add(trio.current_time() - begun)
         await self._sweep()
         return seq
 
@@ -435,7 +385,7 @@ class Engine(Driver):
                 await self._sweep()
         finally:
             if snapshot.hidden:
-                self._drop_wanted.set()
+                self.drop_wanted.set()
 
     async def drop_snapshots(self, snapshots: list[Snapshot]) -> None:
         """Drop several snapshots, given oldest first, but those that are pinned, dropped or still being taken.

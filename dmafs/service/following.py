@@ -71,6 +71,7 @@ class Barrier:
     def __init__(self, covers: int) -> None:
         """Begin to wait; it is for all who have asked, up to number *covers*."""
         self.covers = covers
+        self.begun_s = trio.current_time()
         self.done = trio.Event()
         self.error: DmafsError | None = None
 
@@ -300,6 +301,13 @@ class FollowingEngine(LosingEngine):
             barrier.done.set()
         self._barriers.clear()
         self._newest = None
+
+    @property
+    def lag_s(self) -> float:
+        """See ``Engine``. What was written before the oldest barrier that isn't read back may be in the log only."""
+        now = trio.current_time()
+        waiting = min((barrier.begun_s for barrier in self._barriers.values()), default=now)
+        return max(super().lag_s, now - waiting)
 
     # -- losses -------------------------------------------------------------------------------------------------
 

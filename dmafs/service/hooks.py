@@ -24,9 +24,12 @@ OUTPUT_BYTES_MAX: Final = 1 << 16
 """What a hook prints beyond that is read and forgotten."""
 
 
-async def run_hook(command: Sequence[str], *, timeout_s: float, environment: Mapping[str, str]) -> bool:
-    """Run a hook; say whether it ended with exit status 0 in time. What went wrong is logged."""
+async def run_hook(
+    command: Sequence[str], *, timeout_s: float, environment: Mapping[str, str], quiet: bool = False
+) -> bool:
+    """Run a hook; say whether it ended with exit status 0 in time. What went wrong is logged, if *quiet* as news."""
     shown = " ".join(command)
+    trouble = logging.INFO if quiet else logging.WARNING
     try:
         process = await trio.lowlevel.open_process(
             list(command),
@@ -37,7 +40,7 @@ async def run_hook(command: Sequence[str], *, timeout_s: float, environment: Map
             env={**os.environ, **environment},
         )
     except OSError as error:
-        log.warning("hook %s can't be run: %s", shown, (error.strerror or "").lower())
+        log.log(trouble, "hook %s can't be run: %s", shown, (error.strerror or "").lower())
         return False
     output = bytearray()
     try:
@@ -46,13 +49,13 @@ async def run_hook(command: Sequence[str], *, timeout_s: float, environment: Map
     finally:
         await _kill(process)
     succeeded = process.returncode == 0 and not limit.cancelled_caught
-    level = logging.INFO if succeeded else logging.WARNING
+    level = logging.INFO if succeeded else trouble
     for line in output.decode(errors="replace").splitlines():
         log.log(level, "hook %s: %s", shown, line)
     if limit.cancelled_caught:
-        log.warning("hook %s took longer than %g s and was killed", shown, timeout_s)
+        log.log(trouble, "hook %s took longer than %g s and was killed", shown, timeout_s)
     elif not succeeded:
-        log.warning("hook %s ended with %s", shown, process.returncode)
+        log.log(trouble, "hook %s ended with %s", shown, process.returncode)
     return succeeded
 
 

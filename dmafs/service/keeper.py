@@ -12,7 +12,8 @@ from typing import Final
 
 import trio
 
-from dmafs.service.appliance import RETENTION_ALARM, SPACE_ALARM, Appliance
+from dmafs.service.alarms import RETENTION_ALARM, SPACE_ALARM
+from dmafs.service.appliance import Appliance
 from dmafs.service.tasks import TROUBLE
 
 CHECK_S: Final = 60.0

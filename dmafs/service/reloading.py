@@ -8,6 +8,7 @@ says so. A file that isn't right changes nothing: an alarm tells of it until one
 from __future__ import annotations
 
 import logging
+import operator
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -20,16 +21,17 @@ from dmafs.errors import DmafsError
 from dmafs.service.appliance import Appliance
 from dmafs.service.configuration import Configuration
 from dmafs.service.engine import Engine
-from dmafs.service.loading import Loaded, load
+from dmafs.service.loading import Loaded, load, setting_keys
 from dmafs.service.report import Report
 from dmafs.service.scheduler import Scheduler
 from dmafs.service.tapping import adjust_engine
+from dmafs.service.watching import Watch
 
 log = logging.getLogger(__name__)
 
 CONFIGURATION_ALARM: Final = "configuration"
 
-LIVE: Final = ("when_full", "clone_quota", "tick_s", "sync", "snapshots", "retention", "resync")
+LIVE: Final = ("when_full", "clone_quota", "tick_s", "sync", "snapshots", "retention", "resync", "alarms")
 """What is changed while the daemon runs: keys of the top level, and tables as a whole."""
 RESTART: Final = (
     "segment_size",
@@ -42,8 +44,9 @@ RESTART: Final = (
     "log_size",
     "threads",
     "allow_other",
+    "metrics",
 )
-"""What the next daemon takes up."""
+"""What the next daemon takes up, likewise."""
 OF_THE_MACHINE: Final = ("mount", "volume")
 """Likewise, of a store in the machine's file."""
 
@@ -67,7 +70,9 @@ class Reloading:
         """Have it loaded again, now or as soon as the daemon has started."""
         self._wanted.set()
 
-    async def run(self, appliance: Appliance, engines: Mapping[str, Engine], scheduler: Scheduler) -> None:
+    async def run(
+        self, appliance: Appliance, engines: Mapping[str, Engine], scheduler: Scheduler, watch: Watch
+    ) -> None:
         """Load it whenever that is wanted, until cancelled."""
         while True:
             await self._wanted.wait()
@@ -84,6 +89,7 @@ class Reloading:
                 continue
             appliance.rules = rules
             scheduler.adjust(effective.sync.policy(), effective.snapshots.schedule())
+            watch.adjust(effective.alarms)
             for engine in engines.values():
                 adjust_engine(engine, effective)
             self._tell(loaded)
@@ -100,25 +106,29 @@ class Reloading:
         log.info("%s loaded again; changed: %s", loaded.source, ", ".join(changed) or "nothing")
         if waiting := self._waiting(loaded):
             log.warning("%s: needs a restart of the daemon: %s", loaded.source, ", ".join(waiting))
-        if _has_hooks(loaded) and not _has_hooks(self._first) and os.geteuid() == 0:
+        if loaded.configuration.has_hooks and not self.started.has_hooks and os.geteuid() == 0:
             log.warning("%s: hooks that become another user need a restart of the daemon", loaded.source)
 
     def _waiting(self, loaded: Loaded) -> list[str]:
         """Return what is set otherwise than at the start and needs a restart."""
         old, new = self.started, loaded.configuration
-        return [key for key in (*RESTART, *OF_THE_MACHINE) if getattr(old, key, None) != getattr(new, key, None)]
+        of_stores = [key for key in OF_THE_MACHINE if getattr(old, key, None) != getattr(new, key, None)]
+        return [key for key in _restart_keys() if _of(old, key) != _of(new, key)] + of_stores
 
     def report(self) -> Report:
         """Return file, time and settings in effect; of what waits for a restart, with the value then."""
         report = self._newest.report()
         settings, started = report["settings"], self._first.settings()
         waiting = self._waiting(self._newest)
-        for key in RESTART:
-            if key in waiting:
+        for key in waiting:
+            if key in settings:
                 settings[key] = {**started[key], "after_restart": settings[key]["value"]}
         return {**report, "problem": self._problem, "after_restart": waiting}
 
 
-def _has_hooks(loaded: Loaded) -> bool:
-    snapshots = loaded.configuration.snapshots
-    return bool(snapshots.before or snapshots.after)
+def _restart_keys() -> list[str]:
+    return [".".join(key) for key in setting_keys() if key[0] in RESTART]
+
+
+def _of(configuration: Configuration, key: str) -> object:
+    return operator.attrgetter(key)(configuration)

@@ -6,6 +6,7 @@ from typing import NamedTuple, Protocol
 
 from dmafs.core.clone import Clone
 from dmafs.core.image import Image
+from dmafs.core.statistics import Statistics
 from dmafs.units import TimeNs
 
 
@@ -115,6 +116,9 @@ class Backend(Protocol):
 
     async def flush_tap(self, volume: str) -> None:
         """Make all writes durable."""
+
+    def statistics(self, volume: str) -> Statistics:
+        """Return where a volume's reads are counted."""
 
     def space(self) -> Space:
         """Return the space of the store."""

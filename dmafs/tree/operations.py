@@ -19,18 +19,18 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from dataclasses import dataclass
+from time import perf_counter
 from typing import Any, Final
 
 import pyfuse3
 from pyfuse3 import FUSEError
 
-from dmafs.core.clone import Clone
 from dmafs.core.image import Image
 from dmafs.errors import NotFoundError
 from dmafs.tree.around import ReadAround
 from dmafs.tree.backend import Backend
 from dmafs.tree.guard import guarded, text_of, with_deadline
+from dmafs.tree.handles import Handle
 from dmafs.tree.names import Names
 from dmafs.tree.nodes import (
     CloneFile,
@@ -70,21 +70,6 @@ _WRITING: Final = os.O_WRONLY | os.O_RDWR
 _XATTRS: Final = ("seq", "time", "volume", "consistency")
 _XATTR_PREFIX: Final = "user.dmafs."
 _WITH_XATTRS: Final = (PastImage, LiveFile, CloneFile)
-
-
-@dataclass(slots=True)
-class Handle:
-    """An open file: a past image (held), a clone (counted), a tap, or live; *size* bytes of it, from *start* on."""
-
-    volume: str
-    inode: int
-    start: int
-    size: int
-    image: Image | None = None
-    clone: Clone | None = None
-    tap: bool = False
-    next: int = 0  # where a sequential read goes on
-    sequential: bool = False  # whether the last one did
 
 
 class Tree(pyfuse3.Operations):
@@ -383,7 +368,8 @@ class Tree(pyfuse3.Operations):
         node = whole(found)
         if not isinstance(node, (PastImage, LiveFile, TapFile, CloneFile)):
             raise FUSEError(errno.EISDIR)
-        handle = Handle(node.volume, inode, 0, self._backend.size(node.volume))
+        volume = node.volume
+        handle = Handle(volume, inode, 0, self._backend.size(volume), self._backend.statistics(volume))
         if isinstance(found, PartitionFile):
             handle.start, handle.size = found.start, found.length
         match node:
@@ -424,9 +410,15 @@ class Tree(pyfuse3.Operations):
         if image is None:
             return None
         handle.sequential, handle.next = offset == handle.next, offset + length
+        begun = perf_counter()
         self.around.missed(handle.inode, image, offset, length, start=handle.start, size=handle.size)
         length = min(length, handle.size - offset)
-        return image.read_nowait(handle.start + offset, length, self._scratch) if length > 0 else None
+        data = image.read_nowait(handle.start + offset, length, self._scratch) if length > 0 else None
+        if data is not None:
+            counted = handle.statistics.at_once
+            counted.count, counted.bytes = counted.count + 1, counted.bytes + length
+            handle.statistics.read_durations.add(perf_counter() - begun)
+        return data
 
     @guarded
     async def _read(self, fh: pyfuse3.FileHandleT, off: int, size: int) -> memoryview | bytearray:
@@ -435,7 +427,12 @@ class Tree(pyfuse3.Operations):
         size = min(size, handle.size - off)
         if size <= 0:
             return bytearray()
-        off += handle.start
+        begun = perf_counter()
+        data = await self._read_from(handle, handle.start + off, size)
+        handle.statistics.read_durations.add(perf_counter() - begun)
+        return data
+
+    async def _read_from(self, handle: Handle, off: int, size: int) -> memoryview | bytearray:
         if handle.tap:
             return await self._backend.read_tap(handle.volume, off, size)
         if handle.clone is not None:

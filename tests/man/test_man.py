@@ -36,6 +36,7 @@ from dmafs.core.segment import BATCH_BYTES, DATA_AHEAD, RECORDS_AHEAD
 from dmafs.core.store import CONFIGURATION_NAME, SOCKET_NAME, VOLUMES_MAX
 from dmafs.core.verify import EXTENTS_MAX, PART_SECTORS
 from dmafs.errors import DmafsError
+from dmafs.service.admission import SCRAPERS_MAX
 from dmafs.service.configuration import DURATION, SIZE, Configuration, StoreTable, VolumeTable
 from dmafs.service.daemon import FUSE_TASKS
 from dmafs.service.document import Document
@@ -43,6 +44,7 @@ from dmafs.service.following import TICKS_MAX
 from dmafs.service.loading import MACHINE_FILE, machine_of
 from dmafs.service.mounting import MAX_BACKGROUND
 from dmafs.service.reloading import OF_THE_MACHINE, RESTART
+from dmafs.service.telling import WAITING_MAX
 from dmafs.taps import logreader
 from dmafs.tree.around import AREA, AREAS_MAX, WISHES_MAX
 from dmafs.tree.operations import HANDLES_MAX
@@ -272,7 +274,7 @@ def shown_default(field: dataclasses.Field[object]) -> str:
         return format_bytes(SIZE.read(default))
     if field.metadata["required"]:
         return "required"
-    return "none" if default in ([], None) else str(default).lower()
+    return "none" if default in ([], "", None) else str(default).lower()
 
 
 def shown_minimum(field: dataclasses.Field[object]) -> str:
@@ -325,12 +327,12 @@ def test_example_configurations_are_right(text: str) -> None:
 
 def test_there_are_examples_of_both_files() -> None:
     """In the page and in the README."""
-    assert ["[[store]]" in text for text in examples()] == [False, True, False, True]
+    assert ["[[store]]" in text for text in examples()] == [False, True, False, True, False]
 
 
 def test_what_needs_a_restart_is_the_programs() -> None:
     """The page names each such key, in the program's order, and no other."""
-    named = re.findall(r"^\.Ic (\w+)", part(page("dmafs.conf.5"), "LOADING IT AGAIN"), re.MULTILINE)
+    named = re.findall(r"^\.Ic \[?(\w+)", part(page("dmafs.conf.5"), "LOADING IT AGAIN"), re.MULTILINE)
     assert named == [*RESTART, *OF_THE_MACHINE]
 
 
@@ -379,6 +381,8 @@ def test_bounds_are_the_programs() -> None:
         "barriers of ticks": TICKS_MAX,
         "clones of a store": CLONES_MAX,
         "volumes of a store": VOLUMES_MAX,
+        "connections to the port for metrics": SCRAPERS_MAX,
+        "alarms that wait for the command": WAITING_MAX,
     }
     assert {what: most for what, (most, key) in found.items() if key == r"\-"} == {
         what: str(most) for what, most in constants.items()

@@ -190,7 +190,7 @@ class Rig:
         """Write dmafs.conf. Unless *text* has the table, nothing happens by itself: neither a full hour nor a full disk
         of the machine's makes a difference.
         """
-        off = {"[snapshots]": "every = 0", "[sync]": 'age = "0s"\nfree = "0%"'}
+        off = {"[snapshots]": "every = 0", "[sync]": 'age = "0s"\nfree = "0%"', "[alarms]": 'free = "0%"'}
         quiet = "".join(f"{table}\n{keys}\n" for table, keys in off.items() if table not in text)
         (self.store / CONFIGURATION_NAME).write_text(f"{text}\n{quiet}")
 

@@ -36,7 +36,7 @@ BLOCK: Final = 64 << 10
 FAILED: Final = (
     r"[Ii]nput/output error|[Rr]ead-only",  # of all that is tried after the first failure
     r"the control socket is left behind",
-    r"a gap is open; it lasts until the resync ends",
+    r"a gap is open",
     r"(gap ended|resynced), .* of the source differed",
 )
 

@@ -25,7 +25,7 @@ BLOCK: Final = 256 << 10
 RUNS_FULL: Final = r"runs full, .* free: "
 GAP: Final = r"volume disk: a gap has begun: store of volume disk is full"
 GAP_ENDS: Final = r"gap ended, .* of the source differed"
-OPEN_GAP: Final = r"a gap is open; it lasts until the resync ends"
+OPEN_GAP: Final = r"a gap is open"
 
 
 class Disk:

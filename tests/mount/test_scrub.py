@@ -18,7 +18,7 @@ from tests.mount.harness import DMAFS, MIB, STOP_S, Rig, assert_same, forget, pr
 pytestmark = pytest.mark.mount
 
 PAGE = 4096
-DAMAGE = "is damaged|doesn't match"
+DAMAGE = "is damaged|doesn't match|wrong checksum|damage that a scrub has found"
 
 
 def damaged_pages(image: Path) -> list[int]:
@@ -89,10 +89,11 @@ def test_damage_is_an_error_in_its_page_until_it_is_repaired(rig: Rig) -> None:
     assert damaged_pages(rig.at(f"seq:{shown}")) == [100]
     assert damaged_pages(rig.live()) == []
     assert_same(rig.live(), rig.primary())
-    text = rig.dmafs("status", rig.store).stdout
+    text = rig.dmafs("status", rig.store, code=1).stdout
+    assert "damage that a scrub has found is not repaired; places: 2" in text
     assert "3 damaged, 2 of them not repaired" in text
     rig.restart()
-    assert "3 damaged, 2 of them not repaired" in rig.dmafs("status", rig.store).stdout
+    assert "3 damaged, 2 of them not repaired" in rig.dmafs("status", rig.store, code=1).stdout
 
 
 def test_a_resync_heals_what_the_newest_image_shows(rig: Rig) -> None:
@@ -142,7 +143,7 @@ def test_a_scrub_goes_on_after_a_kill(rig: Rig) -> None:
         assert process.wait(STOP_S) == 128 + signal.SIGINT
     wait_until(lambda: rig.status()["check"] is None, "the scrub to be given up")
     assert rig.status()["last_scrub"]["ended"] is False
-    assert "dmafs scrub goes on with it" in rig.dmafs("status", rig.store).stdout
+    assert "dmafs scrub goes on with it" in rig.dmafs("status", rig.store, code=1).stdout
     rig.stop()
     found = scrubbed(rig, code=CorruptionError.exit_code)
     assert json.loads(state.read_bytes())["begun_ns"] == begun

@@ -58,6 +58,17 @@ def test_store_that_is_a_file_is_left_to_the_store(tmp_path: Path) -> None:
         "allow_other = 1",
         "idle_images =",
         "[section]\nkey = 1",
+        '[metrics]\nlisten = "127.0.0.1"',
+        '[metrics]\nlisten = "127.0.0.1:0"',
+        '[metrics]\nlisten = "127.0.0.1:65536"',
+        '[metrics]\nlisten = "127.0.0.1:-1"',
+        '[metrics]\nlisten = "localhost:9110"',
+        '[metrics]\nlisten = ":9110"',
+        '[metrics]\nlisten = "::1:9110"',
+        '[metrics]\nlisten = "[127.0.0.1]:9110"',
+        "[metrics]\nlisten = 9110",
+        '[alarms]\ncommand = "mail"',
+        '[alarms]\ntimeout = "0s"',
     ],
 )
 def test_what_is_not_right_is_refused(tmp_path: Path, text: str) -> None:
@@ -141,3 +152,15 @@ def test_a_table_is_a_table(tmp_path: Path) -> None:
         with pytest.raises(InputError) as caught:
             load_configuration(tmp_path)
         assert hint in caught.value.hint
+
+
+def test_addresses_are_numeric(tmp_path: Path) -> None:
+    """IPv4 as it is, IPv6 in brackets; empty is none."""
+    for text, expected in (
+        ("127.0.0.1:9110", ("127.0.0.1", 9110)),
+        ("[::1]:1", ("::1", 1)),
+        ("0.0.0.0:65535", ("0.0.0.0", 65535)),  # noqa: S104 - it is only parsed
+        ("", ("", 0)),
+    ):
+        (tmp_path / "dmafs.conf").write_text(f'[metrics]\nlisten = "{text}"\n')
+        assert load_configuration(tmp_path).metrics.listen == expected

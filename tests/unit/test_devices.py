@@ -257,7 +257,7 @@ async def test_a_gap_sets_an_alarm_until_it_has_ended(appliance: Appliance, kern
     assert device is not None
     device.disabled = True
     await until(appliance.alarms.report)
-    assert [alarm["kind"] for alarm in appliance.alarms.report()] == ["gap-mapped"]
+    assert [(alarm["kind"], alarm["volume"]) for alarm in appliance.alarms.report()] == [("gap", "mapped")]
     await until(lambda: not device.disabled)
     engine = appliance._engines["mapped"]
     await until(lambda: engine.volume.journal.gaps and engine.volume.journal.gaps[-1].end is not None)

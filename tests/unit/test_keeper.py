@@ -334,8 +334,8 @@ def test_alarms(caplog: pytest.LogCaptureFixture) -> None:
     alarms.set("x", "fourth", worse=True)
     assert [record.message for record in caplog.records] == ["first", "other", "third"]
     assert alarms.report() == [
-        {"kind": "x", "since": "1970-01-01T00:00:01.000000000Z", "message": "fourth"},
-        {"kind": "y", "since": "1970-01-01T00:00:02.000000000Z", "message": "other"},
+        {"kind": "x", "volume": "", "since": "1970-01-01T00:00:01.000000000Z", "message": "fourth"},
+        {"kind": "y", "volume": "", "since": "1970-01-01T00:00:02.000000000Z", "message": "other"},
     ]
     alarms.clear("x")
     alarms.set("x", "again")

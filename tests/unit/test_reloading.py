@@ -15,6 +15,7 @@ from dmafs.core.storage import open_source
 from dmafs.core.store import Store, create_volume
 from dmafs.service.appliance import Appliance
 from dmafs.service.configuration import (
+    ADDRESS,
     COMMAND,
     DURATION,
     FLAG,
@@ -36,6 +37,7 @@ from dmafs.service.passing import PassThroughEngine
 from dmafs.service.reloading import LIVE, OF_THE_MACHINE, RESTART, Reloading
 from dmafs.service.scheduler import Scheduler
 from dmafs.service.tapping import adjust_engine
+from dmafs.service.watching import Watch
 from dmafs.taps.follower import LogTap
 from dmafs.taps.passthrough import PassThroughTap
 
@@ -51,6 +53,7 @@ OTHER: Mapping[Kind, str] = {
     PATTERNS: '["x"]',
     FULL: '"gap"',
     COMMAND: '["true"]',
+    ADDRESS: '"127.0.0.1:9110"',
 }
 """For each kind a value that no key has as its default."""
 
@@ -63,6 +66,7 @@ class Bench:
     appliance: Appliance
     engine: PassThroughEngine
     scheduler: Scheduler
+    watch: Watch
     reloading: Reloading
 
     def in_effect(self) -> list[Any]:
@@ -75,6 +79,9 @@ class Bench:
             self.engine.goes_on,
             self.engine.checking.bytes_per_s,
             self.engine.volume.clones.allowance.quota,
+            self.watch._table,
+            self.watch._teller._command,
+            self.watch._teller._timeout_s,
         ]
 
     async def reload(self, text: str) -> None:
@@ -83,7 +90,7 @@ class Bench:
         with trio.move_on_after(5) as scope:
             async with trio.open_nursery() as nursery:
                 engines: Mapping[str, Engine] = {"disk": self.engine}
-                nursery.start_soon(self.reloading.run, self.appliance, engines, self.scheduler)
+                nursery.start_soon(self.reloading.run, self.appliance, engines, self.scheduler, self.watch)
                 before = self.told()
                 self.reloading.want()
                 while self.told() == before:  # noqa: ASYNC110 - what is waited for has no event
@@ -119,7 +126,8 @@ async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
         loaded.configuration.snapshots.schedule(),
         environment={},
     )
-    yield Bench(path, appliance, engine, scheduler, Reloading(path, loaded))
+    watch = Watch(appliance, {"disk": engine}, loaded.configuration.alarms, {})
+    yield Bench(path, appliance, engine, scheduler, watch, Reloading(path, loaded))
     await engine.close()
     store.close()
     choose_machine_file(None)
@@ -203,7 +211,8 @@ async def test_the_files_may_change_places(bench: Bench, caplog: pytest.LogCaptu
     bench.reloading.want()
     (bench.store / "dmafs.conf").unlink()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(bench.reloading.run, bench.appliance, {"disk": bench.engine}, bench.scheduler)
+        engines: Mapping[str, Engine] = {"disk": bench.engine}
+        nursery.start_soon(bench.reloading.run, bench.appliance, engines, bench.scheduler, bench.watch)
         with trio.fail_after(5):
             while bench.alarms():  # noqa: ASYNC110 - what is waited for has no event
                 await trio.sleep(0.005)
