@@ -96,6 +96,7 @@ def _mount_once(asked: Session, tree: Path, request: Request) -> Report:
         chosen = _options(content, request.options, writable=writable, cloned=name is not None)
         area = {} if found is None else {"offset": content.offset, "limit": content.length}
         with loopdev.attach(image, writable=name is not None, **area) as loop:
+            undo.callback(_take_down, loop.node, directory)
             _mount(content.type, chosen, loop.node, directory)
         undo.pop_all()
         close(fd)
@@ -141,6 +142,12 @@ def _mount(kind: str, options: str, node: Path, directory: Path) -> None:
             f"{kind} can't be mounted at {directory} with options {options}: {said[0].strip()}",
             hint="the kernel's log says more: dmesg",
         )
+
+
+def _take_down(node: Path, directory: Path) -> None:
+    """Unmount what mount(8) has mounted just before somebody interrupted it."""
+    if any((mount.source, mount.point) == (str(node), str(directory)) for mount in mounts()):
+        run("umount", "--", str(directory))
 
 
 def unmount(directory: Path) -> Report:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import struct
 import subprocess
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import pytest
 
 from dmafs.cli.main import main
 from dmafs.core.mounts import mounts
-from tests.mount.harness import MIB, REDONE, Rig, is_mounted, moment, pwrite, run, spelled, wait_until
+from tests.mount.harness import DMAFS, MIB, REDONE, Rig, is_mounted, moment, pwrite, run, spelled, wait_until
 from tests.mount.test_clones import meanwhile
 
 pytestmark = pytest.mark.mount
@@ -280,6 +281,49 @@ def dirty(rig: Rig) -> tuple[Path, str]:
     files, _ = in_use(rig, 64 * MIB)
     run("sync", "-f", files)
     return files, f"@{spelled(moment())}"
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_it_is_interrupted(rig: Rig, when: str) -> None:
+    """Just before mount(8) has mounted it, or just after: nothing is left."""
+    _, what = dirty(rig)
+    past, programs = rig.folder("past"), rig.folder("programs")
+    asked, real = "kill -INT $PPID", f'{shutil.which("mount")} "$@"'
+    lines = [asked, "read -t 0.1", real] if when == "before" else [real, asked, "read -t 0.1"]
+    (programs / "mount").write_text("\n".join(["#!/bin/bash", *lines, ""]))
+    (programs / "mount").chmod(0o755)
+    environment = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        [DMAFS, "mount", rig.store, what, past], env=environment, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+    assert not is_mounted(past)
+    nothing_is_left(rig)
+
+
+def test_btrfs(rig: Rig) -> None:
+    """While the original is mounted it is refused, since the kernel would take the one for the other."""
+    files, past = rig.folder("files"), rig.folder("past")
+    rig.create(size=128 * MIB)
+    rig.start()
+    device = rig.attach(rig.tap())
+    run("mkfs.btrfs", "-q", device)
+    rig.mount(device, files)
+    (files / "one").write_text("one")
+    run("sync", "-f", files)
+    what = f"@{spelled(moment())}"
+    (files / "one").write_text("two")
+    run("sync", "-f", files)
+    assert "is mounted already" in rig.dmafs("mount", rig.store, what, past, code=30).stderr
+    nothing_is_left(rig)
+    rig.umount(files)
+    rig.detach(device)
+    report = mounted(rig, what, past)
+    assert report["type"] == "btrfs"
+    assert report["clone"], "whether its log wants a replay isn't known"
+    assert (past / "one").read_text() == "one"
+    unmounted(rig, past)
+    nothing_is_left(rig)
 
 
 def test_one_that_is_in_use(rig: Rig) -> None:
