@@ -51,22 +51,27 @@ class TapRig(Rig):
         super().__init__()
         self.keeps_logs = keeps_logs
         self.source = Path("/nowhere")
+        self.machine: Path | None = None
+        """The machine's configuration, if it has one."""
         self._loop: loopdev.Loop | None = None
 
     def program(self) -> list[str]:
         """See ``Rig``."""
-        return [sys.executable, "-c", _KEEPS_LOGS] if self.keeps_logs else super().program()
+        words = [sys.executable, "-c", _KEEPS_LOGS] if self.keeps_logs else super().program()
+        return words if self.machine is None else [*words, "--config", str(self.machine)]
+
+    def make_source(self, size: int) -> Path:
+        """Make a primary of zeros, and return it."""
+        with self.primary().open("wb") as file:
+            file.truncate(size)
+        self._loop = loopdev.attach(self.primary())
+        return self._loop.node
 
     def protect(
         self, size: int, *, source: Path | None = None, configuration: str = "", protected: bool = True
     ) -> None:
         """Make a volume of a primary of zeros, or of *source*, and start its daemon."""
-        if source is None:
-            with self.primary().open("wb") as file:
-                file.truncate(size)
-            self._loop = loopdev.attach(self.primary())
-            source = self._loop.node
-        self.source = source
+        self.source = source = source or self.make_source(size)
         self.store.mkdir(mode=0o700, exist_ok=True)
         self.configure(configuration)  # before the first log is made
         self.dmafs("create", self.store, "--source", source, "--tap", "dm")

@@ -410,6 +410,25 @@ def test_a_device_removed_by_hand_while_the_daemon_runs_is_told(rig: TapRig) -> 
         assert_exact_after(rig, later, "later")
 
 
+def test_a_device_that_the_machines_file_names_is_made(rig: TapRig) -> None:
+    """At the first start, with its store; later ones find it."""
+    source = rig.make_source(SIZE)
+    rig.machine = rig.root / "dmafs.toml"
+    rig.machine.write_text(
+        f'[[store]]\npath = "{rig.store}"\n[[store.volume]]\nsource = "{source}"\ntap = "dm"\n', encoding="ascii"
+    )
+    rig.machine.chmod(0o600)
+    rig.start()
+    with Blocks(NODE, SIZE, seed=SEED) as blocks:
+        assert_exact_after(rig, blocks, "first")
+    rig.stop()
+    rig.start()
+    with Blocks(NODE, blocks.content, seed=SEED + 1) as again:
+        assert_exact_after(rig, again, "second")
+    rig.assert_verified()
+    assert rig.status()["gaps"] == []
+
+
 def test_a_mark_has_all_that_was_written_before_it(rig: TapRig) -> None:
     """When the command returns the image is there, and has even what was only in the page cache before."""
     rig.protect(SIZE, configuration="tick_s = 30\n")
