@@ -177,7 +177,9 @@ def local_offset_s(time_s: int, timezone: str | None = None) -> int:
 
 # --- names
 
-_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+NAME_PATTERN: Final = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+"""What every name matches; ``valid_name`` knows the few that can't be used although they do."""
+_NAME: Final = re.compile(NAME_PATTERN)
 _DATE_LIKE: Final = re.compile(r"[0-9]{4}-?[0-9]{2}-?[0-9]{2}(?:[Tt][0-9].*)?", re.DOTALL)
 _WORDS_FOR_TIMES: Final = frozenset({"latest", "now", "today", "yesterday"})
 

@@ -6,7 +6,7 @@ import contextlib
 import sys
 from collections.abc import Iterator
 
-from dmafs.service.client import Show
+from dmafs.client import Show
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dmafs.cli.output import say
-from dmafs.service.client import session
+from dmafs.client import connect
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
@@ -46,7 +46,7 @@ def add_commands(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
 
 def run_snapshot(options: argparse.Namespace) -> int:
     """Take the snapshot."""
-    with session(options.store) as asked:
+    with connect(options.store) as asked:
         report = asked.take_snapshot(options.name)
     say(f"snapshot {report['name']} taken")
     return 0
@@ -54,7 +54,7 @@ def run_snapshot(options: argparse.Namespace) -> int:
 
 def run_mark(options: argparse.Namespace) -> int:
     """Set the mark."""
-    with session(options.store) as asked:
+    with connect(options.store) as asked:
         report = asked.mark(options.name)
     say(f"mark {report['name']} set")
     return 0
@@ -62,7 +62,7 @@ def run_mark(options: argparse.Namespace) -> int:
 
 def run_sync(options: argparse.Namespace) -> int:
     """Sync."""
-    with session(options.store) as asked:
+    with connect(options.store) as asked:
         report = asked.sync()
     for volume in report["volumes"]:
         say(f"volume {volume['name']}: mirror at seq {volume['mirror_seq']}; before it only snapshots remain")

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
+from dmafs.answers import Differences, Place, Scrubbed
 from dmafs.cli.bars import bar
 from dmafs.cli.output import say
+from dmafs.client import Session, Show, connect
 from dmafs.errors import CorruptionError, DifferenceError
-from dmafs.service.client import Session, session
-from dmafs.service.report import Report
 from dmafs.units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
@@ -51,8 +52,8 @@ def add_commands(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
 
 def run_verify(options: argparse.Namespace) -> int:
     """Verify; DifferenceError if something differs."""
-    with session(options.store) as asked:
-        reports = [_compared(asked, "verify", name, options.rate) for name in _names(asked, options.volume)]
+    with connect(options.store) as asked:
+        reports = [_compared(asked.verify, "verify", name, options.rate) for name in _names(asked, options.volume)]
     _print(reports, as_json=options.json, one="differs", many="differ")
     differing = [report for report in reports if report["count"]]
     if differing:
@@ -67,16 +68,16 @@ def run_verify(options: argparse.Namespace) -> int:
 
 def run_resync(options: argparse.Namespace) -> int:
     """Resync."""
-    with session(options.store) as asked:
-        reports = [_compared(asked, "resync", name, options.rate) for name in _names(asked, options.volume)]
+    with connect(options.store) as asked:
+        reports = [_compared(asked.resync, "resync", name, options.rate) for name in _names(asked, options.volume)]
     _print(reports, as_json=options.json, one="taken over", many="taken over")
     return 0
 
 
 def run_scrub(options: argparse.Namespace) -> int:
     """Scrub; CorruptionError if damage is left."""
-    with session(options.store) as asked:
-        reports = [_compared(asked, "scrub", name, options.rate) for name in _names(asked, options.volume)]
+    with connect(options.store) as asked:
+        reports = [_compared(asked.scrub, "scrub", name, options.rate) for name in _names(asked, options.volume)]
     if options.json:
         say(json.dumps({"volumes": reports}, indent=2))
     else:
@@ -94,7 +95,7 @@ def run_scrub(options: argparse.Namespace) -> int:
     return 0
 
 
-def _print_damage(report: Report) -> None:
+def _print_damage(report: Scrubbed) -> None:
     read = format_bytes(report["read_bytes"])
     if not report["count"]:
         say(f"volume {report['volume']}: no damage in {read}")
@@ -103,7 +104,7 @@ def _print_damage(report: Report) -> None:
     say(f"volume {report['volume']}: {places} damaged in {read}, {report['repaired']} repaired")
     say(f"{'OFFSET':>16}  {'LENGTH':>12}  {'STATE':<9}  {'FIRST MOMENT':<31}  {'LAST MOMENT':<31}  FILE")
     for one in report["damage"]:
-        first, last = (one[end]["time"] if one[end] else "-" for end in ("first", "last"))
+        first, last = _time(one["first"]), _time(one["last"])
         state = "repaired" if one["repaired"] else "damaged"
         last = "now" if one["newest"] else last
         say(f"{one['offset']:>16}  {one['length']:>12}  {state:<9}  {first:<31}  {last:<31}  {one['file']}")
@@ -111,21 +112,30 @@ def _print_damage(report: Report) -> None:
         say(f"{'...':>16}  {'':>12}  {report['count'] - len(report['damage'])} more")
 
 
+def _time(place: Place | None) -> str:
+    return place["time"] or "-" if place else "-"
+
+
+Found = TypeVar("Found")
+
+
 def _names(asked: Session, volume: str | None) -> list[str]:
     return [volume] if volume is not None else [report["name"] for report in asked.status()["volumes"]]
 
 
-def _compared(asked: Session, what: str, name: str, rate: str | None) -> Report:
+def _compared(compare: Callable[[str, int | None, Show], Found], what: str, name: str, rate: str | None) -> Found:
     bytes_per_s = None if rate is None else parse_bytes(rate)
     with bar(f"{what} {name}") as show:
-        return {"verify": asked.verify, "resync": asked.resync, "scrub": asked.scrub}[what](name, bytes_per_s, show)
+        return compare(name, bytes_per_s, show)
 
 
-def _print(reports: list[Report], *, as_json: bool, one: str, many: str) -> None:
+def _print(reports: list[Differences], *, as_json: bool, one: str, many: str) -> None:
     if as_json:
-        for report in reports:
-            report["extents"] = [{"offset": offset, "length": length} for offset, length in report["extents"]]
-        say(json.dumps({"volumes": reports}, indent=2))
+        shown = [
+            {**report, "extents": [{"offset": offset, "length": length} for offset, length in report["extents"]]}
+            for report in reports
+        ]
+        say(json.dumps({"volumes": shown}, indent=2))
         return
     for report in reports:
         compared, busy = format_bytes(report["compared_bytes"]), report["busy_bytes"]

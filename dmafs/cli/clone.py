@@ -7,9 +7,10 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dmafs.answers import Clone
 from dmafs.cli.output import say
+from dmafs.client import connect
 from dmafs.errors import InputError
-from dmafs.service.client import session
 from dmafs.units import format_bytes
 
 if TYPE_CHECKING:
@@ -38,26 +39,21 @@ def run_clone(options: argparse.Namespace) -> int:
         raise InputError("the clone's name is missing", hint="dmafs clone STORE NAME")
     if options.name is not None and options.json:
         raise InputError(f"clone {options.name}: --json is for the list", hint="leave the name out")
-    with session(options.store) as asked:
+    with connect(options.store) as asked:
         if options.name is None:
             report = asked.clones()
+            say(json.dumps(report, indent=2)) if options.json else _list(report["clones"])
         elif options.drop:
-            report = asked.drop_clone(options.name)
+            asked.drop_clone(options.name)
+            say(f"clone {options.name} dropped")
         else:
-            report = asked.create_clone(options.name, options.at)
-    if options.json:
-        say(json.dumps(report, indent=2))
-    elif options.name is None:
-        _list(report["clones"])
-    else:
-        say(f"clone {report['name']} {'dropped' if options.drop else 'made'}")
+            asked.create_clone(options.name, options.at)
+            say(f"clone {options.name} made")
     return 0
 
 
-def _list(clones: list[dict[str, object]]) -> None:
+def _list(clones: list[Clone]) -> None:
     say(f"{'NAME':<20}  {'TIME':<30}  {'STORED':>10}  STATE")
     for clone in clones:
-        stored = clone["stored_bytes"]
-        assert isinstance(stored, int)
         state = clone["failure"] or ("open" if clone["open"] else "closed")
-        say(f"{clone['name']:<20}  {clone['time']:<30}  {format_bytes(stored):>10}  {state}")
+        say(f"{clone['name']:<20}  {clone['time']:<30}  {format_bytes(clone['stored_bytes']):>10}  {state}")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
+
+import shtab
 
 from dmafs.cli.output import say
 
@@ -16,10 +18,8 @@ SHELLS: Final = ("bash", "zsh", "fish")
 _DIRECTORIES: Final = ("STORE", "MOUNTPOINT", "DIR")
 
 
-def add_commands(
-    commands: _SubParsersAction[argparse.ArgumentParser], parser: Callable[[], argparse.ArgumentParser]
-) -> None:
-    """Add the command, which asks for the whole *parser* when it is run."""
+def add_commands(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command."""
     command = commands.add_parser(
         "completion",
         help="print a completion script for a shell",
@@ -28,16 +28,17 @@ def add_commands(
         '"~/.config/fish/completions/dmafs.fish".',
     )
     command.add_argument("shell", metavar="SHELL", choices=SHELLS, help="bash, zsh or fish")
-    command.set_defaults(run=lambda options: run(parser(), options.shell))
+    command.set_defaults(run=run)
 
 
-def run(parser: argparse.ArgumentParser, shell: str) -> int:
+def run(options: argparse.Namespace) -> int:
     """Print the script."""
-    import shtab  # noqa: PLC0415 - no other command needs it
+    from dmafs.cli.main import parser  # noqa: PLC0415 - which imports this module
 
-    for action in _paths(parser):
+    whole = parser()
+    for action in _paths(whole):
         action.complete = shtab.DIR if action.metavar in _DIRECTORIES else shtab.FILE  # type: ignore[attr-defined]  # shtab's way to say it
-    say(shtab.complete(parser, shell))
+    say(shtab.complete(whole, options.shell))
     return 0
 
 

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dmafs.cli.output import say
+from dmafs.client import connect
+from dmafs.core.names import CONFIGURATION_NAME
 from dmafs.core.storage import lock_directory
-from dmafs.core.store import CONFIGURATION_NAME
 from dmafs.errors import DmafsError, InputError, NoStoreError, StoreBusyError
-from dmafs.service.client import session
 from dmafs.service.configuration import Configuration
 from dmafs.service.document import Document
-from dmafs.service.loading import check_stores, is_same, load, machine_file, machine_of, read
+from dmafs.service.loading import check_stores, is_same, load, machine_of, read
+from dmafs.service.machine import machine_file
 from dmafs.service.report import Report
 
 if TYPE_CHECKING:
@@ -103,9 +104,9 @@ def _in_effect(store: Path) -> Report:
     try:
         os.close(lock_directory(store))
     except StoreBusyError:
-        with session(store) as asked:
+        with connect(store) as asked:
             daemon = asked.status()["daemon"]
-        if daemon is not None:
+        if daemon is not None and daemon["configuration"] is not None:
             return {"daemon": daemon["pid"], **daemon["configuration"]}
     except NoStoreError:
         if load(store).file is None:  # a store that is still to be made may be in the machine's file

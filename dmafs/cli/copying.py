@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from dmafs.cli.bars import bar
 from dmafs.cli.output import say, write
+from dmafs.client import connect
 from dmafs.errors import InputError
-from dmafs.service.client import session
 from dmafs.units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
         raise InputError("--json has no place beside the bytes on standard output", hint="give a file, or leave it out")
     if target is None and sys.stdout.isatty():
         raise InputError("standard output is a terminal", hint="send it to a file or another program")
-    with session(options.store) as asked:
+    with connect(options.store) as asked:
         wanted = extraction.range_at(asked, volume, time, offset, length)
         if target is not None:
             sources = [Path(report["source"]) for report in asked.status()["volumes"]]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from dmafs.cli.output import say
 from dmafs.core.inspection import Inspected, inspect
-from dmafs.core.store import CONFIGURATION_NAME
+from dmafs.core.names import CONFIGURATION_NAME
 from dmafs.errors import CorruptionError
 from dmafs.service.loading import load_configuration
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dmafs.cli.output import say
-from dmafs.service.client import session
+from dmafs.client import connect
 from dmafs.units import format_bytes
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def add_commands(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
 
 def run_pin(options: argparse.Namespace) -> int:
     """Pin the snapshot."""
-    with session(options.store) as asked:
+    with connect(options.store) as asked:
         report = asked.pin(options.id)
     say(f"snapshot {report['id']} pinned")
     return 0
@@ -55,7 +55,7 @@ def run_pin(options: argparse.Namespace) -> int:
 
 def run_unpin(options: argparse.Namespace) -> int:
     """Unpin the snapshot."""
-    with session(options.store) as asked:
+    with connect(options.store) as asked:
         report = asked.unpin(options.id)
     say(f"snapshot {report['id']} unpinned")
     return 0
@@ -63,7 +63,7 @@ def run_unpin(options: argparse.Namespace) -> int:
 
 def run_thin(options: argparse.Namespace) -> int:
     """Thin."""
-    with session(options.store) as asked:
+    with connect(options.store) as asked:
         report = asked.thin(dry_run=options.dry_run)
     if options.json:
         say(json.dumps(report, indent=2))

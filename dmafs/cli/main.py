@@ -3,37 +3,39 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import logging
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
-from typing import Final
+from typing import Final, NoReturn
 
-from dmafs.cli import (
-    change,
-    check,
-    clone,
-    completion,
-    config,
-    copying,
-    create,
-    importing,
-    inspection,
-    keep,
-    metrics,
-    moment,
-    mounting,
-    output,
-    query,
-    serve,
-    tap,
-)
+from dmafs.cli import output
 from dmafs.errors import DmafsError
-from dmafs.service.loading import MACHINE_FILE, choose_machine_file
+from dmafs.service.machine import MACHINE_FILE, choose_machine_file
 
 _SIGPIPE_EXIT: Final = 128 + 13
 _SIGINT_EXIT: Final = 128 + 2
+
+COMMANDS: Final = {
+    "create": ("create",),
+    "importing": ("import",),
+    "serve": ("serve",),
+    "query": ("status", "ls", "read", "diff"),
+    "metrics": ("metrics",),
+    "moment": ("at",),
+    "copying": ("cp",),
+    "mounting": ("mount", "umount"),
+    "change": ("snapshot", "mark", "sync"),
+    "keep": ("pin", "unpin", "thin"),
+    "clone": ("clone",),
+    "check": ("verify", "resync", "scrub"),
+    "inspection": ("check",),
+    "config": ("config",),
+    "tap": ("tap",),
+    "completion": ("completion",),
+}
+"""The commands by their modules, of which only that of the command in question is imported: that takes time."""
 
 EPILOG: Final = """\
 Commands ask the daemon that serves the store, or work on the store directly when none runs.
@@ -49,15 +51,26 @@ store, 20-24 not found, 25 pinned, 26 source and image differ, 27 a check is und
 """
 
 
-def parser() -> argparse.ArgumentParser:
-    """Return the parser of the whole command line; the man page is tested against it."""
+class _Version(argparse.Action):
+    """Print the version, which isn't looked up before that: it takes time."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        from importlib.metadata import version  # noqa: PLC0415 - see above
+
+        print(f"dmafs {version('dmafs')}")
+        parser.exit()
+
+
+def parser(command: str | None = None) -> argparse.ArgumentParser:
+    """Return the parser of the whole command line, against which the man page is tested, or of one *command*."""
     root = argparse.ArgumentParser(
         prog="dmafs",
         description="Keeps the whole recent history of a disk and shows any moment of it as a plain image file.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    root.add_argument("--version", action="version", version=f"dmafs {version('dmafs')}")
+    root.add_argument("--version", action=_Version, nargs=0, help="show program's version number and exit")
     root.add_argument("-v", "--verbose", action="store_true", help="log what happens, not only what goes wrong")
     root.add_argument(
         "--config",
@@ -66,37 +79,21 @@ def parser() -> argparse.ArgumentParser:
         help=f"file that names the machine's stores ({MACHINE_FILE} if there)",
     )
     commands = root.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for group in (
-        create,
-        importing,
-        serve,
-        query,
-        metrics,
-        moment,
-        copying,
-        mounting,
-        change,
-        keep,
-        clone,
-        check,
-        inspection,
-        config,
-        tap,
-    ):
-        group.add_commands(commands)
-    completion.add_commands(commands, parser)
+    modules = [module for module, names in COMMANDS.items() if command in names] or COMMANDS
+    for module in modules:
+        importlib.import_module(f"dmafs.cli.{module}").add_commands(commands)
     return root
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status."""
-    options = parser().parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    options = parser(_command(words)).parse_args(words)
     logging.basicConfig(
         level=logging.INFO if options.verbose else logging.WARNING,
         format="dmafs: %(levelname)s: %(message)s",
         stream=sys.stderr,
     )
-    logging.getLogger("httpx").setLevel(logging.WARNING)
     choose_machine_file(options.config)
     try:
         status: int = options.run(options)
@@ -114,6 +111,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _SIGINT_EXIT
     return status
+
+
+def _command(words: Sequence[str]) -> str | None:
+    """Return the word where the command's name is, if there is one."""
+    left = iter(words)
+    for word in left:
+        if word == "--config":
+            next(left, None)
+        elif not word.startswith("-"):
+            return word
+    return None
 
 
 def _report(error: DmafsError) -> int:

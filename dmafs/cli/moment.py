@@ -6,10 +6,11 @@ import argparse
 import json
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
+from dmafs.answers import MomentOfVolume, NoMoment
 from dmafs.cli.output import say
-from dmafs.service.client import session
+from dmafs.client import connect
 from dmafs.service.mounting import tree_of
 
 if TYPE_CHECKING:
@@ -38,23 +39,26 @@ def add_commands(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Explain; 1 if some volume has no point there."""
-    with session(options.store) as asked:
+    with connect(options.store) as asked:
         report = asked.moment(options.time, options.volume)
     tree = tree_of(options.store)
-    for found in report["volumes"]:
-        found["path"] = None
-        if tree is not None and "problem" not in found:
-            found["path"] = str(tree / "at" / report["at"] / f"{found['volume']}.img")
+    paths = {
+        found["volume"]: None
+        if tree is None or "problem" in found
+        else str(tree / "at" / report["at"] / f"{found['volume']}.img")
+        for found in report["volumes"]
+    }
     if options.json:
-        say(json.dumps(report, indent=2))
+        volumes = [{**found, "path": paths[found["volume"]]} for found in report["volumes"]]
+        say(json.dumps({**report, "volumes": volumes}, indent=2))
     else:
         say(f"moment {report['at']}")
         for found in report["volumes"]:
-            say("\n".join(_lines(found)))
+            say("\n".join(_lines(found, paths[found["volume"]])))
     return 1 if any("problem" in found for found in report["volumes"]) else 0
 
 
-def _lines(found: dict[str, Any]) -> list[str]:
+def _lines(found: MomentOfVolume | NoMoment, path: str | None) -> list[str]:
     if "problem" in found:
         return [f"volume {found['volume']}: nothing: {found['problem']}", f"  hint   {found['hint']}"]
     kind = f"{found['kind']} {found['name']}".rstrip()
@@ -65,7 +69,7 @@ def _lines(found: dict[str, Any]) -> list[str]:
         f"  why    {found['why']}",
         f"  state  {_STATES[found['consistency']]}",
     ]
-    return lines + ([f"  path   {found['path']}"] if found["path"] else [])
+    return lines + ([f"  path   {path}"] if path else [])
 
 
 def _local(text: str) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from dmafs.cli.copying import volume_and_time
 from dmafs.cli.output import say
-from dmafs.service.client import session
+from dmafs.client import connect
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
@@ -52,7 +52,7 @@ def run_mount(options: argparse.Namespace) -> int:
 
     volume, time = volume_and_time(options.what)
     tree = pastmount.require_tree(options.store)
-    with session(options.store) as asked:
+    with connect(options.store) as asked:
         request = pastmount.Request(
             lambda: extraction.range_at(asked, volume, time, 0, None),
             Path(os.path.realpath(options.directory)),

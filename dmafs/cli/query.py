@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
+from dmafs.answers import Device, Plan, VolumeStatus
 from dmafs.cli.output import say, write
-from dmafs.service.client import session
+from dmafs.client import connect
 from dmafs.units import format_bytes
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def add_commands(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
 
 def run_status(options: argparse.Namespace) -> int:
     """Show the status."""
-    with session(options.store) as asked:
+    with connect(options.store) as asked:
         report = asked.status()
     if options.json:
         say(json.dumps(report, indent=2))
@@ -86,7 +87,7 @@ def run_status(options: argparse.Namespace) -> int:
     return 1 if report["alarms"] or any(volume["state"] == "read-only" for volume in report["volumes"]) else 0
 
 
-def _volume_lines(volume: dict[str, Any]) -> list[str]:
+def _volume_lines(volume: VolumeStatus) -> list[str]:
     lines = [
         f"volume {volume['name']}: {volume['state']}, {format_bytes(volume['size_bytes'])} from {volume['source']}"
     ]
@@ -97,9 +98,9 @@ def _volume_lines(volume: dict[str, Any]) -> list[str]:
     if volume["state"] == "copying":
         rate = format_bytes(volume["copy_bytes_per_s"])
         lines.append(f"  copying   {volume['copy_fraction']:.1%} at {rate}/s")
-    for label, key in (("oldest", "oldest"), ("newest", "newest"), ("mirror", "mirror")):
-        if volume[key] is not None and volume[key]["time"] is not None:
-            lines.append(f"  {label:<9} {volume[key]['time']}  seq {volume[key]['seq']}")
+    for label, place in (("oldest", volume["oldest"]), ("newest", volume["newest"]), ("mirror", volume["mirror"])):
+        if place is not None and place["time"] is not None:
+            lines.append(f"  {label:<9} {place['time']}  seq {place['seq']}")
     for gap in volume["gaps"]:
         lasting = f"writes are not captured: {volume['loss']}" if volume["loss"] else "a resync is under way"
         end = gap["end"]["time"] if gap["end"] else f"now: {lasting}"
@@ -121,14 +122,14 @@ def _volume_lines(volume: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _device_text(device: dict[str, Any]) -> str:
+def _device_text(device: Device) -> str:
     if not device["attached"]:
         return "not attached: writes to the source are not captured"
     used, limit = format_bytes(device["log_bytes"]), format_bytes(device["log_limit_bytes"])
     return f"log at {used} of {limit}" if device["logging"] else "logging has stopped"
 
 
-def _plan_text(planned: dict[str, Any]) -> str:
+def _plan_text(planned: Plan) -> str:
     last = planned["last"]
     then = f"; last {last['time']} ({last['reason']}): {last['result']}" if last else ""
     return (f"next {planned['next']}" if planned["next"] else "none planned") + then
@@ -136,7 +137,7 @@ def _plan_text(planned: dict[str, Any]) -> str:
 
 def run_ls(options: argparse.Namespace) -> int:
     """List the points."""
-    with session(options.store) as asked:
+    with connect(options.store) as asked:
         report = asked.points()
     if options.json:
         say(json.dumps(report, indent=2))
@@ -151,7 +152,7 @@ def run_ls(options: argparse.Namespace) -> int:
 
 def run_read(options: argparse.Namespace) -> int:
     """Write the bytes."""
-    with session(options.store) as asked:
+    with connect(options.store) as asked:
         for part in asked.read(options.volume, at=options.at, offset=options.offset, length=options.length):
             write(part)
     return 0
@@ -159,7 +160,7 @@ def run_read(options: argparse.Namespace) -> int:
 
 def run_diff(options: argparse.Namespace) -> int:
     """List the extents."""
-    with session(options.store) as asked:
+    with connect(options.store) as asked:
         report = asked.diff(options.volume, options.a, options.b)
     extents = report["extents"]
     if options.json:

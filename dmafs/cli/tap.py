@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dmafs.answers import Device
 from dmafs.cli.output import say
-from dmafs.service.client import session
-from dmafs.service.report import Report
+from dmafs.client import connect
 from dmafs.units import format_bytes
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def add_commands(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Do it."""
-    with session(options.store) as asked:
+    with connect(options.store) as asked:
         reports = asked.tap(options.action, options.volume)["volumes"]
     if options.json:
         say(json.dumps({"volumes": reports}, indent=2))
@@ -43,7 +43,7 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _lines(report: Report) -> list[str]:
+def _lines(report: Device) -> list[str]:
     if not report["attached"]:
         return [f"volume {report['volume']}: {report['device']} is not attached"]
     used, limit = format_bytes(report["log_bytes"]), format_bytes(report["log_limit_bytes"])

@@ -26,6 +26,7 @@ from dmafs.core import digests, mirror, pointers, recovery, scrub, snapshot
 from dmafs.core.dry import DryStorage
 from dmafs.core.limits import IndexLimits
 from dmafs.core.mirror import open_mirror
+from dmafs.core.names import CONFIGURATION_NAME, SOCKET_NAME
 from dmafs.core.ondisk import LOG_DIRECTORY, LOG_NAME, VOLUME_JSON_LIMIT, Pointers, VolumeInfo
 from dmafs.core.overlay import DAT, EXT, Overlay
 from dmafs.core.part import Part
@@ -35,8 +36,6 @@ from dmafs.core.reopening import Recovery
 from dmafs.core.snapshots import Snapshots
 from dmafs.core.storage import lock_directory
 from dmafs.core.store import (
-    CONFIGURATION_NAME,
-    SOCKET_NAME,
     directories_of_volumes,
     is_in_making,
     no_store,

@@ -15,6 +15,7 @@ from typing import Final
 from dmafs.core.limits import VolumeLimits
 from dmafs.core.mirror import NAME as MIRROR_NAME
 from dmafs.core.mounts import devices_below, mounts
+from dmafs.core.names import CONFIGURATION_NAME, SOCKET_NAME
 from dmafs.core.ondisk import VOLUME_JSON_LIMIT, VolumeInfo
 from dmafs.core.opening import NOT_OURS
 from dmafs.core.pointers import NAME as POINTERS_NAME
@@ -38,8 +39,6 @@ from dmafs.units import SECTOR, check_name, valid_name
 
 log = logging.getLogger(__name__)
 
-SOCKET_NAME: Final = "control.sock"
-CONFIGURATION_NAME: Final = "dmafs.conf"
 VOLUMES_MAX: Final = 64
 _SYSFS_DEVICES: Final = Path("/sys/dev/block")
 _NOT_THERE: Final = {

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
-from dmafs.service.report import Report
+from dmafs import answers
 from dmafs.units import format_rfc3339
 
 log = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ class Alarms:
         """Say whether it lasts."""
         return (kind, volume) in self._alarms
 
-    def report(self) -> list[Report]:
+    def report(self) -> list[answers.Alarm]:
         """Return what is on, oldest first; an alarm of the store has an empty volume."""
         return [
             {"kind": kind, "volume": volume, "since": format_rfc3339(alarm.since_ns), "message": alarm.message}

@@ -13,6 +13,7 @@ from typing import Final
 
 import trio
 
+from dmafs import answers
 from dmafs.core.clone import Clone
 from dmafs.core.image import Image
 from dmafs.core.moments import (
@@ -45,10 +46,7 @@ from dmafs.service.losing import LosingEngine
 from dmafs.service.passing import through
 from dmafs.service.report import (
     READ_CHUNK,
-    Report,
-    clones_of,
     diff_of,
-    points_of,
     state_of,
     status_of,
 )
@@ -75,9 +73,9 @@ class Appliance:
         self.rules = rules or KeepRules()
         self._cloning, self._pinning, self._retaining = trio.Lock(), trio.Lock(), trio.Lock()
         self._fruitless_until = self.short_at = -math.inf
-        self.schedule: Callable[[], Report | None] = lambda: None
+        self.schedule: Callable[[], answers.Schedule | None] = lambda: None
         """Says what is planned; set by who plans, as what is configured by who has loaded that."""
-        self.configured: Callable[[], Report | None] = lambda: None
+        self.configured: Callable[[], answers.Settings | None] = lambda: None
         first = next(iter(self._volumes.values()))
         self.started_ns = first.clock()
         self.look: Callable[[], None] = self.clear_gaps  # brings the alarms up to date; set by who watches
@@ -341,7 +339,7 @@ class Appliance:
 
     # -- the control interface ------------------------------------------------------------------------------------
 
-    def status(self) -> Report:
+    def status(self) -> answers.Status:
         """Return the state of the daemon and of all volumes."""
         volumes = []
         self.look()
@@ -350,21 +348,18 @@ class Appliance:
             if report["state"] == "copying":
                 report["copy_fraction"] = engine.progress.fraction
                 report["copy_bytes_per_s"] = int(engine.progress.bytes_per_s)
-            report |= {"device": engine.device_report(), "loss": engine.loss, "syncing": engine.syncing}
-            report |= {"commits": engine.commits, **engine.checking.report()}
+            report["device"], report["loss"], report["syncing"] = engine.device_report(), engine.loss, engine.syncing
+            report["commits"] = engine.commits
+            engine.checking.tell(report)
             volumes.append(report)
-        daemon: Report = {"pid": os.getpid(), "schedule": self.schedule(), "configuration": self.configured()}
+        daemon: answers.DaemonStatus = {
+            "pid": os.getpid(),
+            "schedule": self.schedule(),
+            "configuration": self.configured(),
+        }
         return {"daemon": daemon, "alarms": self.alarms.report(), "volumes": volumes}
 
-    def points(self) -> Report:
-        """Return the recoverable points."""
-        return points_of(self._volumes)
-
-    def list_clones(self) -> Report:
-        """Return all clones."""
-        return clones_of(self._volumes)
-
-    async def sync(self) -> Report:
+    async def sync(self) -> answers.Syncs:
         """Sync all volumes, one after the other."""
         return {
             "volumes": [{"name": name, "mirror_seq": await engine.sync()} for name, engine in self._engines.items()]
@@ -407,7 +402,7 @@ class Appliance:
         """The volumes by name, for reports."""
         return self._volumes
 
-    async def tap(self, action: str, volume: str | None) -> Report:
+    async def tap(self, action: str, volume: str | None) -> answers.Taps:
         """Attach or detach mapped devices, or only report them."""
         return await tap_reports(self._engines, action, volume)
 
@@ -424,7 +419,7 @@ class Appliance:
         """Return the bytes of the store's filesystem that capture leaves for syncs."""
         return max(volume.limits.reserve_bytes for volume in self._volumes.values())
 
-    async def thin(self, *, dry_run: bool = False, measured: bool = True) -> Report:
+    async def thin(self, *, dry_run: bool = False, measured: bool = True) -> answers.Thinned:
         """Drop the snapshots that no rule keeps; with *dry_run* only say which, *measured* with what they hold."""
         async with self._retaining:
             thinning = Thinning(self._volumes, self.rules, measured=measured)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
+from dmafs import answers
 from dmafs.core.ondisk import Flag
 from dmafs.core.resync import mend, needs_resync, resync
 from dmafs.core.scrub import Scrubbed, last_scrub, scope_sectors, scrub
@@ -23,9 +24,9 @@ from dmafs.core.throttle import Throttle
 from dmafs.core.verify import Differences, verify
 from dmafs.core.volume import Volume
 from dmafs.core.work import Result, Work
-from dmafs.errors import CheckBusyError, DmafsError, NoSuchPointError, StoreError, TapError
+from dmafs.errors import CheckBusyError, DmafsError, StoreError
 from dmafs.service.driver import Await
-from dmafs.service.report import Report, differences_of, scrub_told
+from dmafs.service.report import differences_of, require_copied, require_source, scrub_told
 from dmafs.service.tasks import RETRY_S, TROUBLE, Progress
 from dmafs.units import SECTOR, format_bytes, format_rfc3339
 
@@ -37,24 +38,6 @@ log = logging.getLogger(__name__)
 VERIFY: Final = "verify"
 RESYNC: Final = "resync"
 SCRUB: Final = "scrub"
-
-
-def require_source(volume: Volume) -> None:
-    """Raise TapError if a volume has no source that its newest image could be compared with."""
-    if volume.info.tap == "none":
-        raise TapError(
-            f"volume {volume.info.name} was imported: it has no source to compare with",
-            hint="only volumes with a tap are verified and resynced",
-        )
-
-
-def require_copied(volume: Volume) -> None:
-    """Raise NoSuchPointError if a volume has no image yet."""
-    if not volume.pointers.now.copied:
-        raise NoSuchPointError(
-            f"volume {volume.info.name} can't be scrubbed: the initial copy isn't complete",
-            hint="wait until dmafs status says protected",
-        )
 
 
 def primary_of(volume: Volume, tap_primary: File) -> File | None:
@@ -81,7 +64,7 @@ class Check:
         """Give it up: nobody waits for it any more. Nothing if it is done, or has begun a gap."""
         self.scope.cancel()
 
-    def report(self) -> Report:
+    def report(self) -> answers.Progress:
         """Return how far it is."""
         return {
             "kind": self.kind,
@@ -104,14 +87,14 @@ class Checking:
         self._wanted = trio.Event()
         self._losses = 0
         self.current: Check | None = None
-        self.last: Report | None = None
+        self.last: answers.LastCheck | None = None
         """What the last comparison that came to an end has found; forgotten with the daemon."""
         self.last_scrub: Scrubbed | None = None
 
-    def report(self) -> Report:
-        """Return what is under way, and what was found last."""
-        current = self.current.report() if self.current else None
-        return {"check": current, "last_check": self.last, "last_scrub": scrub_told(self.last_scrub)}
+    def tell(self, status: answers.VolumeStatus) -> None:
+        """Say what is under way, and what was found last."""
+        status["check"] = self.current.report() if self.current else None
+        status["last_check"], status["last_scrub"] = self.last, scrub_told(self.last_scrub)
 
     def lost(self) -> None:
         """Have no resync that is under way end a gap: capture is being lost."""
@@ -235,8 +218,13 @@ class Checking:
     def _note(self, check: Check, found: Differences) -> None:
         check.found = found
         report = differences_of(self._name, found)
-        kept = {key: report[key] for key in ("bytes", "count", "busy_bytes")}
-        self.last = {"kind": check.kind, "time": format_rfc3339(self._volume.clock()), **kept}
+        self.last = {
+            "kind": check.kind,
+            "time": format_rfc3339(self._volume.clock()),
+            "bytes": report["bytes"],
+            "count": report["count"],
+            "busy_bytes": report["busy_bytes"],
+        }
 
 
 def _called(call: Callable[[], Result]) -> Work[Result]:

@@ -1,48 +1,28 @@
-"""The control interface: HTTP over the unix socket ``control.sock`` in the store, for the commands of the same machine.
+"""The control interface: HTTP over the unix socket ``control.sock`` in the store, for programs of the same machine.
 
-=======  ================  ==================================================  =============================
-method   path              parameters                                          answer
-=======  ================  ==================================================  =============================
-GET      /status                                                               JSON
-GET      /points                                                               JSON
-GET      /moment           at, volume (optional)                               JSON
-GET      /metrics                                                              text, Prometheus' format 0.0.4
-POST     /snapshots        name                                                JSON
-POST     /marks            name                                                JSON
-POST     /sync                                                                 JSON
-POST     /pin              id                                                  JSON
-POST     /unpin            id                                                  JSON
-POST     /thin             dry_run (0 or 1)                                    JSON
-GET      /clones                                                               JSON
-POST     /clones           name, at (optional)                                 JSON
-DELETE   /clones           name                                                JSON
-GET      /read             volume, at, offset, length                          bytes, all of one moment
-GET      /diff             volume, a, b                                        JSON
-POST     /verify           volume, rate (optional)                             lines of JSON
-POST     /resync           volume, rate (optional)                             lines of JSON
-POST     /scrub            volume, rate (optional)                             lines of JSON
-POST     /tap              action (attach, detach, status), volume (optional)  JSON
-=======  ================  ==================================================  =============================
+What can be asked, with which parameters and for which answers, is the table in ``operations``; ``GET /openapi.json``
+answers it as an OpenAPI document. A request has no body.
 
-A verify, resync or scrub tells how far it is often, a line each time; the last line is {result} or {error,
-message, hint}. Who goes away before that gives it up.
+A verify, resync or scrub answers a stream of server-sent events: ``progress`` often, to which a listener needn't
+listen, then one ``result`` or ``error``. Who goes away before that gives it up.
 
-An error is a JSON object {error, message, hint}: the class's name in the error tree and its texts; status 400 for
-what the caller got wrong, 404 for what isn't there, 500 for the rest; 403 and 503 for whom isn't admitted, see
-``admission``. The socket has mode 0600 in a directory of mode 0700. What can be asked is bounded in size and time.
+An error is a JSON object {error, message, hint}: the class's name in the error tree and its texts; status 400 for what
+the caller got wrong, 404 for what isn't there, 409 for what isn't possible now, 507 for a store that is full, 500 for
+the rest; 403 and 503 for whom isn't admitted, see ``admission``. The socket has mode 0600 in a directory of mode 0700.
+What can be asked is bounded in size and time.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
-import re
 import socket
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import aclosing
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import trio
 from hypercorn.config import Config
@@ -53,20 +33,21 @@ from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import ConnectionState
 from hypercorn.utils import wrap_app
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from dmafs import answers
 from dmafs.errors import ControlError, DmafsError, InputError, NotFoundError
 from dmafs.service.admission import CONNECTIONS_MAX, Admission, Connection
 from dmafs.service.appliance import Appliance
 from dmafs.service.checking import RESYNC, SCRUB, VERIFY, Check
-from dmafs.service.devices import ACTIONS
 from dmafs.service.exposition import CONTENT_TYPE, Exposition
 from dmafs.service.moment import moment_of
-from dmafs.service.report import Report, check_range, differences_of, image_at, scrubbed_of
-from dmafs.units import check_name
+from dmafs.service.operations import BYTES, EVENTS, OPERATIONS, Operation
+from dmafs.service.report import check_range, clones_of, differences_of, image_at, points_of, scrubbed_of, snapshots_of
 
 log = logging.getLogger(__name__)
 
@@ -76,163 +57,170 @@ TOLD_S: Final = 0.2
 HEAD_BYTES_MAX: Final = 16 << 10
 """Of a request, which is all there is to it: none has a body."""
 
-_NUMBER: Final = re.compile(r"-?[0-9]{1,18}", re.ASCII)  # fits 63 bits
+_STATUS: Final = {
+    errno.EINVAL: 400,
+    errno.EACCES: 403,
+    errno.ENOENT: 404,
+    errno.EBUSY: 409,
+    errno.EEXIST: 409,
+    errno.ENOSPC: 507,
+}
+
+Answer = Mapping[str, Any] | Response
 
 
-def application(appliance: Appliance, exposition: Exposition | None = None) -> Starlette:
-    """Return the application that serves *appliance*, and its metrics where somebody has them."""
-    handlers = Handlers(appliance)
-    routes = [
-        ("GET", "/status", handlers.status),
-        ("GET", "/points", handlers.points),
-        ("GET", "/moment", handlers.moment),
-        ("POST", "/snapshots", handlers.take_snapshot),
-        ("POST", "/marks", handlers.mark),
-        ("POST", "/sync", handlers.sync),
-        ("POST", "/pin", handlers.pin),
-        ("POST", "/unpin", handlers.unpin),
-        ("POST", "/thin", handlers.thin),
-        ("GET", "/clones", handlers.list_clones),
-        ("POST", "/clones", handlers.create_clone),
-        ("DELETE", "/clones", handlers.drop_clone),
-        ("GET", "/read", handlers.read),
-        ("GET", "/diff", handlers.diff),
-        ("POST", "/verify", handlers.verify),
-        ("POST", "/resync", handlers.resync),
-        ("POST", "/scrub", handlers.scrub),
-        ("POST", "/tap", handlers.tap),
-    ]
-    shown = [] if exposition is None else metrics_routes(exposition)
-    plain = [Route(path, _answering(handler), methods=[method]) for method, path, handler in routes]
-    return Starlette(routes=[*plain, *shown])
+def application(appliance: Appliance, exposition: Exposition) -> Starlette:
+    """Return the application that serves *appliance* and its metrics."""
+    handlers = Handlers(appliance, exposition)
+    return _serving((operation, getattr(handlers, operation.name)) for operation in OPERATIONS)
 
 
-def metrics_routes(exposition: Exposition) -> list[Route]:
-    """Return what serves metrics, and nothing else."""
-
-    async def answer(_request: Request) -> Response:
-        return Response(await exposition.text(), media_type=CONTENT_TYPE)
-
-    route = Route("/metrics", _answering(answer))
-    route.methods = {"GET"}  # not HEAD, which it would add
-    return [route]
+def metrics_application(exposition: Exposition) -> Starlette:
+    """Return the application that serves metrics, and nothing else."""
+    handlers = _Metrics(exposition)
+    return _serving((operation, handlers.metrics) for operation in OPERATIONS if operation.name == "metrics")
 
 
-class Handlers:
-    """What answers requests; see the table above."""
+def _serving(answered: Iterable[tuple[Operation, Callable[..., Awaitable[Answer]]]]) -> Starlette:
+    routes = []
+    for operation, handler in answered:
+        routes.append(route := Route(operation.path, _answering(operation, handler)))
+        route.methods = {operation.method}  # not HEAD, which it would add
+    return Starlette(routes=routes, exception_handlers={HTTPException: _unknown})
 
-    def __init__(self, appliance: Appliance) -> None:
+
+async def _unknown(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    problem = NotFoundError(f"there is no {request.method} {request.url.path}", hint="GET /openapi.json says what is")
+    return JSONResponse(_shown(problem), status_code=error.status_code, headers=error.headers)
+
+
+class _Metrics:
+    """Answers with metrics."""
+
+    def __init__(self, exposition: Exposition) -> None:
+        self._exposition = exposition
+
+    async def metrics(self) -> Response:
+        """Answer with all metrics."""
+        return Response(await self._exposition.text(), media_type=CONTENT_TYPE)
+
+
+class Handlers(_Metrics):
+    """What answers requests: a method for each operation, with its parameters."""
+
+    def __init__(self, appliance: Appliance, exposition: Exposition) -> None:
         """Answer for *appliance*."""
+        super().__init__(exposition)
         self._appliance = appliance
 
-    async def status(self, _request: Request) -> Response:
+    async def openapi(self) -> Answer:
+        """Answer with the OpenAPI document."""
+        return await trio.to_thread.run_sync(_document)
+
+    async def status(self) -> answers.Status:
         """Answer with the state of everything."""
-        return JSONResponse(self._appliance.status())
+        return self._appliance.status()
 
-    async def points(self, _request: Request) -> Response:
+    async def points(self) -> answers.Points:
         """Answer with the recoverable points."""
-        return JSONResponse(self._appliance.points())
+        return points_of(self._appliance.volumes)
 
-    async def moment(self, request: Request) -> Response:
+    async def moment(self, *, at: str, volume: str | None) -> answers.Moment:
         """Answer with what a time means."""
-        query = request.query_params
-        return JSONResponse(moment_of(self._appliance.volumes, query.get("at", ""), query.get("volume")))
+        return moment_of(self._appliance.volumes, at, volume)
 
-    async def take_snapshot(self, request: Request) -> Response:
+    async def snapshots(self) -> answers.Snapshots:
+        """Answer with all snapshots."""
+        return snapshots_of(self._appliance.volumes)
+
+    async def take_snapshot(self, *, name: str) -> answers.Named:
         """Take a snapshot."""
-        name = check_name(request.query_params.get("name", ""), "snapshot")
         await self._appliance.take_snapshot(name)
-        return JSONResponse({"name": name})
+        return {"name": name}
 
-    async def mark(self, request: Request) -> Response:
+    async def drop_snapshot(self, *, id: str) -> answers.Dropped:  # noqa: A002 - the parameter's name
+        """Drop a snapshot."""
+        await self._appliance.drop_snapshot(id)
+        return {"id": id}
+
+    async def mark(self, *, name: str) -> answers.Named:
         """Set a mark."""
-        name = check_name(request.query_params.get("name", ""), "mark")
         await self._appliance.mark(name)
-        return JSONResponse({"name": name})
+        return {"name": name}
 
-    async def sync(self, _request: Request) -> Response:
+    async def sync(self) -> answers.Syncs:
         """Sync."""
-        return JSONResponse(await self._appliance.sync())
+        return await self._appliance.sync()
 
-    async def pin(self, request: Request) -> Response:
+    async def pin(self, *, id: str) -> answers.Pinned:  # noqa: A002 - the parameter's name
         """Pin a snapshot."""
-        identifier = request.query_params.get("id", "")
-        await self._appliance.pin(identifier)
-        return JSONResponse({"id": identifier, "pinned": True})
+        await self._appliance.pin(id)
+        return {"id": id, "pinned": True}
 
-    async def unpin(self, request: Request) -> Response:
+    async def unpin(self, *, id: str) -> answers.Pinned:  # noqa: A002 - the parameter's name
         """Take a pin off."""
-        identifier = request.query_params.get("id", "")
-        await self._appliance.unpin(identifier)
-        return JSONResponse({"id": identifier, "pinned": False})
+        await self._appliance.unpin(id)
+        return {"id": id, "pinned": False}
 
-    async def thin(self, request: Request) -> Response:
+    async def thin(self, *, dry_run: bool) -> answers.Thinned:
         """Thin the snapshots, or say what that would do."""
-        return JSONResponse(await self._appliance.thin(dry_run=_flag(request.query_params.get("dry_run"))))
+        return await self._appliance.thin(dry_run=dry_run)
 
-    async def tap(self, request: Request) -> Response:
+    async def tap(self, *, action: str, volume: str | None) -> answers.Taps:
         """Attach, detach or show mapped devices."""
-        action = request.query_params.get("action", "")
-        if action not in ACTIONS:
-            raise InputError(f"action {action!r} is none of {', '.join(ACTIONS)}")
-        return JSONResponse(await self._appliance.tap(action, request.query_params.get("volume")))
+        return await self._appliance.tap(action, volume)
 
-    async def list_clones(self, _request: Request) -> Response:
+    async def clones(self) -> answers.Clones:
         """Answer with all clones."""
-        return JSONResponse(self._appliance.list_clones())
+        return clones_of(self._appliance.volumes)
 
-    async def create_clone(self, request: Request) -> Response:
+    async def create_clone(self, *, name: str, at: str | None) -> answers.Named:
         """Make a clone."""
-        name = check_name(request.query_params.get("name", ""), "clone")
-        await self._appliance.create_clone(name, request.query_params.get("at"))
-        return JSONResponse({"name": name})
+        await self._appliance.create_clone(name, at)
+        return {"name": name}
 
-    async def drop_clone(self, request: Request) -> Response:
+    async def drop_clone(self, *, name: str) -> answers.Named:
         """Drop a clone."""
-        name = check_name(request.query_params.get("name", ""), "clone")
         await self._appliance.drop_clone(name)
-        return JSONResponse({"name": name})
+        return {"name": name}
 
-    async def read(self, request: Request) -> Response:
+    async def read(self, *, volume: str, at: str, offset: int, length: int) -> Response:
         """Answer with bytes of an image."""
-        query = request.query_params
-        offset, length = _number(query.get("offset")), _number(query.get("length"))
-        image = image_at(self._appliance.volumes, query.get("volume", ""), query.get("at", ""))
+        image = image_at(self._appliance.volumes, volume, at)
         check_range(image, offset, length)
         parts = self._appliance.read_at(image, offset, length)
         first = await anext(parts, b"")  # from here on the image is held, and most errors would have come
-        headers = {"content-length": str(length)}
-        return StreamingResponse(_joined(first, parts), headers=headers, media_type="application/octet-stream")
+        return StreamingResponse(_joined(first, parts), headers={"content-length": str(length)}, media_type=BYTES)
 
-    async def diff(self, request: Request) -> Response:
+    async def diff(self, *, volume: str, a: str, b: str) -> Response:
         """Answer with what was written between two moments."""
-        query = request.query_params
-        found = await self._appliance.diff(query.get("volume", ""), query.get("a", ""), query.get("b", ""))
-        return Response(found, media_type="application/json")
+        return Response(await self._appliance.diff(volume, a, b), media_type="application/json")
 
-    async def verify(self, request: Request) -> Response:
+    async def verify(self, *, volume: str, rate: int | None) -> Response:
         """Verify, and tell how far that is until it is done."""
-        return self._check(VERIFY, request)
+        return _Told(self._appliance.begin_check(VERIFY, volume, rate))
 
-    async def resync(self, request: Request) -> Response:
+    async def resync(self, *, volume: str, rate: int | None) -> Response:
         """Resync, likewise."""
-        return self._check(RESYNC, request)
+        return _Told(self._appliance.begin_check(RESYNC, volume, rate))
 
-    async def scrub(self, request: Request) -> Response:
+    async def scrub(self, *, volume: str, rate: int | None) -> Response:
         """Scrub, likewise."""
-        return self._check(SCRUB, request)
+        return _Told(self._appliance.begin_check(SCRUB, volume, rate))
 
-    def _check(self, kind: str, request: Request) -> Response:
-        query = request.query_params
-        rate = query.get("rate")
-        return _Told(self._appliance.begin_check(kind, query.get("volume", ""), None if rate is None else _rate(rate)))
+
+def _document() -> Answer:
+    from dmafs.service.openapi import document  # noqa: PLC0415 - a daemon that nobody asks for it never needs it
+
+    return document()
 
 
 class _Told(StreamingResponse):
     """How far a check is, to its end; it is given up when nobody listens any more."""
 
     def __init__(self, check: Check) -> None:
-        super().__init__(_lines(check), media_type="application/x-ndjson")
+        super().__init__(_events(check), media_type=EVENTS, headers={"cache-control": "no-store"})
         self._check = check
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -242,18 +230,22 @@ class _Told(StreamingResponse):
             self._check.abandon()
 
 
-async def _lines(check: Check) -> AsyncIterator[str]:
+async def _events(check: Check) -> AsyncIterator[str]:
     while not check.done.is_set():
-        yield json.dumps(check.report()) + "\n"
+        yield _event("progress", check.report())
         with trio.move_on_after(TOLD_S):
             await check.done.wait()
     if check.scrubbed is not None:
-        yield json.dumps({"result": scrubbed_of(check.volume, check.scrubbed)}) + "\n"
+        yield _event("result", scrubbed_of(check.volume, check.scrubbed))
     elif check.found is not None:
-        yield json.dumps({"result": differences_of(check.volume, check.found)}) + "\n"
+        yield _event("result", differences_of(check.volume, check.found))
     else:
         failure = check.failure or ControlError(f"volume {check.volume}: the {check.kind} was given up")
-        yield json.dumps(_shown(failure)) + "\n"
+        yield _event("error", _shown(failure))
+
+
+def _event(name: str, data: Mapping[str, Any]) -> str:
+    return f"event: {name}\ndata: {json.dumps(data)}\n\n"  # JSON as dumps writes it has no line breaks
 
 
 async def _joined(first: bytes, rest: AsyncGenerator[bytes]) -> AsyncIterator[bytes]:
@@ -263,41 +255,24 @@ async def _joined(first: bytes, rest: AsyncGenerator[bytes]) -> AsyncIterator[by
             yield part
 
 
-def _number(text: str | None) -> int:
-    if text is None or not _NUMBER.fullmatch(text):
-        raise InputError(f"{text!r} is not a number of bytes", hint="give a decimal number")
-    return int(text)
+def _answering(
+    operation: Operation, handler: Callable[..., Awaitable[Answer]]
+) -> Callable[[Request], Awaitable[Response]]:
+    """Check what is asked for, and turn answers and errors of the tree into responses."""
 
-
-def _rate(text: str) -> int:
-    rate = _number(text)
-    if rate < 0:
-        raise InputError(f"rate {rate} is negative", hint="give bytes a second, or 0 for no limit")
-    return rate
-
-
-def _flag(text: str | None) -> bool:
-    if text not in {"0", "1"}:
-        raise InputError(f"{text!r} is neither 0 nor 1", hint="1 means yes")
-    return text == "1"
-
-
-def _answering(handler: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
-    """Turn errors of the tree into answers."""
-
-    async def wrapper(request: Request) -> Response:
+    async def answer(request: Request) -> Response:
         try:
             if request.headers.get("content-length", "0") != "0" or "transfer-encoding" in request.headers:
                 raise InputError("a request to the control interface has a body", hint="all it says is in its URL")
-            return await handler(request)
+            answered = await handler(**operation.read(request.query_params.multi_items()))
         except DmafsError as error:
-            status = 404 if isinstance(error, NotFoundError) else 400 if isinstance(error, InputError) else 500
-            return JSONResponse(_shown(error), status_code=status)
+            return JSONResponse(_shown(error), status_code=_STATUS.get(error.errno, 500))
+        return answered if isinstance(answered, Response) else JSONResponse(answered)
 
-    return wrapper
+    return answer
 
 
-def _shown(error: DmafsError) -> Report:
+def _shown(error: DmafsError) -> answers.Error:
     return {"error": type(error).__name__, "message": error.message, "hint": error.hint}
 
 
@@ -341,7 +316,7 @@ async def serve_requests(listener: socket.socket, routes: Starlette, door: type[
 async def serve_control(
     appliance: Appliance,
     path: Path,
-    exposition: Exposition | None = None,
+    exposition: Exposition,
     *,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:

@@ -23,9 +23,10 @@ from typing import Final
 import pyfuse3
 import trio
 
+from dmafs.core.names import SOCKET_NAME
 from dmafs.core.resync import needs_resync
 from dmafs.core.storage import boot_id
-from dmafs.core.store import SOCKET_NAME, Store, is_inside, require_apart
+from dmafs.core.store import Store, is_inside, require_apart
 from dmafs.errors import MountError, PlacementError
 from dmafs.service.appliance import Appliance
 from dmafs.service.control import serve_control

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
+from dmafs import answers
 from dmafs.core.storage import boot_id
 from dmafs.core.volume import Volume
 from dmafs.core.work import run
-from dmafs.errors import TapError
-from dmafs.service.report import Report, volume_of
+from dmafs.errors import InputError
+from dmafs.service.report import volume_of
 from dmafs.taps.dm import DmTap, attach, detach
 
 ATTACH: Final = "attach"
@@ -19,17 +20,17 @@ ACTIONS: Final = (ATTACH, DETACH, "status")
 
 
 def mapped_volumes(volumes: Mapping[str, Volume], name: str | None) -> list[str]:
-    """Return the names of the volumes with a dm tap, or the one that is named; TapError if it has none."""
+    """Return the names of the volumes with a dm tap, or the one that is named; InputError if it has none."""
     if name is not None:
         volume_of(volumes, name)
     mapped = [each for each, volume in volumes.items() if volume.info.tap == "dm" and name in {None, each}]
     if not mapped:
         which = f"volume {name} has no mapped device" if name else "no volume of this store has a mapped device"
-        raise TapError(which, hint="only volumes made with --tap dm have one")
+        raise InputError(which, hint="only volumes made with --tap dm have one")
     return mapped
 
 
-def local_tap(volume: Volume, directory: Path, action: str, *, log_bytes: int) -> Report:
+def local_tap(volume: Volume, directory: Path, action: str, *, log_bytes: int) -> answers.Device:
     """Attach or detach a volume's device without a daemon, or only report; does nothing where it is so already."""
     tap = DmTap(volume, directory, log_bytes=log_bytes)
     try:
@@ -38,6 +39,6 @@ def local_tap(volume: Volume, directory: Path, action: str, *, log_bytes: int) -
         elif action == DETACH and tap.mapped is not None:
             tap.begin(volume.journal.position, volume.journal.retained)
             run(detach(volume, tap))
-        return {"volume": volume.info.name, **tap.report()}
+        return tap.report()
     finally:
         tap.close()

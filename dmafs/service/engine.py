@@ -27,6 +27,7 @@ from uuid import UUID
 
 import trio
 
+from dmafs import answers
 from dmafs.core.clone import Clone
 from dmafs.core.copy import initial_copy
 from dmafs.core.gate import FAILED_HINT
@@ -46,7 +47,6 @@ from dmafs.errors import CorruptionError
 from dmafs.service.checking import Checking
 from dmafs.service.driver import Await, Result
 from dmafs.service.reading import Reading
-from dmafs.service.report import Report
 from dmafs.service.tasks import RETRY_S, TROUBLE, Progress, Tap
 from dmafs.service.turns import Turns
 from dmafs.units import SECTOR, format_bytes
@@ -429,7 +429,7 @@ class Engine(Reading):
             self.volume.close()
             self.tap.close()
 
-    def device_report(self) -> Report | None:
+    def device_report(self) -> answers.Device | None:
         """Return what there is to say about the volume's mapped device; None for taps without one."""
         return None
 

@@ -22,8 +22,8 @@ import numpy as np
 from dmafs.core.storage import RealFile, RealStorage
 from dmafs.core.store import is_inside, is_same_file
 from dmafs.errors import ControlError, CorruptionError, DmafsError, ExistsError, InputError, PlacementError
-from dmafs.service.client import Session, Show
 from dmafs.service.mounting import tree_of
+from dmafs.service.session import Session, Show
 
 CHUNK: Final = 4 << 20
 """What is read at once."""
@@ -50,6 +50,7 @@ def range_at(asked: Session, volume: str | None, at: str, offset: int, length: i
         volume = only_volume(asked)
     report = asked.moment(at, volume)
     [found] = report["volumes"]
+    assert "problem" not in found  # asked for one volume, that is an error
     size = found["size_bytes"]
     length = size - offset if length is None else length
     if not 0 <= offset <= offset + length <= size:

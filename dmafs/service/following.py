@@ -29,6 +29,7 @@ from uuid import UUID
 import numpy as np
 import trio
 
+from dmafs import answers
 from dmafs.core.extent import Ints, united
 from dmafs.core.ondisk import Flag
 from dmafs.core.resync import begin_after_stop, journal_found, needs_resync
@@ -41,7 +42,6 @@ from dmafs.errors import DmafsError, LogLostError, StoreFullError, TapError
 from dmafs.service.driver import Await
 from dmafs.service.failures import watch_failures
 from dmafs.service.losing import LosingEngine
-from dmafs.service.report import Report
 from dmafs.service.tasks import RETRY_S, TROUBLE
 from dmafs.taps.capture import Captured, LoggedTap, barrier_text, capture
 from dmafs.taps.dm import DmTap, attach
@@ -426,18 +426,18 @@ class FollowingEngine(LosingEngine):
                 await self.drive(self.volume.settle())
                 await self.call(self.volume.mark_clean)
 
-    def device_report(self) -> Report | None:
+    def device_report(self) -> answers.Device | None:
         """See ``Engine``."""
         return self.log.report() if isinstance(self.log, DmTap) else None
 
-    async def tap_report(self, action: str) -> Report:
+    async def tap_report(self, action: str) -> answers.Device:
         """Do what is wanted with the device, and return what there is to say about it."""
         assert isinstance(self.log, DmTap)
         if action == "attach":
             await self.attach(this_boot())
         elif action == "detach":
             await self.detach()
-        report: Report = await self.ask(self.log.report)
+        report: answers.Device = await self.ask(self.log.report)
         return report
 
     async def finish(self) -> None:

@@ -8,35 +8,22 @@ from __future__ import annotations
 
 import os
 import time
-from contextvars import ContextVar
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, TypeVar
 
+from dmafs import answers
+from dmafs.core.names import CONFIGURATION_NAME
 from dmafs.core.privacy import require_private
-from dmafs.core.store import CONFIGURATION_NAME, volume_info, volume_names
+from dmafs.core.store import volume_info, volume_names
 from dmafs.errors import DmafsError, InputError
 from dmafs.service.configuration import Configuration, Machine, StoreTable
 from dmafs.service.document import Document
 from dmafs.service.lines import Place
-from dmafs.service.report import Report
+from dmafs.service.machine import MACHINE_FILE, machine_file
 from dmafs.units import format_rfc3339
 
 Table = TypeVar("Table")
-
-MACHINE_FILE: Final = Path("/etc/dmafs/dmafs.toml")
-
-_chosen: ContextVar[Path | None] = ContextVar("machine file", default=None)
-
-
-def choose_machine_file(path: Path | None) -> None:
-    """Have *path* be the machine's file for this process; without one, ``MACHINE_FILE``, which needn't be there."""
-    _chosen.set(None if path is None else path.absolute())
-
-
-def machine_file() -> Path:
-    """Return the path of the machine's file."""
-    return _chosen.get() or MACHINE_FILE
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +47,11 @@ class Loaded:
         """Return what messages call it."""
         return f"configuration {self.file}" if self.file else "the default configuration"
 
-    def settings(self) -> dict[str, Report]:
+    def settings(self) -> dict[str, answers.Setting]:
         """Return value and origin of each setting by its key, ``[table]`` and key with a point between."""
         return {".".join(key): self._setting(key) for key in setting_keys()}
 
-    def _setting(self, key: tuple[str, ...]) -> Report:
+    def _setting(self, key: tuple[str, ...]) -> answers.Setting:
         found: Any = self.document.values if self.document else {}
         for name in (*self.place, *key):
             if isinstance(found, dict) and name not in found:
@@ -73,7 +60,7 @@ class Loaded:
         assert self.document is not None
         return {"value": found, "origin": self.document.shown((*self.place, *key))}
 
-    def report(self) -> Report:
+    def report(self) -> answers.Settings:
         """Return all of it, as JSON has it."""
         return {
             "file": None if self.file is None else str(self.file),

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from dmafs.core.store import create_volume, remove_new_volume, volume_names
 from dmafs.errors import InputError, MountError
-from dmafs.service.client import session
 from dmafs.service.configuration import StoreTable, VolumeTable
 from dmafs.service.loading import Loaded, load, read_machine, require_as_made
+from dmafs.service.session import connect
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ def make_volume(store: Path, wanted: VolumeTable, *, force: bool = False) -> tup
     if wanted.tap != "dm":
         return warnings, ""
     try:
-        with session(store) as asked:
+        with connect(store) as asked:
             [report] = asked.tap("attach", wanted.name)["volumes"]
     except BaseException:
         remove_new_volume(store, wanted.name)

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from dmafs.core.storage import lock_directory
 from dmafs.errors import ControlError, StoreBusyError
-from dmafs.service.client import RemoteSession
-from dmafs.service.connection import connected
+from dmafs.service.remote import RemoteSession
 
 
 def metrics_of(path: Path) -> str:
@@ -17,5 +16,4 @@ def metrics_of(path: Path) -> str:
     with contextlib.suppress(StoreBusyError):
         os.close(lock_directory(path))
         raise ControlError(f"no daemon serves store {path}", hint=f"start one: dmafs serve {path} MOUNTPOINT")
-    with connected(path) as client:
-        return RemoteSession(client, path).metrics()
+    return RemoteSession(path).metrics()

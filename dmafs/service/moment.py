@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from dmafs.answers import Moment, MomentOfVolume, NoMoment
 from dmafs.core.moments import Volumes, canonical, time_meant
 from dmafs.core.points import consistency, seq_at
 from dmafs.core.volume import Volume
 from dmafs.errors import NoSuchPointError
-from dmafs.service.report import Report, point, volume_of
+from dmafs.service.report import volume_of
 from dmafs.units import SECTOR, format_rfc3339, format_time, greatest_units
 
 
-def moment_of(volumes: Volumes, text: str, name: str | None = None) -> Report:
+def moment_of(volumes: Volumes, text: str, name: str | None = None) -> Moment:
     """Return what a spelling means in all volumes, or in the one that is named.
 
     Each is told with its seq, time, kind and consistency, and why it is that one; a volume that has no point at that
@@ -20,7 +21,7 @@ def moment_of(volumes: Volumes, text: str, name: str | None = None) -> Report:
         volume_of(volumes, name)
     asked_ns = time_meant(volumes, text)
     instant_ns = canonical(volumes, asked_ns)
-    found = []
+    found: list[MomentOfVolume | NoMoment] = []
     for each, volume in volumes.items():
         if name not in {None, each}:
             continue
@@ -35,7 +36,7 @@ def moment_of(volumes: Volumes, text: str, name: str | None = None) -> Report:
     return {"asked": format_rfc3339(asked_ns), "at": format_time(instant_ns), "volumes": found}
 
 
-def _told(volume: Volume, seq: int, asked_ns: int) -> Report:
+def _told(volume: Volume, seq: int, asked_ns: int) -> MomentOfVolume:
     kind, called = _kind(volume, seq)
     time_ns = volume.time_of(seq)
     return {
@@ -43,7 +44,8 @@ def _told(volume: Volume, seq: int, asked_ns: int) -> Report:
         "size_bytes": volume.info.size_sectors * SECTOR,
         "kind": kind,
         "name": called,
-        **point(seq, time_ns),
+        "seq": seq,
+        "time": format_rfc3339(time_ns),
         "consistency": consistency(volume, seq),
         "earlier_ns": asked_ns - time_ns,
         "why": _why(volume, seq, asked_ns),

@@ -25,12 +25,12 @@ from typing import Final
 
 from dmafs.core.mounts import Mount, mounts
 from dmafs.errors import MountError
-from dmafs.service.client import Session
 from dmafs.service.extraction import Range, close, open_in
 from dmafs.service.holders import SHOWN_MAX, holders
 from dmafs.service.mounting import FILESYSTEM_TYPE, tree_of
 from dmafs.service.probing import Content, find, needs_recovery, run
 from dmafs.service.report import Report
+from dmafs.service.session import Session
 from dmafs.taps import loopdev
 from dmafs.units import parse_canonical
 

@@ -17,12 +17,12 @@ from typing import Final
 
 import trio
 
+from dmafs import answers
 from dmafs.errors import DmafsError
 from dmafs.service.appliance import Appliance
 from dmafs.service.configuration import Configuration
 from dmafs.service.engine import Engine
 from dmafs.service.loading import Loaded, load, setting_keys
-from dmafs.service.report import Report
 from dmafs.service.scheduler import Scheduler
 from dmafs.service.tapping import adjust_engine
 from dmafs.service.watching import Watch
@@ -115,7 +115,7 @@ class Reloading:
         of_stores = [key for key in OF_THE_MACHINE if getattr(old, key, None) != getattr(new, key, None)]
         return [key for key in _restart_keys() if _of(old, key) != _of(new, key)] + of_stores
 
-    def report(self) -> Report:
+    def report(self) -> answers.Settings:
         """Return file, time and settings in effect; of what waits for a restart, with the value then."""
         report = self._newest.report()
         settings, started = report["settings"], self._first.settings()

@@ -10,17 +10,28 @@ from typing import Any, Final
 
 import numpy as np
 
+from dmafs.answers import (
+    Clones,
+    Difference,
+    Differences,
+    Failure,
+    LastScrub,
+    Place,
+    Points,
+    Scrubbed,
+    Snapshots,
+    VolumeStatus,
+)
+from dmafs.core import scrub, verify
 from dmafs.core.diff import diff
 from dmafs.core.gate import FAILED_HINT
 from dmafs.core.image import Image
 from dmafs.core.moments import clone_groups, instant, resolve, seqs_at, snapshot_groups
 from dmafs.core.points import consistency, landmarks, oldest_point
 from dmafs.core.resync import needs_resync
-from dmafs.core.scrub import Moment, Scrubbed
-from dmafs.core.verify import Differences
 from dmafs.core.volume import Volume
 from dmafs.core.work import Work
-from dmafs.errors import InputError, NoSuchPointError, NoSuchVolumeError
+from dmafs.errors import InputError, NoSuchPointError, NoSuchVolumeError, TapError
 from dmafs.units import SECTOR, format_rfc3339, format_span, format_time
 
 Report = dict[str, Any]
@@ -29,12 +40,12 @@ READ_CHUNK: Final = 1 << 20
 """What is read of an image at once for a command."""
 
 
-def point(seq: int, time_ns: int) -> Report:
+def point(seq: int, time_ns: int) -> Place:
     """Return a point of history; its time is None before the first recoverable point."""
     return {"seq": seq, "time": format_rfc3339(time_ns) if time_ns else None}
 
 
-def status_of(volume: Volume) -> Report:
+def status_of(volume: Volume) -> VolumeStatus:
     """Return the state of one volume."""
     now = volume.pointers.now
     journal = volume.journal
@@ -98,7 +109,7 @@ def _summary(volume: Volume) -> str:
     return f"{state}, history of {format_span(span_s)}, lag {lag_s:.1f} s"
 
 
-def failure_of(volume: Volume) -> Report | None:
+def failure_of(volume: Volume) -> Failure | None:
     """Return why a volume is read-only: what failed, since when, and what to do; None if it isn't."""
     if not volume.failure:
         return None
@@ -116,7 +127,7 @@ def state_of(volume: Volume) -> str:
     return "resyncing" if needs_resync(volume) else "protected"
 
 
-def points_of(volumes: Mapping[str, Volume]) -> Report:
+def points_of(volumes: Mapping[str, Volume]) -> Points:
     """Return the recoverable points worth listing, by volume, and all snapshots."""
     return {
         "points": [
@@ -127,11 +138,19 @@ def points_of(volumes: Mapping[str, Volume]) -> Report:
                 "pinned": found.pinned,
                 "at": format_time(found.instant_ns),
                 "consistency": consistency(volume, found.seq),
-                **point(found.seq, found.time_ns),
+                "seq": found.seq,
+                "time": format_rfc3339(found.time_ns),
             }
             for name, volume in volumes.items()
             for found in landmarks(volume)
         ],
+        **snapshots_of(volumes),
+    }
+
+
+def snapshots_of(volumes: Mapping[str, Volume]) -> Snapshots:
+    """Return all snapshots, oldest first."""
+    return {
         "snapshots": [
             {
                 "id": identifier,
@@ -146,7 +165,7 @@ def points_of(volumes: Mapping[str, Volume]) -> Report:
     }
 
 
-def clones_of(volumes: Mapping[str, Volume]) -> Report:
+def clones_of(volumes: Mapping[str, Volume]) -> Clones:
     """Return all clones."""
     return {
         "clones": [
@@ -169,6 +188,24 @@ def check_range(image: Image, offset: int, length: int) -> None:
         raise InputError(
             f"range {offset}+{length} is not within the {image.size} bytes of volume {image.volume.info.name}",
             hint="offset and length are bytes",
+        )
+
+
+def require_source(volume: Volume) -> None:
+    """Raise TapError if a volume has no source that its newest image could be compared with."""
+    if volume.info.tap == "none":
+        raise TapError(
+            f"volume {volume.info.name} was imported: it has no source to compare with",
+            hint="only volumes with a tap are verified and resynced",
+        )
+
+
+def require_copied(volume: Volume) -> None:
+    """Raise NoSuchPointError if a volume has no image yet."""
+    if not volume.pointers.now.copied:
+        raise NoSuchPointError(
+            f"volume {volume.info.name} can't be scrubbed: the initial copy isn't complete",
+            hint="wait until dmafs status says protected",
         )
 
 
@@ -197,18 +234,24 @@ def image_at(volumes: Mapping[str, Volume], volume: str, text: str) -> Image:
     return volumes[volume].image(seq)
 
 
-def diff_of(volumes: Mapping[str, Volume], name: str, a: str, b: str) -> Work[Report]:
+def diff_of(volumes: Mapping[str, Volume], name: str, a: str, b: str) -> Work[Difference]:
     """Return what was written to a volume between two moments; its extents are pairs of offset and length."""
     first, last = seq_of(volumes, name, a), seq_of(volumes, name, b)
     volume = volumes[name]
-    ends = {"a": point(first, volume.time_of(first)), "b": point(last, volume.time_of(last))}
+    a_point, b_point = point(first, volume.time_of(first)), point(last, volume.time_of(last))
     starts, stops = yield from diff(volume, first, last)
     lengths = stops - starts
     extents = np.column_stack([starts, lengths]) * SECTOR
-    return {"volume": name, **ends, "extents": extents.tolist(), "bytes": int(lengths.sum()) * SECTOR}
+    return {
+        "volume": name,
+        "a": a_point,
+        "b": b_point,
+        "extents": extents.tolist(),
+        "bytes": int(lengths.sum()) * SECTOR,
+    }
 
 
-def differences_of(name: str, found: Differences) -> Report:
+def differences_of(name: str, found: verify.Differences) -> Differences:
     """Return what a verify or resync of a volume has found; its extents are pairs of offset and length."""
     return {
         "volume": name,
@@ -220,7 +263,7 @@ def differences_of(name: str, found: Differences) -> Report:
     }
 
 
-def scrubbed_of(name: str, found: Scrubbed) -> Report:
+def scrubbed_of(name: str, found: scrub.Scrubbed) -> Scrubbed:
     """Return what a scrub of a volume has found."""
     return {
         "volume": name,
@@ -245,11 +288,11 @@ def scrubbed_of(name: str, found: Scrubbed) -> Report:
     }
 
 
-def _moment(moment: Moment | None) -> Report | None:
+def _moment(moment: scrub.Moment | None) -> Place | None:
     return None if moment is None else point(*moment)
 
 
-def scrub_told(found: Scrubbed | None) -> Report | None:
+def scrub_told(found: scrub.Scrubbed | None) -> LastScrub | None:
     """Return what status says of the last scrub."""
     if found is None:
         return None

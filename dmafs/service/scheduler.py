@@ -22,10 +22,10 @@ from typing import Final, Protocol
 
 import trio
 
+from dmafs import answers
 from dmafs.core.calendar import Offset, next_time_of_day
 from dmafs.core.policy import NS, SnapshotSchedule, SyncPolicy, Target, VolumeFacts, next_by_age, plan
 from dmafs.service.hooks import run_hook
-from dmafs.service.report import Report
 from dmafs.service.tasks import TROUBLE
 from dmafs.units import format_rfc3339, local_offset_s
 
@@ -72,7 +72,7 @@ class Agenda:
 
     since_ns: int
     failures: int = 0
-    last: Report | None = field(default=None)
+    last: answers.Run | None = field(default=None)
 
     def note(self, now_ns: int, reason: str, result: str) -> None:
         """Remember a run for ``status``."""
@@ -222,7 +222,7 @@ class Scheduler:
 
     # -- what is planned --------------------------------------------------------------------------------------------
 
-    def report(self) -> Report:
+    def report(self) -> answers.Schedule:
         """Return what is planned next, and how the last runs ended."""
         upcoming = self._schedule.next_after(self._clock(), self._offset)
         return {

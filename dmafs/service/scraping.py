@@ -10,11 +10,10 @@ import errno
 import socket
 
 import trio
-from starlette.applications import Starlette
 
 from dmafs.errors import ControlError
 from dmafs.service.admission import SCRAPERS_MAX, ScraperAdmission
-from dmafs.service.control import metrics_routes, serve_requests
+from dmafs.service.control import metrics_application, serve_requests
 from dmafs.service.exposition import Exposition
 
 
@@ -24,7 +23,7 @@ async def serve_metrics(
     """Serve at an address until cancelled; ControlError if it can't be had."""
     listener = listen(address)
     task_status.started()
-    await serve_requests(listener, Starlette(routes=metrics_routes(exposition)), ScraperAdmission)
+    await serve_requests(listener, metrics_application(exposition), ScraperAdmission)
 
 
 def listen(address: tuple[str, int]) -> socket.socket:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import trio
 
+from dmafs import answers
 from dmafs.core.policy import VolumeFacts
 from dmafs.core.storage import open_source
 from dmafs.core.sync import Stops
@@ -19,7 +20,6 @@ from dmafs.service.devices import mapped_volumes
 from dmafs.service.engine import Engine
 from dmafs.service.following import FollowingEngine
 from dmafs.service.passing import PassThroughEngine
-from dmafs.service.report import Report
 from dmafs.taps.dm import DmTap
 from dmafs.taps.follower import LogTap
 from dmafs.taps.passthrough import PassThroughTap
@@ -68,11 +68,11 @@ def adjust_engine(engine: Engine, configuration: Configuration) -> None:
         engine.tap.settle_s = configuration.tick_s
 
 
-async def tap_reports(engines: Mapping[str, Engine], action: str, volume: str | None) -> Report:
+async def tap_reports(engines: Mapping[str, Engine], action: str, volume: str | None) -> answers.Taps:
     """Attach or detach the mapped devices of all volumes that have one, or of the one named, or only report them."""
     reports = []
     for name in mapped_volumes({each: engine.volume for each, engine in engines.items()}, volume):
         engine = engines[name]
         assert isinstance(engine, FollowingEngine)
-        reports.append({"volume": name, **await engine.tap_report(action)})
+        reports.append(await engine.tap_report(action))
     return {"volumes": reports}

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from dmafs import answers
 from dmafs.core.forecast import Forecast
 from dmafs.core.moments import Volumes, snapshot_groups
 from dmafs.core.retention import NOT_NEEDED, SPACE, Groups, KeepRules, Verdict, plan_shrink, plan_thinning
 from dmafs.core.snapshot import Snapshot
-from dmafs.service.report import Report
 from dmafs.units import format_rfc3339
 
 Drops = dict[str, list[Snapshot]]
@@ -55,7 +55,7 @@ class Thinning:
             self._dropped += [verdict for verdict in dropped if _is_gone(groups[verdict.id])]
             self._look()
 
-    def report(self, *, dry_run: bool) -> Report:
+    def report(self, *, dry_run: bool) -> answers.Thinned:
         """Return what became of each snapshot, oldest first; of a dry run what the first round would do."""
         verdicts = sorted([*self._dropped, *self._plan], key=lambda verdict: (verdict.time_ns, verdict.id))
         return {

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Final
 from uuid import UUID
 
+from dmafs import answers
 from dmafs.core.ondisk import Flag
 from dmafs.core.resync import begin_after_stop, needs_resync, start_again
 from dmafs.core.storage import open_direct
@@ -179,17 +180,19 @@ class DmTap(ChainedTap):
         if self.mapped is not None:
             self.mapped.close()
 
-    def report(self) -> dict[str, Any]:
+    def report(self) -> answers.Device:
         """Return what there is to say about device and log."""
-        node = f"/dev/mapper/{device_name(self._volume.info.name)}"
+        name = self._volume.info.name
+        node = f"/dev/mapper/{device_name(name)}"
         with self._using:
             if self.mapped is None or self.ended:  # removed by command, or by hand
-                return {"device": node, "attached": False}
+                return {"volume": name, "device": node, "attached": False}
             try:
                 status, log = self.mapped.status(), self.mapped.log
             except TapError:  # just being removed by hand; what its log has comes still
-                return {"device": node, "attached": False}
+                return {"volume": name, "device": node, "attached": False}
         return {
+            "volume": name,
             "device": node,
             "attached": True,
             "logging": not status.disabled,

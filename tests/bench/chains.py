@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from dmafs.service.client import session
+from dmafs.client import connect
 from tests.bench.history import VOLUME, History
 from tests.bench.report import progress
 from tests.bench.system import run, served, serving
@@ -102,7 +102,7 @@ def _copy_images(history: History, made: Chains, mnt: Path) -> None:
 def _write_overlays(history: History, made: Chains, mnt: Path) -> None:
     progress(f"making a chain of {made.count + 1} qcow2 overlays")
     names = [*(name for name, _ in history.snapshots), f"seq:{history.forward_seq}"]
-    with session(history.store) as asked:
+    with connect(history.store) as asked:
         changes = [asked.diff(VOLUME, a, b)["extents"] for a, b in itertools.pairwise(names)]
     run("qemu-img", "create", "-q", "-f", "qcow2", "-b", made.base, "-F", "raw", made.overlay(1))
     with _writable(made) as (monitor, disk):

@@ -15,8 +15,8 @@ from statistics import median
 from time import perf_counter
 from typing import Final
 
+from dmafs.client import connect
 from dmafs.core.ondisk import HEADER_SIZE, Flag, Header, decode_records
-from dmafs.service.client import session
 from dmafs.units import SECTOR
 from tests.bench import chains, history
 from tests.bench.cache import settle
@@ -43,7 +43,7 @@ def space(made: History, others: Chains) -> Iterator[Result]:
     progress("counting bytes")
     backward, forward = (made.store / VOLUME / name for name in ("backward", "forward"))
     names = [name for name, _ in made.snapshots]
-    with session(made.store) as asked:
+    with connect(made.store) as asked:
         written = sum(asked.diff(VOLUME, a, b)["bytes"] for a, b in pairwise([*names, f"seq:{made.mirror_seq}"]))
     overwritten = written - sum(_empty_bytes(path) for path in backward.glob("*.ext"))
     saved, described = allocated(backward.glob("*.dat")), allocated(backward.glob("*.ext"))

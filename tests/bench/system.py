@@ -13,10 +13,9 @@ import sys
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-from dmafs.service.client import session
-from dmafs.service.report import Report
+from dmafs.client import connect
 from tests.mount import harness
 from tests.mount.harness import is_mounted
 
@@ -112,11 +111,10 @@ def served(store: Path, point: Path) -> Iterator[int]:
         yield pid
 
 
-def status(store: Path) -> list[Report]:
+def status(store: Path) -> Any:
     """Ask the daemon of a store for the state of its volumes."""
-    with session(store) as asked:
-        reports: list[Report] = asked.status()["volumes"]
-    return reports
+    with connect(store) as asked:
+        return asked.status()["volumes"]
 
 
 @contextlib.contextmanager

@@ -26,6 +26,7 @@ from dmafs.service.configuration import Configuration
 from dmafs.service.control import application
 from dmafs.service.devices import mapped_volumes
 from dmafs.service.document import Document
+from dmafs.service.exposition import Exposition
 from dmafs.service.lines import Place
 from dmafs.service.loading import machine_of
 from dmafs.service.report import diff_of, image_at, volume_of
@@ -429,7 +430,7 @@ def requests(rng: Rng, count: int) -> None:
 
 
 async def _ask_all(volumes: Volumes, mutated: list[str]) -> None:
-    application_ = application(cast("Appliance", _Asked(volumes)))
+    application_ = application(appliance := cast("Appliance", _Asked(volumes)), Exposition(appliance, {}))
     counts: dict[int, int] = {}
     for mutant in mutated:
         status, body = await _ask(application_, mutant)

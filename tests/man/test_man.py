@@ -30,10 +30,11 @@ from dmafs.core.extent import MAX_EXTENT_SECTORS
 from dmafs.core.forward import UNREAD_MAX
 from dmafs.core.layers import STACK_WARM
 from dmafs.core.moments import LATEST
+from dmafs.core.names import CONFIGURATION_NAME, SOCKET_NAME
 from dmafs.core.partitions import PARTITIONS_MAX
 from dmafs.core.scrub import DAMAGE_MAX, STEP_BYTES
 from dmafs.core.segment import BATCH_BYTES, DATA_AHEAD, RECORDS_AHEAD
-from dmafs.core.store import CONFIGURATION_NAME, SOCKET_NAME, VOLUMES_MAX
+from dmafs.core.store import VOLUMES_MAX
 from dmafs.core.verify import EXTENTS_MAX, PART_SECTORS
 from dmafs.errors import DmafsError
 from dmafs.service.admission import SCRAPERS_MAX
@@ -41,7 +42,8 @@ from dmafs.service.configuration import DURATION, SIZE, Configuration, StoreTabl
 from dmafs.service.daemon import FUSE_TASKS
 from dmafs.service.document import Document
 from dmafs.service.following import TICKS_MAX
-from dmafs.service.loading import MACHINE_FILE, machine_of
+from dmafs.service.loading import machine_of
+from dmafs.service.machine import MACHINE_FILE
 from dmafs.service.mounting import MAX_BACKGROUND
 from dmafs.service.reloading import OF_THE_MACHINE, RESTART
 from dmafs.service.telling import WAITING_MAX

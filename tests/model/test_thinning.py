@@ -29,8 +29,8 @@ from dmafs.core.sync import sync
 from dmafs.core.volume import Volume
 from dmafs.core.work import run
 from dmafs.errors import PinnedError
-from dmafs.service.client import LocalSession
 from dmafs.service.configuration import Configuration
+from dmafs.service.local import LocalSession
 from dmafs.units import SECTOR
 from tests.model.cuts import Disk
 from tests.model.oracle import Oracle

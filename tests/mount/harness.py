@@ -22,9 +22,9 @@ from typing import Any, Final, Self
 
 import pytest
 
+from dmafs.client import connect
 from dmafs.core.mounts import mounts
-from dmafs.core.store import CONFIGURATION_NAME
-from dmafs.service.client import session
+from dmafs.core.names import CONFIGURATION_NAME
 
 DMAFS: Final = Path(sys.executable).with_name("dmafs")
 MIB: Final = 1 << 20
@@ -210,8 +210,8 @@ class Rig:
         """Ask the running daemon, without the start-up time of a command."""
         assert self.daemon is not None
         assert self.daemon.poll() is None, "the daemon has ended"
-        with session(self.store) as asked:
-            reports: list[dict[str, Any]] = asked.status()["volumes"]
+        with connect(self.store) as asked:
+            reports: Any = asked.status()["volumes"]
         return next(report for report in reports if report["name"] == volume)
 
     # -- the daemon ---------------------------------------------------------------------------------------------------
@@ -249,7 +249,7 @@ class Rig:
         def all_protected() -> bool:
             assert self.daemon is not None
             assert self.daemon.poll() is None, "the daemon has ended"
-            with session(self.store) as asked:
+            with connect(self.store) as asked:
                 return all(report["state"] == "protected" for report in asked.status()["volumes"])
 
         wait_until(all_protected, "the initial copy")

@@ -11,7 +11,7 @@ from typing import Final
 from hypothesis import strategies as st
 from hypothesis.stateful import invariant, precondition, rule
 
-from dmafs.service.client import session
+from dmafs.client import connect
 from tests.model.oracle import expected_clone
 from tests.mount.harness import fails, opened, spelled, wait_until
 from tests.mount.mount_model import MountModel, whole
@@ -29,7 +29,7 @@ class Keeping(MountModel):
     def pin_or_unpin(self, number: int) -> None:
         names = sorted(self.expected.snapshots)
         name = names[number % len(names)]
-        with session(self.rig.store) as asked:
+        with connect(self.rig.store) as asked:
             report = asked.unpin(name) if name in self.expected.pinned else asked.pin(name)
         self.expected.pinned ^= {name}
         assert report == {"id": name, "pinned": name in self.expected.pinned}
@@ -53,7 +53,7 @@ class Keeping(MountModel):
 
     @rule(name=st.sampled_from(MARKS))
     def mark(self, name: str) -> None:
-        with session(self.rig.store) as asked:
+        with connect(self.rig.store) as asked:
             asked.mark(name)
         self.expected.marks[name] = self.expected.head
         self.counts["mark"] += 1

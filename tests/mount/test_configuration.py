@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from dmafs.service.client import session
+from dmafs.client import connect
 from tests.mount.harness import DMAFS, MIB, Rig, assert_same, is_mounted, pwrite, run, wait_until
 
 pytestmark = pytest.mark.mount
@@ -30,11 +30,10 @@ yearly = 0
 """
 
 
-def told(rig: Rig) -> dict[str, Any]:
+def told(rig: Rig) -> Any:
     """Return what the daemon says of itself."""
-    with session(rig.store) as asked:
-        daemon: dict[str, Any] = asked.status()["daemon"]
-    return daemon
+    with connect(rig.store) as asked:
+        return asked.status()["daemon"]
 
 
 def snapshots(rig: Rig) -> list[str]:
@@ -131,6 +130,7 @@ def test_with_a_terminal_a_hang_up_is_the_end(rig: Rig, words: list[str]) -> Non
     pid, terminal = pty.fork()
     if pid == 0:
         os.chdir(rig.root)  # nohup writes there
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may have been started to outlive a terminal
         os.execvp("env", ["env", *words, str(DMAFS), "serve", str(rig.store), str(rig.mnt)])  # noqa: S606
     try:
         wait_until(lambda: is_mounted(rig.mnt), "the mount")
@@ -142,6 +142,7 @@ def test_with_a_terminal_a_hang_up_is_the_end(rig: Rig, words: list[str]) -> Non
     if words:
         wait_until(lambda: told(rig)["configuration"]["loaded"] != loaded, "the configuration")
         os.kill(pid, signal.SIGTERM)
+    wait_until(lambda: os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT), "its end")
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     assert not is_mounted(rig.mnt)
     rig.start()

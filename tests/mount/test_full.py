@@ -15,7 +15,7 @@ from typing import Final
 
 import pytest
 
-from dmafs.service.client import session
+from dmafs.client import connect
 from tests.mount.harness import MIB, REDONE, Rig, assert_same, fails, moment, opened, pread, pwrite, wait_until
 
 pytestmark = pytest.mark.mount
@@ -165,7 +165,7 @@ def test_a_gap_hides_a_full_store_from_writers(rig: Rig) -> None:
     (rig.mnt / "snapshots" / "later").mkdir()
     assert_same(rig.primary(), rig.snapshot("later"))
     disk.assert_exact()
-    with session(rig.store) as asked:
+    with connect(rig.store) as asked:
         asked.sync()
     assert rig.status()["gaps"] == []
     assert "a gap has begun" not in rig.dmafs("status", rig.store, code=1).stdout, "that space was short is told on"

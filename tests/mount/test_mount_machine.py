@@ -38,7 +38,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from dmafs.service.client import session
+from dmafs.client import connect
 from tests.model.oracle import SECTOR
 from tests.mount.harness import fails, wait_until
 from tests.mount.mount_keeping import Keeping
@@ -136,7 +136,7 @@ class MountMachine(Keeping):
 
     @rule()
     def sync(self) -> None:
-        with session(self.rig.store) as asked:
+        with connect(self.rig.store) as asked:
             (report,) = asked.sync()["volumes"]
         self.expected.synced()
         assert report["mirror_seq"] == self.expected.mirror_seq
@@ -182,7 +182,7 @@ class MountMachine(Keeping):
             finally:
                 os.close(fd)
         if offset < self.size:
-            with session(self.rig.store) as asked:
+            with connect(self.rig.store) as asked:
                 found = b"".join(asked.read("disk", at=f"seq:{seq}", offset=offset, length=len(expected)))
             assert found == expected
         self.ever_held.add(seq)
@@ -209,7 +209,7 @@ class MountMachine(Keeping):
     def diff(self, one: int, other: int) -> None:
         """One thing at a time is done here, so no sync is given up and the list is exact."""
         a, b = self._any(one), self._any(other)
-        with session(self.rig.store) as asked:
+        with connect(self.rig.store) as asked:
             report = asked.diff("disk", f"seq:{a}", f"seq:{b}")
         listed = {
             sector
@@ -233,7 +233,7 @@ class MountMachine(Keeping):
             self._let_go()
             self.rig.stop()
         self._start()
-        with session(self.rig.store) as asked:
+        with connect(self.rig.store) as asked:
             asked.thin(dry_run=False)  # as the daemon does at its start, so that this is over now
         self.counts["thinned"] += len(self.expected.thinned(self.retention))
         self.ever_held = self.expected.clone_seqs()

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from dmafs.service.client import session
+from dmafs.client import connect
 from tests.mount.harness import MIB, REDONE, Rig, assert_same, moment, opened, pread, pwrite, run, spelled, wait_until
 
 pytestmark = pytest.mark.mount
@@ -31,11 +31,11 @@ def snapshots(rig: Rig) -> list[str]:
     return sorted(set(os.listdir(rig.mnt / "snapshots")) - {"latest"})
 
 
-def planned(rig: Rig) -> dict[str, Any]:
+def planned(rig: Rig) -> Any:
     """Return what the daemon says of its plans and of the last runs."""
-    with session(rig.store) as asked:
-        schedule: dict[str, Any] = asked.status()["daemon"]["schedule"]
-    return schedule
+    with connect(rig.store) as asked:
+        status: Any = asked.status()
+    return status["daemon"]["schedule"]
 
 
 @contextmanager

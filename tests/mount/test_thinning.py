@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from dmafs.service.client import session
+from dmafs.client import connect
 from tests.mount.harness import (
     DMAFS,
     MIB,
@@ -215,7 +215,7 @@ def alarms(rig: Rig) -> list[dict[str, Any]]:
 def write_and_sync(rig: Rig, number: int) -> None:
     """Overwrite an eighth of the disk and have a sync save what was there."""
     pwrite(rig.tap(), bytes([number % 251 + 1]) * 4 * MIB, number % 8 * 4 * MIB, sync=True)
-    with session(rig.store) as asked:
+    with connect(rig.store) as asked:
         asked.sync()
 
 

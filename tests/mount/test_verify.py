@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from dmafs.client import connect
 from dmafs.errors import CheckBusyError
-from dmafs.service.client import session
 from tests.mount.harness import DMAFS, MIB, STOP_S, Rig, assert_same, pwrite, wait_until
 
 pytestmark = pytest.mark.mount
@@ -89,7 +89,7 @@ def test_one_at_a_time_and_an_interrupt_ends_it(rig: Rig) -> None:
         assert (check["kind"], check["fraction"] < 1) == ("verify", True)
         assert "verify" in rig.dmafs("status", rig.store).stdout
         rig.dmafs("resync", rig.store, code=CheckBusyError.exit_code)
-        with session(rig.store) as another, pytest.raises(CheckBusyError, match="a verify is under way already"):
+        with connect(rig.store) as another, pytest.raises(CheckBusyError, match="a verify is under way already"):
             another.verify("disk", None, lambda _done, _total: None)
         first.send_signal(signal.SIGINT)
         assert first.wait(STOP_S) == 128 + signal.SIGINT

@@ -22,6 +22,7 @@ from dmafs.service import admission, control
 from dmafs.service.admission import CONNECTIONS_MAX
 from dmafs.service.appliance import Appliance
 from dmafs.service.control import HEAD_BYTES_MAX, serve_control
+from dmafs.service.exposition import Exposition
 
 GET = b"GET /status HTTP/1.1\r\nhost: dmafs\r\n"
 WEBSOCKET = b"upgrade: websocket\r\nconnection: upgrade\r\nsec-websocket-key: x\r\n\r\n"
@@ -39,6 +40,7 @@ class Facts:
 
 
 facts = Facts()
+NO_METRICS = Exposition(cast("Appliance", facts), {})
 
 
 @pytest.fixture
@@ -46,7 +48,7 @@ async def path(tmp_path: Path, nursery: trio.Nursery) -> AsyncIterator[Path]:
     """Return the path of a socket that is served."""
     socket = tmp_path / "control.sock"
     facts.answer, facts.asked = "fine", 0
-    await nursery.start(serve_control, cast("Appliance", facts), socket)
+    await nursery.start(serve_control, cast("Appliance", facts), socket, NO_METRICS)
     yield socket
     nursery.cancel_scope.cancel()
 
@@ -116,7 +118,7 @@ async def test_who_does_not_say_what_it_wants_is_cut_off(
     """Neither nothing nor half a request keeps a connection for long."""
     monkeypatch.setattr(admission, "HEAD_S", 0.1)
     path = tmp_path / "control.sock"
-    await nursery.start(serve_control, cast("Appliance", facts), path)
+    await nursery.start(serve_control, cast("Appliance", facts), path, NO_METRICS)
     for part in (b"", GET, b"G"):
         async with connected(path) as stream:
             assert await answer(stream, part) == b""
@@ -235,7 +237,7 @@ async def test_the_end_waits_for_nobody(tmp_path: Path) -> None:
     facts.answer = "x" * (8 << 20)
     facts.asked = 0
     async with trio.open_nursery() as nursery:
-        await nursery.start(serve_control, cast("Appliance", facts), path)
+        await nursery.start(serve_control, cast("Appliance", facts), path, NO_METRICS)
         async with connected(path), connected(path) as deaf:
             await deaf.send_all(GET + b"\r\n")
             while facts.asked < 1:  # noqa: ASYNC110 - it is the server that is waited for

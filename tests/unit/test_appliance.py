@@ -22,7 +22,7 @@ from dmafs.errors import (
 )
 from dmafs.service.appliance import Appliance
 from dmafs.service.passing import PassThroughEngine
-from dmafs.service.report import image_at
+from dmafs.service.report import clones_of, image_at
 from dmafs.taps.passthrough import PassThroughTap
 
 SECTORS = 64
@@ -134,7 +134,7 @@ async def test_a_clone_is_one_instant_of_all_volumes(appliance: Appliance) -> No
         assert a - 1 <= b <= a
         seqs = {volume: clone.seq for volume, clone in appliance.clones(name).items()}
         assert all(appliance.image(volume, seq).pins for volume, seq in seqs.items())
-    assert len(appliance.list_clones()["clones"]) == 8
+    assert len(clones_of(appliance.volumes)["clones"]) == 8
 
 
 async def test_no_volume_is_cloned_when_one_cannot_be(appliance: Appliance, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,22 @@ from dmafs.core.resync import needs_resync
 from dmafs.core.work import Work
 from dmafs.errors import CheckBusyError, ReadOnlyError, StoreError
 from dmafs.service.checking import RESYNC, VERIFY, Check, Checking
-from dmafs.service.control import _lines
+from dmafs.service.control import _events
 from dmafs.service.driver import Await
 from dmafs.service.passing import PassThroughEngine
 from tests.unit.test_engine import BOOT, SECTORS, make_engine, sector, until
+
+
+def event(text: str) -> tuple[str, Any]:
+    """Return name and data of a server-sent event."""
+    found = re.fullmatch(r"event: (\w+)\ndata: (.*)\n\n", text)
+    assert found is not None, text
+    return found[1], json.loads(found[2])
+
+
+async def told(check: Check) -> list[tuple[str, Any]]:
+    """Return all that is told of a check."""
+    return [event(text) async for text in _events(check)]
 
 
 @pytest.fixture
@@ -132,8 +145,7 @@ async def test_who_goes_away_ends_a_verify(engine: PassThroughEngine, monkeypatc
     check.abandon()
     await done(check)
     assert (check.found, check.failure, engine.checking.last) == (None, None, None)
-    told = [json.loads(line) async for line in _lines(check)]
-    assert [line["error"] for line in told] == ["ControlError"]
+    assert [(name, data["error"]) for name, data in await told(check)] == [("error", "ControlError")]
 
 
 async def test_a_sync_does_not_wait_for_a_tap_that_settles(
@@ -204,8 +216,7 @@ async def test_an_error_ends_a_check_and_is_told(engine: PassThroughEngine, monk
     check = await done(engine.checking.begin(VERIFY))
     assert isinstance(check.failure, StoreError)
     assert "input/output error" in check.failure.message
-    [line] = [json.loads(line) async for line in _lines(check)]
-    assert line["error"] == "StoreError"
+    assert [(name, data["error"]) for name, data in await told(check)] == [("error", "StoreError")]
     monkeypatch.undo()
     damage(engine, 9, "not captured")
     engine.volume.gate.failure = "no more"
@@ -216,17 +227,17 @@ async def test_an_error_ends_a_check_and_is_told(engine: PassThroughEngine, monk
 async def test_progress_is_told_and_a_pause_ends_with_the_check(engine: PassThroughEngine) -> None:
     """Lines tell how far it is, the last one the result. A rate of a byte a second means a pause that nobody awaits."""
     check = engine.checking.begin(VERIFY, 1)
-    lines = _lines(check)
-    first = json.loads(await anext(lines))
-    assert (first["kind"], first["total_bytes"]) == (VERIFY, SECTORS * 512)
+    stream = _events(check)
+    name, first = event(await anext(stream))
+    assert (name, first["kind"], first["total_bytes"]) == ("progress", VERIFY, SECTORS * 512)
     await until(lambda: check.report()["fraction"] == 1)
     assert not check.done.is_set()
     check.abandon()
     await done(check)
-    assert "error" in json.loads([line async for line in lines][-1])
+    assert event([text async for text in stream][-1])[0] == "error"
     check = engine.checking.begin(VERIFY)
-    last = json.loads([line async for line in _lines(check)][-1])
-    assert last["result"]["compared_bytes"] == SECTORS * 512
+    name, result = (await told(check))[-1]
+    assert (name, result["compared_bytes"]) == ("result", SECTORS * 512)
 
 
 async def test_the_rate_of_the_configuration_counts_unless_another_is_given(engine: PassThroughEngine) -> None:

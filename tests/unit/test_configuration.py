@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from dmafs.client import connect
 from dmafs.core.policy import SnapshotSchedule, SyncPolicy
 from dmafs.errors import InputError, NoStoreError
-from dmafs.service.client import session
 from dmafs.service.configuration import Configuration
 from dmafs.service.loading import load_configuration
 
@@ -36,7 +36,7 @@ def test_store_that_is_a_file_is_left_to_the_store(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"")
     assert load_configuration(path) == Configuration()
-    with pytest.raises(NoStoreError, match=f"store {path}"), session(path):
+    with pytest.raises(NoStoreError, match=f"store {path}"), connect(path):
         pass
 
 

@@ -290,7 +290,7 @@ def test_a_clean_detach(bench: Bench, captured: bool) -> None:  # noqa: FBT001
     assert bench.newest() == bench.kernel.disk
     assert bench.volume.journal.position == bench.tap.next_first()
     bench.kill()
-    assert bench.tap.report() == {"device": "/dev/mapper/dmafs-disk", "attached": False}
+    assert bench.tap.report() == {"volume": "disk", "device": "/dev/mapper/dmafs-disk", "attached": False}
     with pytest.raises(TapError, match="volume disk has no mapped device"):
         bench.tap.request("dmafs:1:")
     run(dm.attach(bench.volume, bench.tap, BOOT))

@@ -331,7 +331,8 @@ async def test_a_detach_is_an_end_in_order(
     with pytest.raises(TapBusyError):
         await follower.tap_report("detach")
     rig.device.users = 0
-    assert await follower.tap_report("detach") == {"device": "/dev/mapper/dmafs-disk", "attached": False}
+    detached = {"volume": "disk", "device": "/dev/mapper/dmafs-disk", "attached": False}
+    assert await follower.tap_report("detach") == detached
     assert await follower.tap_report("detach") == await follower.tap_report("status")
     assert "its device was removed" in caplog.text
     assert rig.is_clean()

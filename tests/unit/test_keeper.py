@@ -22,6 +22,7 @@ from dmafs.service.alarms import Alarms
 from dmafs.service.appliance import Appliance
 from dmafs.service.keeper import Keeper
 from dmafs.service.passing import PassThroughEngine
+from dmafs.service.report import points_of
 from dmafs.taps.passthrough import PassThroughTap
 from dmafs.tree.backend import Space
 from tests.unit.tools import Clock
@@ -99,7 +100,7 @@ async def test_a_pin_is_of_all_volumes(bench: Bench) -> None:
     """A pinned snapshot is dropped in no volume; unpinned it goes in all; there is no pin for what isn't there."""
     await bench.snapshot("one")
     await bench.appliance.pin("one")
-    points = bench.appliance.points()
+    points = points_of(bench.appliance.volumes)
     assert [one["pinned"] for one in points["snapshots"] if one["id"] == "one"] == [True]
     assert {one["volume"] for one in points["points"] if one["pinned"]} == {"a", "b"}
     with pytest.raises(PinnedError, match="one is pinned"):
@@ -120,7 +121,7 @@ async def test_a_pin_that_one_volume_refuses_is_in_none(bench: Bench) -> None:
     with pytest.raises(ReadOnlyError):
         await bench.appliance.pin("one")
     bench.store.volumes["b"].gate.failure = ""
-    assert not [one for one in bench.appliance.points()["snapshots"] if one["pinned"]]
+    assert not [one for one in points_of(bench.appliance.volumes)["snapshots"] if one["pinned"]]
     assert not list(bench.store.path.glob("*/backward/*.pin"))
 
 

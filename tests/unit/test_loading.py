@@ -11,10 +11,11 @@ import pytest
 from dmafs.cli.main import main
 from dmafs.core.store import create_volume, volume_info, volume_names
 from dmafs.errors import ExistsError, InputError, MountError, SourceError, UnsafeError
-from dmafs.service import loading
+from dmafs.service import machine
 from dmafs.service.configuration import Configuration, StoreTable
 from dmafs.service.document import Document
-from dmafs.service.loading import choose_machine_file, load, load_configuration, setting_keys
+from dmafs.service.loading import load, load_configuration, machine_of, setting_keys
+from dmafs.service.machine import choose_machine_file
 from dmafs.service.making import find, make_missing
 
 GOOD = """[[store]]
@@ -119,8 +120,8 @@ def test_the_usual_file_is_looked_for(root: Path, monkeypatch: pytest.MonkeyPatc
     """Without --config it is the one in /etc."""
     path = write(root)
     choose_machine_file(None)
-    assert str(loading.MACHINE_FILE) == "/etc/dmafs/dmafs.toml"
-    monkeypatch.setattr(loading, "MACHINE_FILE", path)
+    assert str(machine.MACHINE_FILE) == "/etc/dmafs/dmafs.toml"
+    monkeypatch.setattr(machine, "MACHINE_FILE", path)
     assert load(root / "other").file == path
 
 
@@ -156,7 +157,7 @@ tap = "log"
 def test_all_errors_at_once_with_their_lines() -> None:
     """In the order in which they are found; the exception is the first one's, and says how many more there are."""
     document = Document(WRONG.encode(), Path("/m.toml"))
-    loading.machine_of(document)
+    machine_of(document)
     assert sorted(document.message(problem) for problem in document.problems) == sorted(
         [
             "configuration /m.toml:2, [[store]]: path: path 'store' is not absolute",

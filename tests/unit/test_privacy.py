@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from dmafs.client import connect
+from dmafs.core.names import CONFIGURATION_NAME
 from dmafs.core.privacy import require_private
-from dmafs.core.store import CONFIGURATION_NAME, Store, create_volume
+from dmafs.core.store import Store, create_volume
 from dmafs.errors import UnsafeError
-from dmafs.service.client import session
 from dmafs.service.loading import load_configuration
 
 
@@ -45,7 +46,7 @@ def test_a_store_that_others_can_write_is_refused(store: Path, place: str, mode:
     assert str(path) in caught.value.message
     assert f"{mode:04o}" in caught.value.message
     assert f"chmod go-w {path}" in caught.value.hint
-    with pytest.raises(UnsafeError), session(store):
+    with pytest.raises(UnsafeError), connect(store):
         pass
     path.chmod(mode & ~0o022)
     Store(store).close()
@@ -64,7 +65,7 @@ def test_a_configuration_that_others_can_write_is_refused(store: Path, mode: int
     assert f"chmod go-w {store / CONFIGURATION_NAME}" in caught.value.hint
     (store / CONFIGURATION_NAME).unlink()
     (store / CONFIGURATION_NAME).symlink_to(real)
-    with pytest.raises(UnsafeError), session(store):
+    with pytest.raises(UnsafeError), connect(store):
         pass
     real.chmod(0o644)
     load_configuration(store)

@@ -32,7 +32,8 @@ from dmafs.service.configuration import (
     StoreTable,
 )
 from dmafs.service.engine import Engine
-from dmafs.service.loading import choose_machine_file, load, setting_keys
+from dmafs.service.loading import load, setting_keys
+from dmafs.service.machine import choose_machine_file
 from dmafs.service.passing import PassThroughEngine
 from dmafs.service.reloading import LIVE, OF_THE_MACHINE, RESTART, Reloading
 from dmafs.service.scheduler import Scheduler

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -139,6 +140,10 @@ class Rig:
             hook=self.taker.hook(outcome),  # type: ignore[arg-type]  # an async function by another name
         )
 
+    def report(self) -> Any:
+        """Return what is planned, and what was done last."""
+        return self.scheduler.report()
+
     async def run(self, seconds: float) -> None:
         with trio.move_on_after(seconds):
             await self.scheduler.run()
@@ -163,7 +168,7 @@ async def test_syncs_by_age(autojump_clock: MockClock) -> None:
         assert [round(at / HOUR) for at, _ in disk.synced] == hours
         for at, target in disk.synced:
             assert 0 <= at - 12 * HOUR - target * disk.step <= disk.step + DAYS_SLACK
-    report = rig.scheduler.report()["syncs"]["a"]
+    report = rig.report()["syncs"]["a"]
     assert report["last"]["reason"] == "age"
     assert report["next"] is not None
 
@@ -188,7 +193,7 @@ async def test_syncs_by_time_of_day(autojump_clock: MockClock) -> None:
         abs(at - utc(text)) <= DAYS_SLACK * NS
         for at, text in zip(times, ("2026-07-29T02:00", "2026-07-30T02:00"), strict=True)
     ]
-    assert rig.scheduler.report()["syncs"]["a"]["next"] == "2026-07-31T02:00:00.000000000Z"
+    assert rig.report()["syncs"]["a"]["next"] == "2026-07-31T02:00:00.000000000Z"
 
 
 @pytest.mark.usefixtures("days")
@@ -221,7 +226,7 @@ async def test_a_touched_reserve_syncs(autojump_clock: MockClock) -> None:
     await rig.run(600)
     assert [target for _, target in rig.disks["a"].synced] == list(range(1, 10))
     assert rig.disks["a"].flushes >= 9
-    assert rig.scheduler.report()["syncs"]["a"]["last"]["reason"] == "store full"
+    assert rig.report()["syncs"]["a"]["last"]["reason"] == "store full"
 
 
 async def test_a_failed_sync_is_tried_again_ever_later(
@@ -249,7 +254,7 @@ async def test_a_time_of_day_is_given_up(autojump_clock: MockClock) -> None:
     rig.disks["a"].failing = [StoreFullError("full") for _ in range(ATTEMPTS_MAX)]
     await rig.run(DAY)
     assert [target for _, target in rig.disks["a"].synced] == [-1] * ATTEMPTS_MAX
-    assert rig.scheduler.report()["syncs"]["a"]["last"]["result"].startswith("failed: full")
+    assert rig.report()["syncs"]["a"]["last"]["result"].startswith("failed: full")
     await rig.run(DAY)
     assert rig.disks["a"].mirror > 0
 
@@ -263,7 +268,7 @@ async def test_snapshots_at_round_times(autojump_clock: MockClock) -> None:
     rig = Rig(autojump_clock, schedule=SnapshotSchedule(every_s=2 * HOUR, times=(15 * HOUR + 1800,)))
     await rig.run(6 * HOUR)
     assert [text[:8] for text in rig.taker.taken] == ["28 13:30", "28 14:00", "28 16:00", "28 18:00"]
-    report = rig.scheduler.report()["snapshots"]
+    report = rig.report()["snapshots"]
     assert report["next"] == "2026-07-28T20:00:00.000000000Z"
     assert report["last"]["result"] == "snapshot id4"
 
@@ -275,7 +280,7 @@ async def test_nothing_is_taken_of_nothing(autojump_clock: MockClock) -> None:
     rig.taker.news = False
     await rig.run(3 * HOUR)
     assert rig.taker.log == []
-    assert rig.scheduler.report()["snapshots"]["last"]["result"] == "nothing new"
+    assert rig.report()["snapshots"]["last"]["result"] == "nothing new"
 
 
 @pytest.mark.parametrize(
@@ -310,7 +315,7 @@ async def test_hooks_in_their_order(autojump_clock: MockClock) -> None:
     rig = Rig(autojump_clock, schedule=SnapshotSchedule(every_s=HOUR, before=("before",), after=("after",)))
     await rig.run(HOUR)
     assert rig.taker.log == ["before", "frozen", "after"]
-    assert rig.scheduler.report()["snapshots"]["last"]["result"] == "frozen snapshot id1"
+    assert rig.report()["snapshots"]["last"]["result"] == "frozen snapshot id1"
 
 
 async def test_a_hook_that_fails(autojump_clock: MockClock, caplog: pytest.LogCaptureFixture) -> None:
@@ -379,7 +384,7 @@ async def test_another_schedule_holds_at_once_and_catches_up_with_nothing(autoju
     assert [text[:8] for text in rig.taker.taken] == ["28 18:00", "28 19:00", "28 20:00"]
     await adjusted(rig, NEVER, NO_SNAPSHOTS, after_s=HOUR, run_s=5 * HOUR)
     assert [text[:8] for text in rig.taker.taken[3:]] == ["28 21:00"]
-    assert rig.scheduler.report()["snapshots"]["next"] is None
+    assert rig.report()["snapshots"]["next"] is None
 
 
 @pytest.mark.usefixtures("days")

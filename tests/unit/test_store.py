@@ -12,10 +12,9 @@ import pytest
 
 from dmafs.core import store as module
 from dmafs.core.limits import VolumeLimits
+from dmafs.core.names import CONFIGURATION_NAME, SOCKET_NAME
 from dmafs.core.storage import lock_directory
 from dmafs.core.store import (
-    CONFIGURATION_NAME,
-    SOCKET_NAME,
     VOLUMES_MAX,
     Store,
     create_volume,

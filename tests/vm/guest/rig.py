@@ -16,8 +16,8 @@ from typing import Any, Final
 
 import numpy as np
 
+from dmafs.client import connect
 from dmafs.core.ondisk import HEADER_SIZE, RECORD_DTYPE, Flag
-from dmafs.service.client import session
 from dmafs.taps import loopdev
 from dmafs.taps.devicemapper import DeviceMapper
 from tests.mount.harness import Rig, run, spelled, wait_until
@@ -137,23 +137,22 @@ class TapRig(Rig):
 
     def mark(self, name: str) -> None:
         """Set a mark; it has been read back from the log then."""
-        with session(self.store) as asked:
+        with connect(self.store) as asked:
             asked.mark(name)
 
     def assert_verified(self) -> None:
         """Assert that the newest image is the primary."""
-        with session(self.store) as asked:
+        with connect(self.store) as asked:
             found = asked.verify("disk", 0, lambda _done, _total: None)
         assert found["count"] == 0, found
 
-    def tap_status(self) -> dict[str, Any]:
+    def tap_status(self) -> Any:
         """Return what there is to say of device and log."""
-        with session(self.store) as asked:
-            found: dict[str, Any] = asked.tap("status", "disk")["volumes"][0]
-        return found
+        with connect(self.store) as asked:
+            return asked.tap("status", "disk")["volumes"][0]
 
     def detach_tap(self) -> None:
-        with session(self.store) as asked:
+        with connect(self.store) as asked:
             asked.tap("detach", "disk")
 
     # -- what is in the store ----------------------------------------------------------------------------------

@@ -22,11 +22,12 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import xxhash
 
-from dmafs.service.client import session
+from dmafs.answers import Status
+from dmafs.client import connect
 from tests.mount.harness import MIB, Rig, opened, run
 from tests.vm.guest.loads import Blocks
 from tests.vm.guest.rig import NODE
@@ -64,8 +65,8 @@ class Survivor(Rig):
         lines = self.notes.read_text("ascii").splitlines() if self.notes.exists() else []
         return [tuple(json.loads(line)) for line in lines]
 
-    def all_status(self) -> dict[str, Any]:
-        with session(self.store) as asked:
+    def all_status(self) -> Status:
+        with connect(self.store) as asked:
             return asked.status()
 
     # -- words -----------------------------------------------------------------------------------------------------
@@ -82,7 +83,7 @@ class Survivor(Rig):
         run("mount", STORE_DISK, DISK)
         self.dmafs("tap", "attach", self.store)
         self.start()
-        with session(self.store) as asked:
+        with connect(self.store) as asked:
             found = asked.verify("disk", 0, lambda _done, _total: None)
         assert found["count"] == 0, found
         primary = read_past_cache(SOURCE)
@@ -107,7 +108,7 @@ class Survivor(Rig):
         with Blocks(NODE, read_past_cache(NODE), seed=int(os.environ.get("DMAFS_TEST_SEED", "1"))) as blocks:
             for number in range(snapshots):
                 blocks.wait_for(30)
-                with blocks.at_rest() as content, session(self.store) as asked:
+                with blocks.at_rest() as content, connect(self.store) as asked:
                     asked.take_snapshot(f"{prefix}-{number}")
                 self.note("snapshot", f"{prefix}-{number}", content)
                 self.say(f"noted {prefix}-{number}")
@@ -116,7 +117,7 @@ class Survivor(Rig):
     def do_sync(self) -> None:
         def syncs() -> None:
             while True:
-                with session(self.store) as asked:
+                with connect(self.store) as asked:
                     asked.sync()
                 self.say("synced")
 
@@ -126,7 +127,7 @@ class Survivor(Rig):
     def do_detach(self) -> None:
         content = self.do_load(snapshots=3)
         self.note("end", "", content)
-        with session(self.store) as asked:
+        with connect(self.store) as asked:
             asked.tap("detach", None)
         assert not NODE.exists()
         self.stop()

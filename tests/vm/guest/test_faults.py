@@ -16,12 +16,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
-from typing import Any, Final
+from typing import Final
 
 import pytest
 
+from dmafs.answers import Differences, Status
+from dmafs.client import connect
 from dmafs.errors import DifferenceError
-from dmafs.service.client import session
 from dmafs.taps import loopdev
 from dmafs.taps.devicemapper import DeviceMapper
 from tests.mount.harness import MIB, STOP_S, moment, opened, run, wait_until
@@ -81,8 +82,8 @@ def same(path: Path, content: bytes | bytearray) -> bool:
     return path.read_bytes() == content
 
 
-def all_status(rig: TapRig) -> dict[str, Any]:
-    with session(rig.store) as asked:
+def all_status(rig: TapRig) -> Status:
+    with connect(rig.store) as asked:
         return asked.status()
 
 
@@ -364,8 +365,8 @@ def test_failed_writes_of_the_primary_are_corrected(rig: TapRig) -> None:
     wait_until(lambda: str(path) not in run("losetup", "--list", "-O", "BACK-FILE").stdout, "the loop device")
 
 
-def verified(rig: TapRig) -> dict[str, Any]:
-    with session(rig.store) as asked:
+def verified(rig: TapRig) -> Differences:
+    with connect(rig.store) as asked:
         return asked.verify("disk", 0, lambda _done, _total: None)
 
 
@@ -474,7 +475,7 @@ def test_a_difference_is_found_and_mended(rig: TapRig) -> None:
     found = verified(rig)
     assert (found["count"], found["bytes"]) == (2, 4 * BLOCK)
     rig.dmafs("verify", rig.store, code=DifferenceError.exit_code)
-    with session(rig.store) as asked:
+    with connect(rig.store) as asked:
         asked.resync("disk", 0, lambda _done, _total: None)
     rig.assert_verified()
     (gap,) = rig.status()["gaps"]
