@@ -18,6 +18,7 @@ of, 2**61 added if that has no data. The entries are what the events amount to: 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import struct
 from typing import Final, NamedTuple
@@ -72,6 +73,7 @@ def snapshot_owner(storage: Storage, name: str, uuid: UUID, *, events: int | Non
         return None
     if rest or (events is not None and header.sealed != events):
         return None
+    data[:HEADER_SIZE] = dataclasses.replace(header, name="").encode()  # it is the same under another name
     return Owner(uuid, records, xxhash.xxh3_64_intdigest(data))
 
 

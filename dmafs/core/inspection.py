@@ -331,7 +331,7 @@ class _Volume:
                 if clone.failure:
                     file = self.storage.path(f"{writable.DIRECTORY}/{clone.name}")
                     self.found.error(
-                        file, clone.failure, f"drop it: dmafs clone {self.path.parent} {clone.name} --drop"
+                        file, clone.failure, f"drop it: dmafs clone drop {self.path.parent} {clone.name}"
                     )
 
     def _changes(self) -> None:

@@ -156,11 +156,40 @@ def unpin_group(volumes: Volumes, identifier: str) -> Work[None]:
         yield from volumes[name].unpin(snapshot)
 
 
+def rename_group(volumes: Volumes, identifier: str, name: str) -> Work[None]:
+    """Give the snapshots called *identifier* another name: in all volumes or, if one can't do it, in none.
+
+    ExistsError if a snapshot has that name. If it is one of the same instant of other volumes only, a renaming was cut
+    off there, and this ends it.
+    """
+    group = snapshot_group(volumes, identifier)
+    for volume, other in volumes.items():
+        there = other.snapshots.find(name)
+        if there is not None and (volume in group or there.instant_ns != instant(group)):
+            other.snapshots.require_free(name)
+    done: list[tuple[str, Snapshot, str]] = []
+    try:
+        for volume, snapshot in group.items():
+            old = snapshot.name
+            yield from rename(volumes[volume], snapshot, name)
+            done.append((volume, snapshot, old))
+    except DmafsError:
+        for volume, snapshot, old in done:
+            yield from rename(volumes[volume], snapshot, old)
+        raise
+
+
+def rename(volume: Volume, snapshot: Snapshot, name: str) -> Work[None]:
+    """Give a snapshot of one volume another name, durably."""
+    with volume.gate():
+        yield from volume.snapshots.rename(snapshot, name)
+
+
 def latest(volumes: Volumes) -> dict[str, Snapshot]:
     """Return the newest snapshot by volume; NoSuchSnapshotError if there is none."""
     groups = snapshot_groups(volumes)
     if not groups:
-        raise NoSuchSnapshotError("there is no snapshot yet", hint="take one: dmafs snapshot STORE NAME")
+        raise NoSuchSnapshotError("there is no snapshot yet", hint="take one: dmafs snapshot create STORE NAME")
     return groups[list(groups)[-1]]
 
 
@@ -188,7 +217,7 @@ def clone_group(volumes: Volumes, name: str) -> dict[str, Clone]:
     found = {volume.info.name: volume.clones.find(name) for volume in volumes.values()}
     group = {volume: clone for volume, clone in found.items() if clone is not None}
     if not group:
-        raise NoSuchCloneError(f"no clone named {name}", hint="list them with: dmafs clone STORE")
+        raise NoSuchCloneError(f"no clone named {name}", hint="list them with: dmafs clone list STORE")
     return group
 
 

@@ -344,6 +344,11 @@ class Segment(Pair):
         self.header = dataclasses.replace(self.header, sealed=len(self))
         self.ext.write([self.header.encode()], 0)
 
+    def rename(self, name: str) -> None:
+        """Have the header, which is one sector, say another name; durable after the next datasync of ``ext``."""
+        self.header = dataclasses.replace(self.header, name=name)
+        self.ext.write([self.header.encode()], 0)
+
     @property
     def unsealed(self) -> bool:
         """Say whether there are entries that the header doesn't call durable."""

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 from dataclasses import dataclass, field
 from typing import Final
 
+from dmafs.core.batch import Lost
 from dmafs.core.layers import Growing
 from dmafs.core.segment import Segment
-from dmafs.errors import PinnedError
-from dmafs.units import format_time
+from dmafs.core.storage import Buffer
+from dmafs.errors import CorruptionError, PinnedError
+from dmafs.units import SECTOR, format_time
+
+log = logging.getLogger(__name__)
 
 DIRECTORY: Final = "backward"
 
@@ -61,5 +67,27 @@ def require_unpinned(snapshot: Snapshot) -> None:
     if snapshot.pinned:
         raise PinnedError(
             f"snapshot {snapshot.name or format_time(snapshot.time_ns)} is pinned",
-            hint="to drop it, unpin it first: dmafs unpin STORE ID",
+            hint="to drop it, unpin it first: dmafs snapshot unpin STORE ID",
         )
+
+
+def undo_renaming(segment: Segment, name: str) -> None:
+    """Have the header say the old name again, durably; where that fails the volume doesn't go on, as with a creation."""
+    try:
+        segment.rename(name)
+        segment.ext.datasync()
+    except OSError as error:
+        raise OSError(errno.EIO, error.strerror, segment.ext.name) from error
+
+
+def entry_of(source: Segment, start: int, stop: int, index: int) -> tuple[int, int, Buffer | None]:
+    """Read one piece of an entry of a backward journal, verified; what is damaged is lost in the copy, too."""
+    if source.is_zero(index):
+        return start, stop - start, None
+    data = bytearray((stop - start) * SECTOR)
+    try:
+        source.read_into(index, start - source.starts[index], memoryview(data))
+    except CorruptionError as error:
+        log.error("%s", error.message)
+        return start, stop - start, Lost(len(data))
+    return start, stop - start, data

@@ -21,6 +21,8 @@ dropped at the last close or when the store is opened next.
 
 An index of a snapshot's layer is beside the pair, and goes with it (``index``).
 
+A snapshot's name is in the header of its descriptors, one sector, which is overwritten when it gets another one.
+
 A *pinned* snapshot isn't dropped: an empty file ``<stem>.pin`` stands beside the pair. Without a snapshot that users
 see it means nothing, and is unlinked when the store is opened.
 """
@@ -39,7 +41,6 @@ from uuid import UUID
 import numpy as np
 
 from dmafs.core.backward import SnapshotMaps
-from dmafs.core.batch import Lost
 from dmafs.core.extent import Ints, lacking
 from dmafs.core.files import INDEX, discard_files, discard_index
 from dmafs.core.limits import IndexLimits
@@ -47,8 +48,8 @@ from dmafs.core.ondisk import HEADER_SIZE, RECORD_SIZE, Header, Kind, Records, n
 from dmafs.core.opening import open_ours
 from dmafs.core.recovery import SUFFIXES, Refuse, Suffix, case, index_case, pointers_case, refuse, snapshot_case
 from dmafs.core.segment import Segment, parts, read_header
-from dmafs.core.snapshot import DIRECTORY, Snapshot, require_unpinned
-from dmafs.core.storage import Buffer, Storage
+from dmafs.core.snapshot import DIRECTORY, Snapshot, entry_of, require_unpinned, undo_renaming
+from dmafs.core.storage import Storage
 from dmafs.core.work import Work
 from dmafs.errors import CorruptionError, ExistsError, NoSuchSnapshotError, StoreError
 from dmafs.units import SECTOR
@@ -335,7 +336,8 @@ class Snapshots(SnapshotMaps):
         require_unpinned(snapshot)
         if snapshot.busy or snapshot.serial not in self._by_serial:
             raise NoSuchSnapshotError(
-                f"snapshot {snapshot.name or snapshot.seq} hasn't been taken yet", hint="try again in a moment"
+                f"snapshot {snapshot.name or snapshot.seq} is just being taken or changed",
+                hint="try again in a moment",
             )
 
         def rename() -> None:
@@ -393,6 +395,33 @@ class Snapshots(SnapshotMaps):
         finally:
             snapshot.pinned = self._storage.exists(snapshot.pin)
 
+    def rename(self, snapshot: Snapshot, name: str) -> Work[None]:
+        """Give a snapshot another name; durable when this returns. After a cut it has the old one or the new one.
+
+        Until then both are taken. ExistsError if another one has it, NoSuchSnapshotError as with a drop.
+        """
+        old = snapshot.name
+        if name == old:
+            return
+        self.require_free(name)
+        if snapshot.hidden or not self._storage.exists(snapshot.stem + ".ext"):
+            raise NoSuchSnapshotError(
+                f"snapshot {old or snapshot.seq} is just being taken or dropped", hint="try again in a moment"
+            )
+        with self._working_on(snapshot):
+            segment = self.segment(snapshot)
+            self._names[name] = snapshot
+            try:
+                segment.rename(name)
+                yield segment.ext.datasync
+                snapshot.name = name
+            except BaseException:
+                undo_renaming(segment, old)
+                raise
+            finally:
+                for one in {old, name} - {snapshot.name}:
+                    self._names.pop(one, None)
+
     def merge(self, snapshot: Snapshot) -> Work[Segment]:
         """Finish dropping a doomed snapshot (steps 2 and 3); return its journal, for the caller to close.
 
@@ -426,7 +455,7 @@ class Snapshots(SnapshotMaps):
         for first, last in parts(change.starts, change.stops):
 
             def move(part: list[tuple[int, int, int]] = pieces[first:last]) -> Records:
-                return target.write_batch([_entry(source, *piece) for piece in part], time_ns)
+                return target.write_batch([entry_of(source, *piece) for piece in part], time_ns)
 
             target.publish((yield move))
             self.changed(older)
@@ -453,19 +482,6 @@ class Snapshots(SnapshotMaps):
                 assert np.all(starts[1:] >= stops[:-1]), "a snapshot holds each address once"
         assert self._hidden == {serial: snapshot for serial, snapshot in self._by_serial.items() if snapshot.hidden}
         self.check_maps()
-
-
-def _entry(source: Segment, start: int, stop: int, index: int) -> tuple[int, int, Buffer | None]:
-    """Read one piece of an entry of a backward journal, verified; what is damaged is lost in the copy, too."""
-    if source.is_zero(index):
-        return start, stop - start, None
-    data = bytearray((stop - start) * SECTOR)
-    try:
-        source.read_into(index, start - source.starts[index], memoryview(data))
-    except CorruptionError as error:
-        log.error("%s", error.message)
-        return start, stop - start, Lost(len(data))
-    return start, stop - start, data
 
 
 def _sorted(starts: Ints, stops: Ints) -> tuple[Ints, Ints]:

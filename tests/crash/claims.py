@@ -81,6 +81,8 @@ class Claims:
     least: frozenset[Named] = frozenset()
     """Snapshots that users see."""
     most: frozenset[Named] = frozenset()
+    either: frozenset[tuple[Named, Named]] = frozenset()
+    """Of two names for one snapshot it has one."""
     pins_least: frozenset[Named] = frozenset()
     pins_most: frozenset[Named] = frozenset()
     marks: frozenset[Named] = frozenset()
@@ -256,6 +258,8 @@ def judge(found: Found, claims: Claims, history: History, *, damaged: bool = Fal
         assert found.position in history.positions[found.head], "journal and place are one"
     assert claims.floors[0] <= found.floor <= claims.floors[1], f"floor {found.floor}, not in {claims.floors}"
     assert found.snapshots >= claims.least, f"snapshots {sorted(claims.least - found.snapshots)} were lost"
+    for names in claims.either:
+        assert len(found.snapshots.intersection(names)) == 1, f"one of {names}"
     assert claims.pins_least <= found.pins <= claims.pins_most, f"pins {sorted(found.pins)}"
     marks = {mark for mark in claims.marks if mark[0] > found.floor}
     assert found.marks >= marks, f"marks {sorted(marks - found.marks)} were lost"

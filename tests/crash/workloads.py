@@ -28,7 +28,7 @@ class Workload:
 
 
 ANY: Final = (
-    "write write write write discard flush flush mark sync sync snapshot snapshot drop thin pin unpin warm "
+    "write write write write discard flush flush mark sync sync snapshot snapshot drop thin pin unpin rename warm "
     "clone clone_write clone_write clone_flush clone_drop resync restart kill"
 )
 ANY_WINDOWED: Final = (
@@ -47,6 +47,7 @@ WORKLOADS: Final = (
         "copy write flush sync write flush sync write flush snapshot write flush sync pin thin write sync thin",
     ),
     Workload("pins", "copy write flush snapshot pin write flush sync unpin drop snapshot pin restart unpin thin"),
+    Workload("names", "copy write flush snapshot rename pin write flush sync rename rename drop restart rename thin warm"),
     Workload(
         "clones",
         "copy write flush clone clone_write clone_flush write clone_write flush sync clone clone_write clone_flush "

@@ -17,6 +17,7 @@ from dmafs.core import copy, extent, sync
 from dmafs.core import segment as segments
 from dmafs.core.copy import initial_copy
 from dmafs.core.digests import BLOCK
+from dmafs.core.moments import rename
 from dmafs.core.ondisk import Flag
 from dmafs.core.resync import begin_after_stop, needs_resync, resync
 from dmafs.core.verify import Steps
@@ -312,8 +313,9 @@ class World:
             self._drop(snapshot)
 
     def _drop(self, snapshot: Any) -> None:
-        one = named(snapshot)
-        self.claim(least=self.history.claims.least - {one})
+        one, claims = named(snapshot), self.history.claims
+        either = frozenset(names for names in claims.either if one not in names)
+        self.claim(least=claims.least - {one}, either=either)
         self.drive(self.volume.drop_snapshot(snapshot))
         for segment in self.volume.take_garbage():
             segment.close()
@@ -340,6 +342,21 @@ class World:
             self.claim(pins_least=self.history.claims.pins_least - one)
             self.drive(self.volume.unpin(snapshot))
             self.claim(pins_most=self.history.claims.pins_most - one)
+
+    def rename(self) -> None:
+        """A snapshot gets another name; one that is pinned stays so."""
+        shown = list(self.volume.snapshots)
+        if not shown:
+            return
+        snapshot, claims = self.rng.choice(shown), self.history.claims
+        old, new = named(snapshot), (snapshot.seq, self._name("named"))
+        pinned = frozenset({new} if snapshot.pinned else ())
+        self.claim(least=claims.least - {old}, most=claims.most | {new}, either=claims.either | {(old, new)})
+        self.claim(pins_least=claims.pins_least - {old}, pins_most=claims.pins_most | pinned)
+        self.drive(rename(self.volume, snapshot, new[1]))
+        claims = self.history.claims
+        self.claim(least=claims.least | {new}, most=claims.most - {old}, either=claims.either - {(old, new)})
+        self.claim(pins_least=claims.pins_least | pinned, pins_most=claims.pins_most - {old})
 
     # -- clones -------------------------------------------------------------------------------------------------
 

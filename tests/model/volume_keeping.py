@@ -7,10 +7,10 @@ from typing import Any
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
 
-from dmafs.core.moments import snapshot_groups
+from dmafs.core.moments import rename, snapshot_groups
 from dmafs.core.retention import KeepRules, plan_thinning
 from dmafs.core.snapshot import Snapshot
-from dmafs.core.work import Work
+from dmafs.core.work import Work, run
 from dmafs.service.thinning import drops_of, held_of
 from tests.model.stepping import Running
 from tests.model.volume_model import ALL, Model, named
@@ -47,6 +47,21 @@ class Keeping(Model):
         if one in self.thinned and one in self.least:
             self.least = [*self.least]
             self.least.remove(one)
+
+    @precondition(lambda self: self.pinning is None and (self.idle or self.running.kind == "sync"))
+    @rule(number=st.integers(0, 100))
+    def rename(self, number: int) -> None:
+        """A snapshot gets another name, also while a sync feeds it."""
+        shown = list(self.volume.snapshots)
+        if not shown:
+            return
+        snapshot = shown[number % len(shown)]
+        old = named(snapshot)
+        self.counts["rename"] = self.counts.get("rename", 0) + 1
+        run(rename(self.volume, snapshot, f"renamed{self.counts['rename']}"))
+        new = named(snapshot)
+        self.least, self.most = ([new if one == old else one for one in names] for names in (self.least, self.most))
+        self.pinned = {new if one == old else one for one in self.pinned}
 
     @precondition(lambda self: self.pinning is not None)
     @rule()
