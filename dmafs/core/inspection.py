@@ -330,9 +330,7 @@ class _Volume:
             for clone in volume.clones:
                 if clone.failure:
                     file = self.storage.path(f"{writable.DIRECTORY}/{clone.name}")
-                    self.found.error(
-                        file, clone.failure, f"drop it: dmafs clone drop {self.path.parent} {clone.name}"
-                    )
+                    self.found.error(file, clone.failure, f"drop it: dmafs clone drop {self.path.parent} {clone.name}")
 
     def _changes(self) -> None:
         """Tell what opening would change."""

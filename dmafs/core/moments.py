@@ -221,6 +221,13 @@ def clone_group(volumes: Volumes, name: str) -> dict[str, Clone]:
     return group
 
 
+def seqs_to_clone(volumes: Volumes, at: str | None) -> dict[str, int]:
+    """Return the seq of each volume at the moment that a spelling means; without one, the newest."""
+    if at is not None:
+        return seqs_at(volumes, resolve(volumes, at))
+    return {name: volume.indicate().seq for name, volume in volumes.items()}
+
+
 def require_clone(volumes: Volumes, name: str) -> None:
     """Raise what making a clone of that name would raise, before anything is done for it."""
     for volume in volumes.values():

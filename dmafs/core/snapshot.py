@@ -72,7 +72,7 @@ def require_unpinned(snapshot: Snapshot) -> None:
 
 
 def undo_renaming(segment: Segment, name: str) -> None:
-    """Have the header say the old name again, durably; where that fails the volume doesn't go on, as with a creation."""
+    """Have the header say the old name again, durably; where that fails the volume doesn't go on."""
     try:
         segment.rename(name)
         segment.ext.datasync()
@@ -81,7 +81,7 @@ def undo_renaming(segment: Segment, name: str) -> None:
 
 
 def entry_of(source: Segment, start: int, stop: int, index: int) -> tuple[int, int, Buffer | None]:
-    """Read one piece of an entry of a backward journal, verified; what is damaged is lost in the copy, too."""
+    """Read one piece of a backward entry, verified; what is damaged is lost in the copy, too."""
     if source.is_zero(index):
         return start, stop - start, None
     data = bytearray((stop - start) * SECTOR)

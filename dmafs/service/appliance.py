@@ -23,10 +23,12 @@ from dmafs.core.moments import (
     instant_of,
     landmark_times,
     pin_group,
+    rename_group,
     require_clone,
     require_mark,
     resolve,
     seqs_at,
+    seqs_to_clone,
     snapshot_group,
     snapshot_groups,
     unpin_group,
@@ -69,6 +71,7 @@ class Appliance:
         """Serve *store* through *engines*, one for each of its volumes; keep snapshots by *rules*."""
         self._store = store
         self._engines = engines
+        self._first = next(iter(engines.values()))
         self._volumes: dict[str, Volume] = store.volumes
         self.rules = rules or KeepRules()
         self._cloning, self._pinning, self._retaining = trio.Lock(), trio.Lock(), trio.Lock()
@@ -203,6 +206,12 @@ class Appliance:
         for name, snapshot in group.items():
             await self._engine(name).drop_snapshot(snapshot)
 
+    async def rename_snapshot(self, identifier: str, name: str) -> None:
+        """See ``Backend``. In no volume if it can't be in any. Nothing drops it meanwhile."""
+        check_name(name, "snapshot")
+        async with self._pinning, self._retaining:
+            await self._first.do(rename_group(self._volumes, identifier, name))
+
     def clone_names(self) -> list[str]:
         """See ``Backend``."""
         return list(clone_groups(self._volumes))
@@ -220,7 +229,7 @@ class Appliance:
             with contextlib.ExitStack() as held:
                 bases = []
                 async with self._still(self._engines if at is None else {}):
-                    for volume, seq in self._seqs_to_clone(at).items():
+                    for volume, seq in seqs_to_clone(self._volumes, at).items():
                         engine = self._engine(volume)
                         engine.hold(base := engine.volume.image(seq))
                         held.callback(engine.release, base)
@@ -233,12 +242,6 @@ class Appliance:
                         for engine, clone in made:
                             await engine.drop_clone(clone)
                     raise
-
-    def _seqs_to_clone(self, at: str | None) -> dict[str, int]:
-        """Return the seq of each volume at the moment that a spelling means; without one, the newest."""
-        if at is not None:
-            return seqs_at(self._volumes, resolve(self._volumes, at))
-        return {name: volume.indicate().seq for name, volume in self._volumes.items()}
 
     async def drop_clone(self, name: str) -> None:
         """See ``Backend``."""
@@ -372,15 +375,12 @@ class Appliance:
     async def pin(self, identifier: str) -> None:
         """Have a snapshot not be dropped."""
         async with self._pinning:
-            await self._any_engine().do(pin_group(self._volumes, identifier))
+            await self._first.do(pin_group(self._volumes, identifier))
 
     async def unpin(self, identifier: str) -> None:
         """Let a snapshot be dropped again."""
         async with self._pinning:
-            await self._any_engine().do(unpin_group(self._volumes, identifier))
-
-    def _any_engine(self) -> Engine:
-        return next(iter(self._engines.values()))
+            await self._first.do(unpin_group(self._volumes, identifier))
 
     async def read_at(self, image: Image, offset: int, length: int) -> AsyncGenerator[bytes]:
         """Yield bytes of an image in parts; it is held from the first to the last."""

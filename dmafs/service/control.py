@@ -144,6 +144,11 @@ class Handlers(_Metrics):
         await self._appliance.drop_snapshot(id)
         return {"id": id}
 
+    async def rename_snapshot(self, *, id: str, name: str) -> answers.Renamed:  # noqa: A002 - the parameter's name
+        """Rename a snapshot."""
+        await self._appliance.rename_snapshot(id, name)
+        return {"id": id, "name": name}
+
     async def mark(self, *, name: str) -> answers.Named:
         """Set a mark."""
         await self._appliance.mark(name)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dmafs import answers
-from dmafs.core.moments import Volumes, clone_group, instant_of, pin_group, require_mark, snapshot_group, unpin_group
+from dmafs.core.moments import Volumes, clone_group, instant_of, pin_group, rename_group, require_mark, snapshot_group, unpin_group
 from dmafs.core.ondisk import Flag
 from dmafs.core.resync import mend, needs_resync, resync
 from dmafs.core.retention import KeepRules
@@ -111,6 +111,11 @@ class LocalSession:
             run(self._volumes[name].drop_snapshot(snapshot))
             _close_garbage(self._volumes[name])
         return {"id": identifier}
+
+    def rename_snapshot(self, identifier: str, name: str) -> answers.Renamed:
+        """See ``Session``."""
+        run(rename_group(self._volumes, identifier, check_name(name, "snapshot")))
+        return {"id": identifier, "name": name}
 
     def mark(self, name: str) -> answers.Named:
         """See ``Session``. Likewise."""

@@ -147,6 +147,15 @@ OPERATIONS: Final = (
     Operation(
         "DELETE", "/snapshots", "drop_snapshot", "Drop a snapshot.", (_SNAPSHOT,), "It is dropped.", answers.Dropped
     ),
+    Operation(
+        "POST",
+        "/rename",
+        "rename_snapshot",
+        "Give a snapshot another name.",
+        (_SNAPSHOT, Parameter("name", _name("snapshot"), "the new name")),
+        "It has it.",
+        answers.Renamed,
+    ),
     Operation("POST", "/pin", "pin", "Keep a snapshot.", (_SNAPSHOT,), "It is pinned.", answers.Pinned),
     Operation("POST", "/unpin", "unpin", "Take a pin off.", (_SNAPSHOT,), "It isn't pinned.", answers.Pinned),
     Operation(

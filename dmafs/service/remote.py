@@ -74,6 +74,11 @@ class RemoteSession:
         answer: answers.Dropped = self._ask("drop_snapshot", id=identifier)
         return answer
 
+    def rename_snapshot(self, identifier: str, name: str) -> answers.Renamed:
+        """See ``Session``."""
+        answer: answers.Renamed = self._ask("rename_snapshot", id=identifier, name=check_name(name, "snapshot"))
+        return answer
+
     def mark(self, name: str) -> answers.Named:
         """See ``Session``."""
         answer: answers.Named = self._ask("mark", name=check_name(name, "mark"))

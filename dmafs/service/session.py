@@ -42,6 +42,9 @@ class Session(Protocol):
     def drop_snapshot(self, identifier: str) -> answers.Dropped:
         """Drop a snapshot of all volumes, by its name or its canonical time."""
 
+    def rename_snapshot(self, identifier: str, name: str) -> answers.Renamed:
+        """Give a snapshot of all volumes another name."""
+
     def mark(self, name: str) -> answers.Named:
         """Set a mark on all volumes."""
 

@@ -51,6 +51,12 @@ class Backend(Protocol):
     async def drop_snapshot(self, identifier: str) -> None:
         """Drop a snapshot of all volumes; PinnedError if it is pinned."""
 
+    async def rename_snapshot(self, identifier: str, name: str) -> None:
+        """Give a snapshot of all volumes another name; it is durable when this returns.
+
+        NoSuchSnapshotError, ExistsError, InputError for a name that can't be one.
+        """
+
     def clone_names(self) -> list[str]:
         """Return the names of all clones, sorted."""
 

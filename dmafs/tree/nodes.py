@@ -181,6 +181,14 @@ class InodeTable:
         if number is not None and number not in self._lookups:
             del self._nodes[number]
 
+    def rename(self, old: Node, new: Node) -> None:
+        """Have the number of a node be that of another one: who is in the folder stays there."""
+        self.retire(new)
+        number = self._inodes.pop(old, None)
+        if number is not None:
+            self._nodes[number] = new
+            self._inodes[new] = number
+
     def drop_unknown(self, node: Node) -> None:
         """Forget a node whose number was only listed, never looked up."""
         number = self._inodes.get(node)

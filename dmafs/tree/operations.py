@@ -29,14 +29,14 @@ from dmafs.core.image import Image
 from dmafs.errors import NotFoundError
 from dmafs.tree.around import ReadAround
 from dmafs.tree.backend import Backend
-from dmafs.tree.guard import guarded, text_of, with_deadline
+from dmafs.tree.changes import Changes
+from dmafs.tree.guard import guarded, text_of
 from dmafs.tree.handles import Handle
 from dmafs.tree.names import Names
 from dmafs.tree.nodes import (
     CloneFile,
     CloneFolder,
     Directory,
-    InodeTable,
     Link,
     LiveFile,
     Moment,
@@ -72,7 +72,7 @@ _XATTR_PREFIX: Final = "user.dmafs."
 _WITH_XATTRS: Final = (PastImage, LiveFile, CloneFile)
 
 
-class Tree(pyfuse3.Operations):
+class Tree(Changes):
     """The tree over a backend."""
 
     supports_dot_lookup = False
@@ -80,11 +80,9 @@ class Tree(pyfuse3.Operations):
 
     def __init__(self, backend: Backend, started_ns: int) -> None:
         """Show *backend*; *started_ns* is the time that fixed directories have."""
-        super().__init__()
-        self._backend = backend
+        super().__init__(backend)
         self._names = Names(backend)
         self._views = Views(backend, self._names)
-        self._table = InodeTable()
         self._handles: dict[int, Handle] = {}
         self._listings: dict[int, list[tuple[str, Node]]] = {}
         self._listed = 0
@@ -324,41 +322,6 @@ class Tree(pyfuse3.Operations):
         """Close a directory."""
         self._listed -= len(self._listings.pop(fh))
 
-    @guarded
-    @with_deadline
-    async def mkdir(
-        self, parent_inode: pyfuse3.InodeT, name: bytes, mode: pyfuse3.ModeT, ctx: pyfuse3.RequestContext
-    ) -> pyfuse3.EntryAttributes:
-        """Take a snapshot: ``mkdir snapshots/<name>``, or make a clone: ``mkdir clones/<name>[@<time>]``."""
-        node: Node
-        match self._table.node(parent_inode):
-            case Directory("snapshots"):
-                await self._backend.take_snapshot(text_of(name))
-                node = SnapshotFolder(text_of(name))
-            case Directory("clones"):
-                clone, sign, at = text_of(name).partition("@")
-                await self._backend.create_clone(clone, at if sign else None)
-                node = CloneFolder(clone)
-            case _:
-                raise FUSEError(errno.EROFS)
-        attributes = self._attributes(node)
-        self._table.looked_up(node)
-        return attributes
-
-    @guarded
-    @with_deadline
-    async def rmdir(self, parent_inode: pyfuse3.InodeT, name: bytes, ctx: pyfuse3.RequestContext) -> None:
-        """Drop a snapshot or a clone: ``rmdir snapshots/<id>``, ``rmdir clones/<name>``."""
-        match self._table.node(parent_inode):
-            case Directory("snapshots"):
-                await self._backend.drop_snapshot(text_of(name))
-                self._table.retire(SnapshotFolder(text_of(name)))
-            case Directory("clones"):
-                await self._backend.drop_clone(text_of(name))
-                self._table.retire(CloneFolder(text_of(name)))
-            case _:
-                raise FUSEError(errno.EROFS)
-
     # -- files --------------------------------------------------------------------------------------------------
 
     @guarded
@@ -484,7 +447,7 @@ class Tree(pyfuse3.Operations):
     async def _refuse(self, *_args: object) -> Any:  # noqa: ANN401 - never returns
         raise FUSEError(errno.EROFS)
 
-    create = mknod = symlink = link = unlink = rename = setxattr = removexattr = _refuse  # type: ignore[assignment]
+    create = mknod = symlink = link = unlink = setxattr = removexattr = _refuse  # type: ignore[assignment]
 
     @guarded
     async def fsyncdir(self, fh: pyfuse3.FileHandleT, datasync: bool) -> None:  # noqa: FBT001 - the kernel's interface

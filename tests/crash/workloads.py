@@ -47,7 +47,10 @@ WORKLOADS: Final = (
         "copy write flush sync write flush sync write flush snapshot write flush sync pin thin write sync thin",
     ),
     Workload("pins", "copy write flush snapshot pin write flush sync unpin drop snapshot pin restart unpin thin"),
-    Workload("names", "copy write flush snapshot rename pin write flush sync rename rename drop restart rename thin warm"),
+    Workload(
+        "names",
+        "copy write flush snapshot rename pin write flush sync rename rename drop restart rename thin warm",
+    ),
     Workload(
         "clones",
         "copy write flush clone clone_write clone_flush write clone_write flush sync clone clone_write clone_flush "

@@ -353,7 +353,14 @@ class World:
         pinned = frozenset({new} if snapshot.pinned else ())
         self.claim(least=claims.least - {old}, most=claims.most | {new}, either=claims.either | {(old, new)})
         self.claim(pins_least=claims.pins_least - {old}, pins_most=claims.pins_most | pinned)
-        self.drive(rename(self.volume, snapshot, new[1]))
+        self.claim(former=claims.former | {old})
+        try:
+            self.drive(rename(self.volume, snapshot, new[1]))
+        except DmafsError:
+            if not self.volume.failure:  # it has its old name again
+                self.claim(**{name: getattr(claims, name) for name in ("least", "most", "either")})
+                self.claim(pins_least=claims.pins_least, pins_most=claims.pins_most)
+            raise
         claims = self.history.claims
         self.claim(least=claims.least | {new}, most=claims.most - {old}, either=claims.either - {(old, new)})
         self.claim(pins_least=claims.pins_least | pinned, pins_most=claims.pins_most - {old})

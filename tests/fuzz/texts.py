@@ -347,6 +347,11 @@ class _Asked:
         for volume in self._volumes.values():
             volume.require_snapshot(name)
 
+    async def rename_snapshot(self, identifier: str, name: str) -> None:
+        snapshot_group(self._volumes, identifier)
+        for volume in self._volumes.values():
+            volume.snapshots.require_free(name)
+
     async def mark(self, name: str) -> None:
         for volume in self._volumes.values():
             require_mark(volume, name)
@@ -396,6 +401,7 @@ REQUESTS: Final = [
     "GET /snapshots?",
     "DELETE /snapshots?id=kept",
     "POST /snapshots?name=before-upgrade",
+    "POST /rename?id=2026-07-28T143005.123456789Z&name=kept",
     "POST /marks?name=all-is-well",
     "POST /sync?",
     "POST /pin?id=2026-07-28T143005.123456789Z",

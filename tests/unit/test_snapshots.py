@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from dmafs.core.index import snapshot_owner
 from dmafs.core.limits import IndexLimits
 from dmafs.core.ondisk import HEADER_SIZE, RECORD_SIZE, Header, Kind
 from dmafs.core.segment import Segment
@@ -584,3 +585,48 @@ def test_a_snapshot_that_takes_the_place_of_a_dropped_one_is_found(bench: Bench)
         assert image(snapshots, 10)[6:8] == [4, 4]
         assert image(snapshots, 5)[6:8] == [4, 4]
         drop(snapshots, again)
+
+
+# -- names ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_new_name_lasts(bench: Bench) -> None:
+    """The old one is free at once, the entries, the pin and the index are what they were."""
+    snapshots = three(bench)
+    mid = at(snapshots, 20)
+    run(snapshots.pin(mid))
+    owner = snapshot_owner(snapshots._storage, mid.stem + ".ext", OURS)
+    before = [image(snapshots, seq) for seq in (10, 20, 30)]
+    for old, name in (("mid", "other"), ("other", "mid"), ("mid", "mid"), ("mid", "last")):
+        run(snapshots.rename(mid, name))
+        snapshots.check()
+        assert (snapshots.find(name), mid.name) == (mid, name)
+        assert old == name or snapshots.find(old) is None
+    assert snapshot_owner(snapshots._storage, mid.stem + ".ext", OURS) == owner
+    assert [one.name for one in bench.open() if one.pinned] == ["last"]
+    assert [image(snapshots, seq) for seq in (10, 20, 30)] == before
+
+
+def test_names_that_are_taken_or_of_what_goes_are_refused(bench: Bench) -> None:
+    """Nothing is changed; while a snapshot gets a name both are taken, and it isn't dropped."""
+    snapshots = three(bench)
+    mid = at(snapshots, 20)
+    before = tree(bench.path)
+    with pytest.raises(ExistsError, match="snapshot old already exists"):
+        run(snapshots.rename(mid, "old"))
+    assert tree(bench.path) == before
+    work = snapshots.rename(mid, "newer")
+    next(work)
+    for name in ("mid", "newer"):
+        with pytest.raises(ExistsError):
+            snapshots.require_free(name)
+    with pytest.raises(NoSuchSnapshotError, match="snapshot mid is just being taken or changed"):
+        run(snapshots.doom(mid))
+    with pytest.raises(OSError, match="full"):
+        work.throw(OSError("full"))
+    snapshots.check()
+    assert snapshots.find("newer") is None
+    assert bench.open().find("mid") is not None
+    run(snapshots.doom(mid))
+    with pytest.raises(NoSuchSnapshotError, match="snapshot mid is just being taken or dropped"):
+        run(snapshots.rename(mid, "newer"))
