@@ -52,7 +52,7 @@ class Keeping(Model):
     @rule(number=st.integers(0, 100))
     def rename(self, number: int) -> None:
         """A snapshot gets another name, also while a sync feeds it."""
-        shown = list(self.volume.snapshots)
+        shown = [one for one in self.volume.snapshots if not one.busy]
         if not shown:
             return
         snapshot = shown[number % len(shown)]
