@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Iterator
 
+from dmafs.cli.output import has_bars
 from dmafs.client import Show
 
 
 @contextlib.contextmanager
 def bar(text: str) -> Iterator[Show]:
     """Yield what shows how far something is: a bar on a terminal, else nothing."""
-    if not sys.stderr.isatty():
+    if not has_bars():
         yield lambda _done, _total: None
         return
     from rich import progress as bars  # noqa: PLC0415 - slow to import, and needed for terminals only

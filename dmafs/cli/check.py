@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from dmafs.answers import Differences, Place, Scrubbed
 from dmafs.cli.bars import bar
-from dmafs.cli.output import say
+from dmafs.cli.common import JSON, add_store
+from dmafs.cli.output import both, say, show
 from dmafs.client import Session, Show, connect
 from dmafs.errors import CorruptionError, DifferenceError
 from dmafs.units import format_bytes, parse_bytes
@@ -23,28 +22,30 @@ def add_commands(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the commands."""
     verify = commands.add_parser(
         "verify",
+        parents=JSON,
         help="compare the newest image with the source",
         description="Compare the newest image with the source, block by block, while writes go on. List the extents "
         "that differ; the exit status is 26 then.",
     )
     resync = commands.add_parser(
         "resync",
+        parents=JSON,
         help="have the newest image be the source again",
         description="Compare the newest image with the source, while writes go on. What differs is journaled as the "
         "source has it, in a gap, and listed.",
     )
     scrub = commands.add_parser(
         "scrub",
+        parents=JSON,
         help="compare the store with its checksums, and repair it",
         description="Read all that has a checksum from the disk, while everything goes on, and compare it. What is "
         "damaged is repaired where the source still has it; all is listed with the moments that show it, and the exit "
         "status is 14 if something is left. A scrub that was cut off goes on where it was.",
     )
     for command in (verify, resync, scrub):
-        command.add_argument("store", metavar="STORE", type=Path, help="directory of the store")
+        add_store(command)
         command.add_argument("volume", metavar="VOLUME", nargs="?", help="name of the volume (each in turn)")
         command.add_argument("--rate", metavar="SIZE", help="bytes to read a second, 0: no limit ([resync] rate)")
-        command.add_argument("--json", action="store_true", help="as JSON")
     verify.set_defaults(run=run_verify)
     resync.set_defaults(run=run_resync)
     scrub.set_defaults(run=run_scrub)
@@ -79,7 +80,7 @@ def run_scrub(options: argparse.Namespace) -> int:
     with connect(options.store) as asked:
         reports = [_compared(asked.scrub, "scrub", name, options.rate) for name in _names(asked, options.volume)]
     if options.json:
-        say(json.dumps({"volumes": reports}, indent=2))
+        show({"volumes": reports})
     else:
         for report in reports:
             _print_damage(report)
@@ -102,18 +103,18 @@ def _print_damage(report: Scrubbed) -> None:
         return
     places = "1 place" if report["count"] == 1 else f"{report['count']} places"
     say(f"volume {report['volume']}: {places} damaged in {read}, {report['repaired']} repaired")
-    say(f"{'OFFSET':>16}  {'LENGTH':>12}  {'STATE':<9}  {'FIRST MOMENT':<31}  {'LAST MOMENT':<31}  FILE")
+    say(f"{'OFFSET':>16}  {'LENGTH':>12}  {'STATE':<9}  {'FIRST MOMENT':<59}  {'LAST MOMENT':<59}  FILE")
     for one in report["damage"]:
         first, last = _time(one["first"]), _time(one["last"])
         state = "repaired" if one["repaired"] else "damaged"
         last = "now" if one["newest"] else last
-        say(f"{one['offset']:>16}  {one['length']:>12}  {state:<9}  {first:<31}  {last:<31}  {one['file']}")
+        say(f"{one['offset']:>16}  {one['length']:>12}  {state:<9}  {first:<59}  {last:<59}  {one['file']}")
     if report["count"] > len(report["damage"]):
         say(f"{'...':>16}  {'':>12}  {report['count'] - len(report['damage'])} more")
 
 
 def _time(place: Place | None) -> str:
-    return place["time"] or "-" if place else "-"
+    return both(place["time"]) if place and place["time"] else "-"
 
 
 Found = TypeVar("Found")
@@ -135,7 +136,7 @@ def _print(reports: list[Differences], *, as_json: bool, one: str, many: str) ->
             {**report, "extents": [{"offset": offset, "length": length} for offset, length in report["extents"]]}
             for report in reports
         ]
-        say(json.dumps({"volumes": shown}, indent=2))
+        show({"volumes": shown})
         return
     for report in reports:
         compared, busy = format_bytes(report["compared_bytes"]), report["busy_bytes"]

@@ -3,57 +3,75 @@
 from __future__ import annotations
 
 import argparse
-import json
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dmafs.answers import Clone
-from dmafs.cli.output import say
+from dmafs.cli.common import JSON, add_store
+from dmafs.cli.output import both, note, say, show
 from dmafs.client import connect
-from dmafs.errors import InputError
 from dmafs.units import format_bytes
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
 
+_LINE = "{:<20}  {:<58}  {:>10}  {}"
+
 
 def add_commands(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the command."""
+    """Add the command, which has commands of its own."""
     clone = commands.add_parser(
         "clone",
-        help="make, drop or list writable images of a moment",
-        description="Make a writable image of every volume at one moment, drop one, or without a name list them all.",
+        help="make, list and drop writable images of a moment",
+        description="Writable images of all volumes at one moment.",
     )
-    clone.add_argument("store", metavar="STORE", type=Path, help="directory of the store")
-    clone.add_argument("name", metavar="NAME", nargs="?", help="name of the clone")
-    what = clone.add_mutually_exclusive_group()
-    what.add_argument("--at", metavar="TIME", help="the moment (the newest one)")
-    what.add_argument("--drop", action="store_true", help="drop it, with all that was written to it")
-    what.add_argument("--json", action="store_true", help="list as JSON")
-    clone.set_defaults(run=run_clone)
+    actions = clone.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    create = actions.add_parser(
+        "create",
+        parents=JSON,
+        help="make a writable image of a moment",
+        description="Make a writable image of every volume at one moment.",
+    )
+    add_store(create)
+    create.add_argument("name", metavar="NAME", help="name of the clone")
+    create.add_argument("--at", metavar="TIME", help="the moment (the newest one)")
+    create.set_defaults(run=run_create)
+
+    listing = actions.add_parser("list", parents=JSON, help="list all clones", description="List all clones.")
+    add_store(listing)
+    listing.set_defaults(run=run_list)
+
+    drop = actions.add_parser(
+        "drop", parents=JSON, help="drop a clone", description="Drop a clone, with all that was written to it."
+    )
+    add_store(drop)
+    drop.add_argument("name", metavar="NAME", help="name of the clone")
+    drop.set_defaults(run=run_drop)
 
 
-def run_clone(options: argparse.Namespace) -> int:
-    """Make, drop or list."""
-    if options.name is None and (options.drop or options.at is not None):
-        raise InputError("the clone's name is missing", hint="dmafs clone STORE NAME")
-    if options.name is not None and options.json:
-        raise InputError(f"clone {options.name}: --json is for the list", hint="leave the name out")
+def run_create(options: argparse.Namespace) -> int:
+    """Make the clone."""
     with connect(options.store) as asked:
-        if options.name is None:
-            report = asked.clones()
-            say(json.dumps(report, indent=2)) if options.json else _list(report["clones"])
-        elif options.drop:
-            asked.drop_clone(options.name)
-            say(f"clone {options.name} dropped")
-        else:
-            asked.create_clone(options.name, options.at)
-            say(f"clone {options.name} made")
+        report = asked.create_clone(options.name, options.at)
+    note(f"clone {report['name']} made", report)
     return 0
 
 
-def _list(clones: list[Clone]) -> None:
-    say(f"{'NAME':<20}  {'TIME':<30}  {'STORED':>10}  STATE")
-    for clone in clones:
+def run_list(options: argparse.Namespace) -> int:
+    """List the clones."""
+    with connect(options.store) as asked:
+        report = asked.clones()
+    if options.json:
+        show(report)
+        return 0
+    say(_LINE.format("NAME", "TIME", "STORED", "STATE"))
+    for clone in report["clones"]:
         state = clone["failure"] or ("open" if clone["open"] else "closed")
-        say(f"{clone['name']:<20}  {clone['time']:<30}  {format_bytes(clone['stored_bytes']):>10}  {state}")
+        say(_LINE.format(clone["name"], both(clone["time"]), format_bytes(clone["stored_bytes"]), state))
+    return 0
+
+
+def run_drop(options: argparse.Namespace) -> int:
+    """Drop the clone."""
+    with connect(options.store) as asked:
+        report = asked.drop_clone(options.name)
+    note(f"clone {report['name']} dropped", report)
+    return 0

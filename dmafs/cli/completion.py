@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 import shtab
 
+from dmafs.cli.common import TELLING
 from dmafs.cli.output import say
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ def add_commands(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command."""
     command = commands.add_parser(
         "completion",
+        parents=TELLING,
         help="print a completion script for a shell",
         description="Print a script that has a shell complete commands, options and paths. bash reads it with "
         '"source <(dmafs completion bash)", zsh from a file "_dmafs" in a folder of fpath, fish from '

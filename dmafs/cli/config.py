@@ -8,7 +8,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dmafs.cli.output import say
+from dmafs.cli.common import JSON
+from dmafs.cli.output import both, say, show
 from dmafs.client import connect
 from dmafs.core.names import CONFIGURATION_NAME
 from dmafs.core.storage import lock_directory
@@ -27,13 +28,13 @@ def add_commands(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command."""
     command = commands.add_parser(
         "config",
+        parents=JSON,
         help="check configuration files, show a store's settings",
         description="List all that is wrong with a configuration file; or show a store's settings, those that its "
         "daemon goes by if one runs, and where each is from.",
     )
     command.add_argument("action", choices=["check", "show"], help="what to do")
     command.add_argument("path", metavar="PATH", type=Path, help="directory of the store, or a file to be checked")
-    command.add_argument("--json", action="store_true", help="as JSON")
     command.set_defaults(run=run)
 
 
@@ -42,7 +43,10 @@ def run(options: argparse.Namespace) -> int:
     if options.action == "check":
         return _check(options.path, as_json=options.json)
     report = _in_effect(options.path)
-    say(json.dumps(report, indent=2) if options.json else "\n".join(_lines(report)))
+    if options.json:
+        show(report)
+    else:
+        say("\n".join(_lines(report)))
     return 0
 
 
@@ -66,7 +70,7 @@ def _check(path: Path, *, as_json: bool) -> int:
     found.sort(key=lambda row: row["line"])
     count = {0: "no errors", 1: "1 error"}.get(len(found), f"{len(found)} errors")
     if as_json:
-        say(json.dumps({"file": str(path), "errors": found}, indent=2))
+        show({"file": str(path), "errors": found})
     else:
         for row in found:
             say(f"{row['message']}\n  hint: {row['hint']}")
@@ -119,7 +123,7 @@ def _lines(report: Report) -> list[str]:
     if report["daemon"] is None:
         lines = [f"no daemon; one would load: {source}"]
     else:
-        lines = [f"process {report['daemon']} goes by: {source}, loaded {report['loaded']}"]
+        lines = [f"process {report['daemon']} goes by: {source}, loaded {both(report['loaded'])}"]
     if report["problem"]:
         lines.append(f"what is there now can't be loaded: {report['problem']}")
     width = max(len(key) for key in report["settings"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import stat
 import sys
@@ -12,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dmafs.cli.bars import bar
-from dmafs.cli.output import say, write
+from dmafs.cli.common import JSON, add_store
+from dmafs.cli.output import both, note, write
 from dmafs.client import connect
 from dmafs.errors import InputError
 from dmafs.units import format_bytes, parse_bytes
@@ -25,17 +25,17 @@ def add_commands(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command."""
     cp = commands.add_parser(
         "cp",
+        parents=JSON,
         help="copy a volume at a time to a file, a device or standard output",
         description="Copy a volume, or a range of it, as it was at a time. A file gets holes in place of zeros, and "
         "its name when it is complete.",
     )
-    cp.add_argument("store", metavar="STORE", type=Path, help="directory of the store")
+    add_store(cp)
     cp.add_argument("what", metavar="VOLUME@TIME", help="volume, which may be left out if it is the only one, and time")
     cp.add_argument("target", metavar="FILE", type=Path, help="file, block device, or - for standard output")
     cp.add_argument("--offset", metavar="N", default=None, help="first byte (0)")
     cp.add_argument("--length", metavar="N", default=None, help="number of bytes (all that follow)")
     cp.add_argument("--force", action="store_true", help="replace a file, overwrite a block device")
-    cp.add_argument("--json", action="store_true", help="say what was copied as JSON")
     cp.set_defaults(run=run)
 
 
@@ -76,12 +76,19 @@ def run(options: argparse.Namespace) -> int:
                 data = extraction.to_device(target, found, parts, show)
             else:
                 data = extraction.to_file(target, found, parts, show, force=options.force)
-    if options.json:
-        report = {"volume": found.volume, "at": found.at, "time": found.time, "file": str(target)}
-        say(json.dumps({**report, "offset": found.offset, "bytes": found.length, "data_bytes": data}, indent=2))
-    else:
-        size = f"{format_bytes(found.length)}, {format_bytes(data)} of it data"
-        say(f"volume {found.volume} at {found.time} copied to {target}: {size}")
+    size = f"{format_bytes(found.length)}, {format_bytes(data)} of it data"
+    note(
+        f"volume {found.volume} at {both(found.time)} copied to {target}: {size}",
+        {
+            "at": found.at,
+            "bytes": found.length,
+            "data_bytes": data,
+            "file": str(target),
+            "offset": found.offset,
+            "time": found.time,
+            "volume": found.volume,
+        },
+    )
     return 0
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dmafs.cli.output import say
+from dmafs.cli.common import JSON, add_store
+from dmafs.cli.output import note, warn
 from dmafs.errors import InputError
 from dmafs.service.configuration import VolumeTable
 from dmafs.service.making import make_volume
@@ -20,10 +20,11 @@ def add_commands(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command."""
     command = commands.add_parser(
         "create",
+        parents=JSON,
         help="make a volume, and the store if it isn't there",
         description="Make a volume for a source. The daemon then copies the source while it already captures writes.",
     )
-    command.add_argument("store", metavar="STORE", type=Path, help="directory of the store")
+    add_store(command)
     command.add_argument("volume", metavar="VOLUME", nargs="?", default="disk", help="name of the volume (%(default)s)")
     command.add_argument(
         "--source", metavar="PATH", type=Path, required=True, help="the primary: a block device or a disk image"
@@ -47,8 +48,10 @@ def run(options: argparse.Namespace) -> int:
     wanted = VolumeTable(options.volume, options.source, options.tap, options.log)
     warnings, device = make_volume(options.store, wanted, force=options.force)
     for warning in warnings:
-        print(f"dmafs: warning: {warning}", file=sys.stderr)
+        warn(warning)
+    made = f"volume {options.volume} made in {options.store}; now run: dmafs serve {options.store} MOUNTPOINT"
     if device:
-        say(f"device {device} made; use it in place of the source")
-    say(f"volume {options.volume} made in {options.store}; now run: dmafs serve {options.store} MOUNTPOINT")
+        made = f"device {device} made; use it in place of the source\n{made}"
+    report = {"device": device or None, "store": str(options.store), "volume": options.volume, "warnings": warnings}
+    note(made, report)
     return 1 if warnings else 0

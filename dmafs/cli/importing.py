@@ -5,19 +5,20 @@ from __future__ import annotations
 import argparse
 import contextlib
 import resource
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from dmafs.cli.output import say
+from dmafs.cli.common import JSON, add_store
+from dmafs.cli.output import has_bars, note, warn
 from dmafs.taps.recorded import Imported, Progress, import_volume
 from dmafs.taps.timeline import MarkTimes, TimesInFile, TimesInMarks
 from dmafs.units import parse_bytes
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
+
 
 REFRESH_S: Final = 0.1
 
@@ -26,11 +27,12 @@ def add_commands(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command."""
     command = commands.add_parser(
         "import",
+        parents=JSON,
         help="make a volume of a recorded log",
         description="Make a volume that has the history in a log in dm-log-writes format, which device-mapper or QEMU "
         "has recorded. Each flush and each mark in it becomes a moment.",
     )
-    command.add_argument("store", metavar="STORE", type=Path, help="directory of the store")
+    add_store(command)
     command.add_argument("volume", metavar="VOLUME", nargs="?", default="disk", help="name of the volume (%(default)s)")
     command.add_argument("--log", metavar="FILE", type=Path, required=True, help="the log")
     before = command.add_mutually_exclusive_group(required=True)
@@ -61,9 +63,12 @@ def run(options: argparse.Namespace) -> int:
             now=time.time_ns(),
             progress=progress,
         )
-    say(
+    counts = {"events": imported.events, "marks": imported.marks, "windows": imported.windows}
+    doubts = {"doubtful_sectors": imported.doubtful_sectors, "other_marks": imported.other_marks}
+    note(
         f"volume {options.volume} made in {options.store}: {imported.events} events in {imported.windows} windows, "
-        f"{imported.marks} marks"
+        f"{imported.marks} marks",
+        {"store": str(options.store), "volume": options.volume, **counts, **doubts},
     )
     return _warn(imported)
 
@@ -71,13 +76,12 @@ def run(options: argparse.Namespace) -> int:
 def _warn(imported: Imported) -> int:
     """Print what is doubtful; return the exit status."""
     if imported.other_marks:
-        print(f"dmafs: warning: {imported.other_marks} marks have texts that can't be names", file=sys.stderr)
+        warn(f"{imported.other_marks} marks have texts that can't be names")
     if imported.doubtful_sectors:
         shown = ", ".join(f"{start}+{stop - start}" for start, stop in imported.doubts)
-        print(
-            f"dmafs: warning: {imported.doubtful_sectors} sectors were written with FUA and without, in an order that "
-            f"the log doesn't tell: its own was taken (sectors {shown})",
-            file=sys.stderr,
+        warn(
+            f"{imported.doubtful_sectors} sectors were written with FUA and without, in an order that "
+            f"the log doesn't tell: its own was taken (sectors {shown})"
         )
     return 1 if imported.doubtful_sectors else 0
 
@@ -85,7 +89,7 @@ def _warn(imported: Imported) -> int:
 @contextlib.contextmanager
 def _progress() -> Iterator[Progress]:
     """Yield what shows progress: a bar on a terminal, nothing elsewhere."""
-    if not sys.stderr.isatty():
+    if not has_bars():
         yield lambda _what, _done, _total: None
         return
     from rich import progress as bars  # noqa: PLC0415 - slow to import, and needed for terminals only

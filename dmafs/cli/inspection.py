@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import logging
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dmafs.cli.output import say
+from dmafs.cli.common import JSON, add_store
+from dmafs.cli.output import say, show
 from dmafs.core.inspection import Inspected, inspect
 from dmafs.core.names import CONFIGURATION_NAME
 from dmafs.errors import CorruptionError
@@ -24,14 +23,14 @@ def add_commands(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command."""
     command = commands.add_parser(
         "check",
+        parents=JSON,
         help="list all that is wrong with a store that no daemon serves",
         description="Look at the files of a store that no daemon serves, and list all that is wrong with them at once, "
         "with the remedies. Nothing is changed. Descriptors and structure are read, data isn't: that is what dmafs "
         "scrub does. If there are errors, the exit status is 14.",
     )
-    command.add_argument("store", metavar="STORE", type=Path, help="directory of the store")
+    add_store(command)
     command.add_argument("volume", metavar="VOLUME", nargs="?", help="name of the volume (all)")
-    command.add_argument("--json", action="store_true", help="as JSON")
     command.set_defaults(run=run)
 
 
@@ -58,7 +57,7 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         findings = [finding._asdict() for finding in found.findings]
         report = {"volumes": found.volumes, "errors": errors, "findings": findings}
-        say(json.dumps(report, indent=2))
+        show(report)
     else:
         say("\n".join(_lines(found)))
     if errors:

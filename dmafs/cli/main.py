@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final, NoReturn
 
 from dmafs.cli import output
+from dmafs.cli.common import add_telling
 from dmafs.errors import DmafsError
 from dmafs.service.machine import MACHINE_FILE, choose_machine_file
 
@@ -26,8 +27,9 @@ COMMANDS: Final = {
     "moment": ("at",),
     "copying": ("cp",),
     "mounting": ("mount", "umount"),
-    "change": ("snapshot", "mark", "sync"),
-    "keep": ("pin", "unpin", "thin"),
+    "snapshot": ("snapshot",),
+    "change": ("mark", "sync"),
+    "keep": ("thin",),
     "clone": ("clone",),
     "check": ("verify", "resync", "scrub"),
     "inspection": ("check",),
@@ -71,7 +73,7 @@ def parser(command: str | None = None) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     root.add_argument("--version", action=_Version, nargs=0, help="show program's version number and exit")
-    root.add_argument("-v", "--verbose", action="store_true", help="log what happens, not only what goes wrong")
+    add_telling(root, default=False)
     root.add_argument(
         "--config",
         metavar="FILE",
@@ -90,21 +92,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     options = parser(_command(words)).parse_args(words)
     logging.basicConfig(
-        level=logging.INFO if options.verbose else logging.WARNING,
+        level=logging.INFO if options.verbose else logging.ERROR if options.quiet else logging.WARNING,
         format="dmafs: %(levelname)s: %(message)s",
         stream=sys.stderr,
     )
+    output.choose(output.Manner(options.quiet, getattr(options, "json", False)))
     choose_machine_file(options.config)
     try:
         status: int = options.run(options)
         output.flush()
     except DmafsError as error:
-        return _report(error)
+        return output.fail(error)
     except BaseExceptionGroup as group:
         matching = group.subgroup(DmafsError)
         if matching is None or group.split(DmafsError)[1] is not None:
             raise
-        return _report(_first(matching))
+        return output.fail(_first(matching))
     except BrokenPipeError:
         output.abandon()
         return _SIGPIPE_EXIT
@@ -122,13 +125,6 @@ def _command(words: Sequence[str]) -> str | None:
         elif not word.startswith("-"):
             return word
     return None
-
-
-def _report(error: DmafsError) -> int:
-    print(f"dmafs: error: {error.message}", file=sys.stderr)
-    if error.hint:
-        print(f"hint: {error.hint}", file=sys.stderr)
-    return error.exit_code
 
 
 def _first(error: BaseException) -> DmafsError:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dmafs.cli.common import TELLING, add_store
 from dmafs.cli.output import say
 from dmafs.service.measured import metrics_of
 
@@ -17,10 +17,11 @@ def add_commands(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command."""
     command = commands.add_parser(
         "metrics",
+        parents=TELLING,
         help="print the metrics of the daemon",
         description="Print the metrics of the daemon that serves a store, in the text format of Prometheus.",
     )
-    command.add_argument("store", metavar="STORE", type=Path, help="directory of the store")
+    add_store(command)
     command.set_defaults(run=run_metrics)
 
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from dmafs.answers import MomentOfVolume, NoMoment
-from dmafs.cli.output import say
+from dmafs.cli.common import JSON, add_store
+from dmafs.cli.output import both, say, show
 from dmafs.client import connect
 from dmafs.service.mounting import tree_of
 
@@ -27,13 +25,13 @@ def add_commands(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command."""
     at = commands.add_parser(
         "at",
+        parents=JSON,
         help="explain which moment a time means",
         description="Say which moment of each volume a time means, why it is that one, and where the tree shows it.",
     )
-    at.add_argument("store", metavar="STORE", type=Path, help="directory of the store")
+    add_store(at)
     at.add_argument("time", metavar="TIME", help="the time")
     at.add_argument("--volume", metavar="VOLUME", help="this volume only")
-    at.add_argument("--json", action="store_true", help="as JSON")
     at.set_defaults(run=run)
 
 
@@ -49,10 +47,9 @@ def run(options: argparse.Namespace) -> int:
         for found in report["volumes"]
     }
     if options.json:
-        volumes = [{**found, "path": paths[found["volume"]]} for found in report["volumes"]]
-        say(json.dumps({**report, "volumes": volumes}, indent=2))
+        show({**report, "volumes": [{**found, "path": paths[found["volume"]]} for found in report["volumes"]]})
     else:
-        say(f"moment {report['at']}")
+        say(f"moment {both(report['at'])}")
         for found in report["volumes"]:
             say("\n".join(_lines(found, paths[found["volume"]])))
     return 1 if any("problem" in found for found in report["volumes"]) else 0
@@ -64,16 +61,8 @@ def _lines(found: MomentOfVolume | NoMoment, path: str | None) -> list[str]:
     kind = f"{found['kind']} {found['name']}".rstrip()
     lines = [
         f"volume {found['volume']}: {kind}, seq {found['seq']}",
-        f"  local  {_local(found['time'])}",
-        f"  UTC    {found['time']}",
+        f"  time   {both(found['time'])}",
         f"  why    {found['why']}",
         f"  state  {_STATES[found['consistency']]}",
     ]
     return lines + ([f"  path   {path}"] if path else [])
-
-
-def _local(text: str) -> str:
-    """Return an RFC 3339 time, of UTC and with nine digits behind the point, in the zone of this process."""
-    whole, _, fraction = text.removesuffix("Z").partition(".")
-    local = datetime.fromisoformat(whole).replace(tzinfo=UTC).astimezone()
-    return f"{local:%Y-%m-%d %H:%M:%S}.{fraction} {local:%z}"

@@ -3,18 +3,84 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sys
-from collections.abc import Iterator
-from typing import TextIO
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
+from datetime import UTC, datetime
+from typing import Any, NamedTuple, TextIO
 
 from dmafs.errors import DmafsError
+
+
+class Manner(NamedTuple):
+    """How this process tells what it tells."""
+
+    quiet: bool = False
+    json: bool = False
+
+
+_manner: ContextVar[Manner] = ContextVar("manner", default=Manner())  # noqa: B039 - it can't be changed
+
+
+def choose(manner: Manner) -> None:
+    """Have this process tell in that manner."""
+    _manner.set(manner)
 
 
 def say(line: str) -> None:
     """Print a line."""
     with _translated():
         print(line)
+
+
+def show(report: Mapping[str, Any]) -> None:
+    """Print JSON, its keys sorted."""
+    say(json.dumps(report, indent=2, sort_keys=True))
+
+
+def note(text: str, report: Mapping[str, Any]) -> None:
+    """Print that something was done, which *report* says in JSON; nothing if that isn't wanted."""
+    if _manner.get().json:
+        show(report)
+    elif not _manner.get().quiet:
+        say(text)
+
+
+def warn(text: str) -> None:
+    """Print a warning to standard error, unless it isn't wanted."""
+    if not _manner.get().quiet:
+        print(f"dmafs: warning: {text}", file=sys.stderr)
+
+
+def fail(error: DmafsError) -> int:
+    """Print an error to standard error, as one line of JSON if that is wanted; return the exit status."""
+    if _manner.get().json:
+        told = {"error": type(error).__name__, "exit_code": error.exit_code}
+        print(json.dumps({**told, "hint": error.hint, "message": error.message}, sort_keys=True), file=sys.stderr)
+        return error.exit_code
+    print(f"dmafs: error: {error.message}", file=sys.stderr)
+    if error.hint:
+        print(f"hint: {error.hint}", file=sys.stderr)
+    return error.exit_code
+
+
+def has_bars() -> bool:
+    """Say whether a bar can be shown: on a terminal that can move its cursor, and if it is wanted."""
+    return sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb" and not _manner.get().quiet
+
+
+def both(text: str | None) -> str:
+    """Return a time in UTC, in RFC 3339 or canonical, as it is and with the local time behind it; None as ``-``.
+
+    That has no fractions of a second, and is in the zone of this process.
+    """
+    if text is None:
+        return "-"
+    whole = text.removesuffix("Z").partition(".")[0].replace(":", "")
+    local = datetime.strptime(whole, "%Y-%m-%dT%H%M%S").replace(tzinfo=UTC).astimezone()
+    return f"{text} ({local:%Y-%m-%d %H:%M:%S %z})"
 
 
 def write(data: bytes) -> None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from dmafs.answers import Device, Plan, VolumeStatus
-from dmafs.cli.output import say, write
+from dmafs.cli.common import JSON, TELLING, add_store
+from dmafs.cli.output import both, say, show, write
 from dmafs.client import connect
 from dmafs.units import format_bytes
 
@@ -16,33 +15,36 @@ if TYPE_CHECKING:
     from argparse import _SubParsersAction
 
 
-_LINE: Final = "{:<28}  {:<10}  {:>10}  {:<8}  {:<6}  {}"
+_LINE: Final = "{:<56}  {:<10}  {:>10}  {:<8}  {:<6}  {}"
 
 
 def add_commands(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the commands."""
     status = commands.add_parser(
-        "status", help="show the state of all volumes", description="Show the state of the daemon and of all volumes."
+        "status",
+        parents=JSON,
+        help="show the state of all volumes",
+        description="Show the state of the daemon and of all volumes.",
     )
-    status.add_argument("store", metavar="STORE", type=Path, help="directory of the store")
-    status.add_argument("--json", action="store_true", help="as JSON")
+    add_store(status)
     status.set_defaults(run=run_status)
 
     points = commands.add_parser(
         "ls",
+        parents=JSON,
         help="list recoverable points and snapshots",
         description="List recoverable points: snapshots, a coarse grid, the ends. Every write since the mirror is one.",
     )
-    points.add_argument("store", metavar="STORE", type=Path, help="directory of the store")
-    points.add_argument("--json", action="store_true", help="as JSON")
+    add_store(points)
     points.set_defaults(run=run_ls)
 
     read = commands.add_parser(
         "read",
+        parents=TELLING,
         help="write bytes of a volume at a time to standard output",
         description="Write bytes of a volume as they were at a time to standard output.",
     )
-    read.add_argument("store", metavar="STORE", type=Path, help="directory of the store")
+    add_store(read)
     read.add_argument("volume", metavar="VOLUME", help="name of the volume")
     read.add_argument("--at", metavar="TIME", required=True, help="the moment")
     read.add_argument("--offset", metavar="N", type=int, required=True, help="first byte")
@@ -51,15 +53,15 @@ def add_commands(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
 
     diff = commands.add_parser(
         "diff",
+        parents=JSON,
         help="list what was written to a volume between two times",
         description="List the extents of a volume that were written between two times, in either order. Outside of "
         "them its images are equal. No data is read: what was overwritten with the same bytes is listed too.",
     )
-    diff.add_argument("store", metavar="STORE", type=Path, help="directory of the store")
+    add_store(diff)
     diff.add_argument("volume", metavar="VOLUME", help="name of the volume")
     diff.add_argument("a", metavar="A", help="one moment, written as a TIME")
     diff.add_argument("b", metavar="B", help="the other moment")
-    diff.add_argument("--json", action="store_true", help="as JSON")
     diff.set_defaults(run=run_diff)
 
 
@@ -68,15 +70,15 @@ def run_status(options: argparse.Namespace) -> int:
     with connect(options.store) as asked:
         report = asked.status()
     if options.json:
-        say(json.dumps(report, indent=2))
+        show(report)
     else:
         daemon = report["daemon"]
         say(f"store {options.store}: " + (f"served by process {daemon['pid']}" if daemon else "no daemon"))
         configuration = daemon["configuration"] if daemon else None
         if configuration and configuration["file"]:
-            say(f"configuration {configuration['file']}, loaded {configuration['loaded']}")
+            say(f"configuration {configuration['file']}, loaded {both(configuration['loaded'])}")
         for alarm in report["alarms"]:
-            say(f"  alarm     {alarm['message']} (since {alarm['since']})")
+            say(f"  alarm     {alarm['message']} (since {both(alarm['since'])})")
         schedule = daemon["schedule"] if daemon else None
         if schedule:
             say(f"snapshots by schedule: {_plan_text(schedule['snapshots'])}")
@@ -92,7 +94,7 @@ def _volume_lines(volume: VolumeStatus) -> list[str]:
         f"volume {volume['name']}: {volume['state']}, {format_bytes(volume['size_bytes'])} from {volume['source']}"
     ]
     if (failure := volume["failure"]) is not None:
-        lines += [f"  failure   {failure['what']} (since {failure['since']})", f"  to do     {failure['hint']}"]
+        lines += [f"  failure   {failure['what']} (since {both(failure['since'])})", f"  to do     {failure['hint']}"]
     if (device := volume["device"]) is not None:
         lines.append(f"  device    {device['device']}, {_device_text(device)}")
     if volume["state"] == "copying":
@@ -100,21 +102,21 @@ def _volume_lines(volume: VolumeStatus) -> list[str]:
         lines.append(f"  copying   {volume['copy_fraction']:.1%} at {rate}/s")
     for label, place in (("oldest", volume["oldest"]), ("newest", volume["newest"]), ("mirror", volume["mirror"])):
         if place is not None and place["time"] is not None:
-            lines.append(f"  {label:<9} {place['time']}  seq {place['seq']}")
+            lines.append(f"  {label:<9} {both(place['time'])}  seq {place['seq']}")
     for gap in volume["gaps"]:
         lasting = f"writes are not captured: {volume['loss']}" if volume["loss"] else "a resync is under way"
-        end = gap["end"]["time"] if gap["end"] else f"now: {lasting}"
-        lines.append(f"  gap       {gap['begin']['time']} to {end}")
+        end = both(gap["end"]["time"]) if gap["end"] else f"now: {lasting}"
+        lines.append(f"  gap       {both(gap['begin']['time'])} to {end}")
     if check := volume["check"]:
         lines.append(f"  {check['kind']:<9} {check['fraction']:.1%} at {format_bytes(check['bytes_per_s'])}/s")
     if last := volume["last_check"]:
         found = f"{format_bytes(last['bytes'])} differed" if last["bytes"] else "no differences"
-        lines.append(f"  checked   {last['time']} ({last['kind']}): {found}")
+        lines.append(f"  checked   {both(last['time'])} ({last['kind']}): {found}")
     if scrub := volume["last_scrub"]:
         count, left = scrub["count"], scrub["count"] - scrub["repaired"]
         text = f"{count} damaged, {left} of them not repaired" if count else "no damage"
         cut = "" if scrub["ended"] else "; dmafs scrub goes on with it"
-        lines.append(f"  scrubbed  {scrub['time']}: {text}{cut}")
+        lines.append(f"  scrubbed  {both(scrub['time'])}: {text}{cut}")
     forward = volume["forward"]
     segments = "1 segment" if forward["segments"] == 1 else f"{forward['segments']} segments"
     lines.append(f"  forward   {forward['events']} events, {format_bytes(forward['bytes'])} in {segments}")
@@ -131,8 +133,8 @@ def _device_text(device: Device) -> str:
 
 def _plan_text(planned: Plan) -> str:
     last = planned["last"]
-    then = f"; last {last['time']} ({last['reason']}): {last['result']}" if last else ""
-    return (f"next {planned['next']}" if planned["next"] else "none planned") + then
+    then = f"; last {both(last['time'])} ({last['reason']}): {last['result']}" if last else ""
+    return (f"next {both(planned['next'])}" if planned["next"] else "none planned") + then
 
 
 def run_ls(options: argparse.Namespace) -> int:
@@ -140,13 +142,13 @@ def run_ls(options: argparse.Namespace) -> int:
     with connect(options.store) as asked:
         report = asked.points()
     if options.json:
-        say(json.dumps(report, indent=2))
+        show(report)
         return 0
     say(_LINE.format("TIME", "VOLUME", "SEQ", "KIND", "STATE", "NAME"))
     for point in report["points"]:
         kind = "pinned" if point["pinned"] else point["kind"]
         columns = (point[key] for key in ("consistency", "name"))
-        say(_LINE.format(point["at"], point["volume"], point["seq"], kind, *columns).rstrip())
+        say(_LINE.format(both(point["at"]), point["volume"], point["seq"], kind, *columns).rstrip())
     return 0
 
 
@@ -165,8 +167,10 @@ def run_diff(options: argparse.Namespace) -> int:
     extents = report["extents"]
     if options.json:
         named = [{"offset": offset, "length": length} for offset, length in extents]
-        say(json.dumps({**report, "extents": named, "count": len(extents)}, indent=2))
+        show({**report, "extents": named, "count": len(extents)})
         return 0
+    for name, end in (("a", report["a"]), ("b", report["b"])):
+        say(f"{name} {both(end['time'])}  seq {end['seq']}")
     say(f"{'OFFSET':>16}  {'LENGTH':>16}")
     for offset, length in extents:
         say(f"{offset:>16}  {length:>16}")

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dmafs.cli.common import TELLING
+
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
 
@@ -14,6 +16,7 @@ def add_commands(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command."""
     command = commands.add_parser(
         "serve",
+        parents=TELLING,
         help="capture writes and show the past at a mount point",
         description="Serve a store at a mount point, in the foreground, until SIGTERM, SIGINT or umount. SIGHUP loads "
         "the configuration again; it is an end, too, of a daemon that has a terminal.",

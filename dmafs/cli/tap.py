@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dmafs.answers import Device
-from dmafs.cli.output import say
+from dmafs.cli.common import JSON, add_store
+from dmafs.cli.output import say, show
 from dmafs.client import connect
 from dmafs.units import format_bytes
 
@@ -20,14 +19,14 @@ def add_commands(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command."""
     command = commands.add_parser(
         "tap",
+        parents=JSON,
         help="make, remove or show the mapped device of a volume",
         description="Make or remove the device /dev/mapper/dmafs-VOLUME that a source with the dm tap is used through, "
         "or show its state. What is so already stays so.",
     )
     command.add_argument("action", choices=["attach", "detach", "status"], help="what to do")
-    command.add_argument("store", metavar="STORE", type=Path, help="directory of the store")
+    add_store(command)
     command.add_argument("volume", metavar="VOLUME", nargs="?", help="name of the volume (all that have a device)")
-    command.add_argument("--json", action="store_true", help="as JSON")
     command.set_defaults(run=run)
 
 
@@ -36,7 +35,7 @@ def run(options: argparse.Namespace) -> int:
     with connect(options.store) as asked:
         reports = asked.tap(options.action, options.volume)["volumes"]
     if options.json:
-        say(json.dumps({"volumes": reports}, indent=2))
+        show({"volumes": reports})
     else:
         for report in reports:
             say("\n".join(_lines(report)))

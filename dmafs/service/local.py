@@ -7,7 +7,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dmafs import answers
-from dmafs.core.moments import Volumes, clone_group, instant_of, pin_group, rename_group, require_mark, snapshot_group, unpin_group
+from dmafs.core.moments import (
+    Volumes,
+    clone_group,
+    instant_of,
+    pin_group,
+    rename_group,
+    require_mark,
+    snapshot_group,
+    unpin_group,
+)
 from dmafs.core.ondisk import Flag
 from dmafs.core.resync import mend, needs_resync, resync
 from dmafs.core.retention import KeepRules

@@ -67,9 +67,9 @@ after = ["fsfreeze", "--unfreeze", "{files}"]
         rig.detach(device)
         rig.restart()
         rig.dmafs("mark", rig.store, "a-mark")
-        rig.dmafs("snapshot", rig.store, "a-snapshot")
+        rig.dmafs("snapshot", "create", rig.store, "a-snapshot")
         pwrite(rig.tap(), b"after", 1000, sync=True)
-        rig.dmafs("clone", rig.store, "scratch", "--at", "a-mark")
+        rig.dmafs("clone", "create", rig.store, "scratch", "--at", "a-mark")
         pwrite(rig.mnt / "clones" / "scratch" / "disk.img", b"clone", 1000, sync=True)
         rig.dmafs("sync", rig.store)
         rig.dmafs("verify", rig.store)
@@ -77,7 +77,7 @@ after = ["fsfreeze", "--unfreeze", "{files}"]
         assert pread(rig.live(), 5, 1000) == b"after"
         assert pread(rig.snapshot("a-snapshot"), 5, 1000) == bytes(5)
         assert pread(rig.mnt / "clones" / "scratch" / "disk.img", 5, 1000) == b"clone"
-        rig.dmafs("clone", rig.store, "scratch", "--drop")
+        rig.dmafs("clone", "drop", rig.store, "scratch")
         rig.kill()
         rig.start()
         rig.stop()

@@ -141,7 +141,7 @@ def test_cp_while_syncs_and_drops_go_on(rig: Rig) -> None:
     history = History(rig)
     history.write(60)
     when = history.note()
-    rig.dmafs("snapshot", rig.store, "kept")
+    rig.dmafs("snapshot", "create", rig.store, "kept")
     held = rig.at(when).open("rb")
     expected = history.moments[when]
     with held, coarsening(rig) as rounds:
@@ -253,7 +253,7 @@ def test_at_explains_a_time(rig: Rig) -> None:
     assert (found["kind"], found["consistency"], found["earlier_ns"]) == ("write", "crash", 0)
     assert found["path"] == str(rig.mnt / "at" / os.readlink(rig.mnt / "at" / "seq:1") / "disk.img")
     assert pread(Path(found["path"]), 3, 0) == b"one"
-    rig.dmafs("snapshot", rig.store, "kept")
+    rig.dmafs("snapshot", "create", rig.store, "kept")
     pwrite(rig.tap(), b"four", 0, sync=True)
     rig.dmafs("sync", rig.store)
     assert "volume disk: snapshot kept, seq 3" in rig.dmafs("at", rig.store, "kept").stdout

@@ -305,7 +305,7 @@ def test_commands_answer_alike_with_and_without_a_daemon(rig: Rig) -> None:
     rig.create(content=content)
     rig.start()
     pwrite(rig.tap(), b"one" * 5000, 12_345)
-    rig.dmafs("snapshot", rig.store, "kept")
+    rig.dmafs("snapshot", "create", rig.store, "kept")
     first_ns = moment()
     pwrite(rig.tap(), b"two" * 5000, 12_345, sync=True)
 
@@ -343,7 +343,7 @@ def test_commands_answer_alike_with_and_without_a_daemon(rig: Rig) -> None:
     for key in ("name", "uuid", "size_bytes", "state", "oldest", "newest", "mirror", "forward", "snapshots"):
         assert one[key] == other[key], key
 
-    rig.dmafs("snapshot", rig.store, "alone")
+    rig.dmafs("snapshot", "create", rig.store, "alone")
     rig.dmafs("sync", rig.store)
     assert without_daemon(rig)["forward"]["events"] == 0
     rig.start()
@@ -470,7 +470,7 @@ def read(at: str, code: int, *shown: str, offset: int = 0, length: int = 512, vo
 
 def snapshot(name: str, code: int) -> Refused:
     def refused(rig: Rig) -> tuple[list[str | Path], int, list[str]]:
-        return ["snapshot", rig.store, name], code, ["snapshot", name]
+        return ["snapshot", "create", rig.store, name], code, ["snapshot", name]
 
     return refused
 
@@ -556,7 +556,7 @@ def served() -> Iterator[Rig]:
     with Rig() as made:
         made.create()
         made.start()
-        made.dmafs("snapshot", made.store, "kept")
+        made.dmafs("snapshot", "create", made.store, "kept")
         yield made
 
 
@@ -573,7 +573,7 @@ def stopped() -> Iterator[Rig]:
     with Rig() as made:
         made.create()
         made.start()
-        made.dmafs("snapshot", made.store, "kept")
+        made.dmafs("snapshot", "create", made.store, "kept")
         made.stop()
         yield made
 

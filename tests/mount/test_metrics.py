@@ -97,8 +97,8 @@ def test_metrics_are_what_was_done(rig: Rig) -> None:
         for name in ("reads_total", "read_bytes_total")
     )
     assert (reads, read) == (40, 40 * PAGE)
-    rig.dmafs("snapshot", rig.store, "one")
-    rig.dmafs("clone", rig.store, "copy")
+    rig.dmafs("snapshot", "create", rig.store, "one")
+    rig.dmafs("clone", "create", rig.store, "copy")
     rig.dmafs("sync", rig.store)
     with opened(rig.snapshot("one"), os.O_RDONLY):
         meter.look()

@@ -64,7 +64,7 @@ def test_every_thread_has_what_is_needed_and_no_more(rig: Rig) -> None:
     rig.create()
     rig.start()
     pwrite(rig.tap(), b"x" * 4096, 0, sync=True)
-    rig.dmafs("snapshot", rig.store, "one")
+    rig.dmafs("snapshot", "create", rig.store, "one")
     rig.dmafs("verify", rig.store)
     rig.dmafs("sync", rig.store)
     assert pread(rig.snapshot("one"), 4096, 0) == b"x" * 4096

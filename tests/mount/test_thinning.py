@@ -80,7 +80,7 @@ def step(rig: Rig, files: Path, name: str) -> Path:
         run("cp", "--sparse=always", rig.primary(), copy)
     finally:
         run("fsfreeze", "-u", files)
-    rig.dmafs("pin", rig.store, name)
+    rig.dmafs("snapshot", "pin", rig.store, name)
     rig.dmafs("sync", rig.store)
     return copy
 
@@ -109,7 +109,7 @@ def test_what_is_left_is_what_was(rig: Rig) -> None:
         assert set(names) <= set(snapshots(rig))
         for name in names:
             if kept.get(name) != ["pinned"]:
-                rig.dmafs("unpin", rig.store, name)
+                rig.dmafs("snapshot", "unpin", rig.store, name)
         before, plan = allocated(rig), thin(rig, "--dry-run")
         done = thin(rig)
         assert done.keys() == plan.keys()
@@ -146,7 +146,7 @@ def test_the_daemon_thins_by_itself(rig: Rig) -> None:
         pwrite(rig.tap(), name.encode() * 4096, 0, sync=True)
         (rig.mnt / "snapshots" / name).mkdir()
         rig.dmafs("sync", rig.store)
-    rig.dmafs("pin", rig.store, "b")
+    rig.dmafs("snapshot", "pin", rig.store, "b")
     assert named(rig) == ["a", "b", "c", "d"]
     rig.stop()
     configure(rig, ONLY_THE_NEWEST)
@@ -163,7 +163,7 @@ def test_pins(rig: Rig) -> None:
         pwrite(rig.tap(), name.encode() * 512, 0, sync=True)
         (rig.mnt / "snapshots" / name).mkdir()
     folder = rig.mnt / "snapshots" / "one"
-    assert rig.dmafs("pin", rig.store, "one").stdout == "snapshot one pinned\n"
+    assert rig.dmafs("snapshot", "pin", rig.store, "one").stdout == "snapshot one pinned\n"
     fails(errno.EBUSY, os.rmdir, folder)
     assert folder.is_dir()
 
@@ -183,15 +183,15 @@ def test_pins(rig: Rig) -> None:
     assert listed() == expected
     assert thin(rig) == with_daemon
     assert with_daemon.keys() == {"one", "two"}
-    assert rig.dmafs("unpin", rig.store, "one").stdout == "snapshot one unpinned\n"
-    assert rig.dmafs("pin", rig.store, "two").stdout == "snapshot two pinned\n"
+    assert rig.dmafs("snapshot", "unpin", rig.store, "one").stdout == "snapshot one unpinned\n"
+    assert rig.dmafs("snapshot", "pin", rig.store, "two").stdout == "snapshot two pinned\n"
     rig.start()
     os.rmdir(folder)
     fails(errno.EBUSY, os.rmdir, rig.mnt / "snapshots" / "two")
     table = rig.dmafs("thin", rig.store).stdout.splitlines()
-    assert re.fullmatch(r"two +0 B +keep +pinned, named, minimum, within 24h, hourly, .*", table[1])
+    assert re.fullmatch(r"two +\S+Z \(.*\) +0 B +keep +pinned, named, minimum, within 24h, hourly, .*", table[1])
     for command in ("pin", "unpin"):
-        done = rig.dmafs(command, rig.store, "one", code=23)
+        done = rig.dmafs("snapshot", command, rig.store, "one", code=23)
         assert done.stderr.startswith("dmafs: error: no snapshot named one\nhint: ")
 
 

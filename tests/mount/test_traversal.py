@@ -91,8 +91,8 @@ def test_options_lead_nowhere(rig: Rig) -> None:
         source = rig.root / "disk.primary"
         made = rig.dmafs("create", "--source", source, "--", rig.store, name, code=3)
         assert "volume name" in made.stderr, name
-        for command in ("snapshot", "mark"):
-            assert rig.dmafs(command, "--", rig.store, name, code=3).stderr.startswith("dmafs: error: "), name
+        for command in (["snapshot", "create"], ["mark"]):
+            assert rig.dmafs(*command, "--", rig.store, name, code=3).stderr.startswith("dmafs: error: "), name
     assert everything(rig.root) == before
     (rig.store / "..hidden").mkdir()
     (rig.store / "..hidden" / "volume.json").write_text("{}")

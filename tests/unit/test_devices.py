@@ -142,7 +142,7 @@ def test_what_may_be_in_a_log_only_is_not_passed_over(
     """While there is a device, or its log wasn't read, nothing that needs the newest state works without a daemon."""
     assert main(["tap", "attach", str(store)]) == 0
     kernel.write(1, fill(1))
-    for command in (["snapshot", str(store), "s"], ["mark", str(store), "m"]):
+    for command in (["snapshot", "create", str(store), "s"], ["mark", str(store), "m"]):
         assert main(command) == 32
         assert "may be in its log only" in capsys.readouterr().err
     for what in ("verify", "resync"):
@@ -152,7 +152,7 @@ def test_what_may_be_in_a_log_only_is_not_passed_over(
     assert main(["tap", "detach", str(store)]) == 0
     for what in ("verify", "resync"):
         assert main([what, str(store), "mapped"]) == 0
-    assert main(["snapshot", str(store), "s"]) == 0
+    assert main(["snapshot", "create", str(store), "s"]) == 0
 
 
 def test_an_imported_volume_has_nothing_to_be_compared_with(store: Path, capsys: pytest.CaptureFixture[str]) -> None:

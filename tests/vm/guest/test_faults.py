@@ -259,7 +259,9 @@ def test_a_full_store_is_a_gap_that_ends_when_there_is_space(rig: TapRig) -> Non
     rig.protect(SIZE, configuration=configuration)
     with Blocks(NODE, SIZE, seed=SEED, pause_s=0.01) as blocks:
         with blocks.at_rest() as before:
-            rig.dmafs("snapshot", store, "before")  # what has no more than a mark may go when the store is full
+            rig.dmafs(
+                "snapshot", "create", store, "before"
+            )  # what has no more than a mark may go when the store is full
         ballast = store / "ballast"
         with opened(ballast, os.O_CREAT | os.O_WRONLY) as fd:
             free = os.statvfs(store)

@@ -1,0 +1,41 @@
+"""What all commands have: options of how much they tell, and of JSON."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Final
+
+
+def add_telling(parser: argparse.ArgumentParser, default: object) -> None:
+    """Add the options that are taken before the command as well as behind it."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument(
+        "-v", "--verbose", action="store_true", default=default, help="log what happens, not only what goes wrong"
+    )
+    group.add_argument(
+        "-q", "--quiet", action="store_true", default=default, help="print nothing but errors and what is asked for"
+    )
+
+
+def _telling() -> argparse.ArgumentParser:
+    parent = argparse.ArgumentParser(add_help=False)
+    add_telling(parent, argparse.SUPPRESS)
+    return parent
+
+
+def _json() -> argparse.ArgumentParser:
+    parent = argparse.ArgumentParser(add_help=False)
+    parent.add_argument("--json", action="store_true", help="print JSON, errors too")
+    return parent
+
+
+TELLING: Final = [_telling()]
+"""Parents of a command that prints nothing which could be JSON."""
+JSON: Final = [*TELLING, _json()]
+"""Parents of all others."""
+
+
+def add_store(parser: argparse.ArgumentParser) -> None:
+    """Add the argument that nearly all commands have."""
+    parser.add_argument("store", metavar="STORE", type=Path, help="directory of the store")
