@@ -120,9 +120,29 @@ def synopses(text: str) -> list[str]:
 # -- what the parser knows ------------------------------------------------------------------------------------------
 
 
+def choices(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """Return the commands of a parser: none, or some."""
+    found = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    return dict(found[0].choices) if found else {}
+
+
 def commands() -> dict[str, argparse.ArgumentParser]:
-    [action] = [action for action in parser()._actions if isinstance(action, argparse._SubParsersAction)]
-    return dict(action.choices)
+    """Return all commands, with those of commands as ``snapshot create``."""
+    found: dict[str, argparse.ArgumentParser] = {}
+    for name, command in choices(parser()).items():
+        found |= {f"{name} {inner}": one for inner, one in choices(command).items()} or {name: command}
+    return found
+
+
+COMMAND_PAGES: Final = [path.name for path in PAGES if path.name.endswith(".1") and path.name != "dmafs.1"]
+TELLING: Final = {"-v", "--verbose", "-q", "--quiet"}
+"""Options that all commands have: dmafs(1) tells of them."""
+
+
+def page_of(name: str) -> str:
+    """Return the text of the page that describes a command."""
+    [found] = [page(one) for one in COMMAND_PAGES if name in subheadings(page(one))]
+    return found
 
 
 def usage(command: argparse.ArgumentParser) -> str:
@@ -168,12 +188,14 @@ def test_pages_render_without_warnings(path: Path) -> None:
 
 
 def test_there_is_a_page_for_each_name_and_they_refer_to_each_other() -> None:
-    """Each reference to a page of ours leads to one, and each page names all others."""
+    """Each reference to a page of ours leads to one; dmafs(1) names all others, and they name it."""
     names = {path.name for path in PAGES}
-    assert names == {"dmafs.1", "dmafs.conf.5", "dmafs-store.5"}
+    assert {"dmafs.1", "dmafs.conf.5", "dmafs-store.5"} == names - set(COMMAND_PAGES)
     for path in PAGES:
         found = {".".join(pair) for pair in re.findall(r"^\.Xr (dmafs\S*) (\d)", path.read_text(), re.MULTILINE)}
-        assert found == names - {path.name}
+        assert found <= names - {path.name}
+        assert path.name == "dmafs.1" or "dmafs.1" in found
+        assert path.name != "dmafs.1" or found == names - {path.name}
         title, section = path.name.rsplit(".", 1)
         assert f".Dt {title.upper()} {section}\n" in path.read_text()
 
@@ -182,23 +204,30 @@ def test_there_is_a_page_for_each_name_and_they_refer_to_each_other() -> None:
 
 
 def test_synopsis_is_the_parsers_usage(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The synopsis has the line of each command as argparse prints it, in its order, but for -h."""
+    """Each page has the lines of its commands as argparse prints them, but for what all have, and dmafs(1) its own."""
     monkeypatch.setenv("COLUMNS", "500")
-    expected = [usage(parser()), *(usage(command).replace(" [-h]", "") for command in commands().values())]
-    assert synopses(page("dmafs.1")) == expected
+    assert synopses(page("dmafs.1")) == [usage(parser()).replace("-v | -q", "-v | q")]
+    expected = {name: usage(command).replace(" [-h] [-v | -q]", "") for name, command in commands().items()}
+    for one in COMMAND_PAGES:
+        assert synopses(page(one)) == [expected[name] for name in subheadings(page(one))], one
 
 
 def test_commands_are_the_parsers() -> None:
-    """The page describes each command, in the parser's order, and no other."""
-    assert subheadings(part(page("dmafs.1"), "COMMANDS")) == list(commands())
+    """dmafs(1) lists all commands in the parser's order, with the page that describes each; there is no other."""
+    listed = re.findall(r"^\.It Cm (\S+)\n.*\n\.Xr (\S+) (1) \.$", part(page("dmafs.1"), "COMMANDS"), re.MULTILINE)
+    assert [name for name, *_ in listed] == list(choices(parser()))
+    pages = {name: f"{title}.{number}" for name, title, number in listed}
+    described = [(name, one) for one in COMMAND_PAGES for name in subheadings(page(one))]
+    assert sorted(name for name, _ in described) == sorted(commands())
+    assert all(pages[name.split()[0]] == one for name, one in described)
 
 
 @pytest.mark.parametrize("name", commands())
 def test_options_and_arguments_of_a_command_are_the_parsers(name: str) -> None:
     """A command's part describes each of its options and arguments, and no other."""
-    text = part(part(page("dmafs.1"), "COMMANDS"), name, "Ss")
+    text = part(page_of(name), name, "Ss")
     known = actions(commands()[name])
-    assert options_in(text) == option_strings(commands()[name])
+    assert options_in(text) == option_strings(commands()[name]) - TELLING
     assert arguments_in(text) == {str(action.metavar) for action in known if action.metavar}
     for action in known:
         choices = list(action.choices or [])
@@ -213,7 +242,9 @@ def test_general_options_are_the_parsers() -> None:
     text = page("dmafs.1")
     general = option_strings(parser()) | {"-h", "--help"}
     assert options_in(part(text, "OPTIONS")) == general
-    assert options_in(text) == general.union(*(option_strings(command) for command in commands().values()))
+    assert options_in(text) == general | {"--json"}
+    for command in commands().values():
+        assert option_strings(command) >= TELLING
 
 
 def test_exit_statuses_are_the_errors() -> None:
@@ -494,7 +525,7 @@ def test_readmes_commands_parse(line: str) -> None:
 def test_readme_shows_every_command() -> None:
     """The tour leaves no command out."""
     shown = {word for line in consoles() for word in re.findall(r"\bdmafs ([a-z]+)", line)}
-    assert shown == set(commands())
+    assert shown == set(choices(parser()))
 
 
 def paths() -> set[str]:
