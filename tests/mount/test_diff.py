@@ -31,7 +31,10 @@ def diff(rig: Rig, a: str, b: str) -> dict[str, Any]:
     """Ask in both directions, as JSON and as text; all answers have to agree."""
     found, other = ask(rig, a, b), ask(rig, b, a)
     assert other == {**found, "a": found["b"], "b": found["a"]}
-    head, *lines, total = rig.dmafs("diff", rig.store, "disk", a, b).stdout.splitlines()
+    first, second, head, *lines, total = rig.dmafs("diff", rig.store, "disk", a, b).stdout.splitlines()
+    for name, line in (("a", first), ("b", second)):
+        assert line.startswith(f"{name} {found[name]['time']} (")
+        assert line.endswith(f")  seq {found[name]['seq']}")
     assert head.split() == ["OFFSET", "LENGTH"]
     extents = [(extent["offset"], extent["length"]) for extent in found["extents"]]
     assert [tuple(map(int, line.split())) for line in lines] == extents

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import random
 import stat
@@ -14,7 +15,20 @@ from datetime import UTC, datetime, timedelta, timezone
 import pytest
 import xxhash
 
-from tests.mount.harness import MIB, Rig, assert_same, fails, forget, moment, pread, pwrite, run, spelled, wait_until
+from tests.mount.harness import (
+    MIB,
+    Rig,
+    assert_same,
+    fails,
+    forget,
+    moment,
+    opened,
+    pread,
+    pwrite,
+    run,
+    spelled,
+    wait_until,
+)
 
 pytestmark = pytest.mark.mount
 
@@ -353,7 +367,7 @@ def test_past_and_live_cannot_be_written(told: Told) -> None:
 
 
 def test_the_tree_has_no_other_changes(told: Told) -> None:
-    """Making, removing, renaming and linking anything is EROFS everywhere."""
+    """Making, removing, renaming and linking anything is EROFS everywhere, but for snapshots and clones themselves."""
     rig = told.rig
     mnt = rig.mnt
     folders = [
@@ -379,7 +393,7 @@ def test_the_tree_has_no_other_changes(told: Told) -> None:
         fails(errno.EROFS, os.rename, path, path.parent / "new")
     for path in (mnt / "at" / "kept", mnt / "snapshots" / "latest"):
         fails(errno.EROFS, os.unlink, path)
-    fails(errno.EROFS, os.rename, mnt / "snapshots" / "kept", mnt / "snapshots" / "new")
+    fails(errno.EROFS, os.rename, mnt / "snapshots" / "kept", mnt / "at" / "new")
     for path in (mnt / "at", mnt / "tap", rig.at(told.first_ns).parent.resolve()):
         fails(errno.EROFS, os.rmdir, path)
     fails(errno.EPERM, os.chmod, rig.tap(), 0o644)
@@ -397,6 +411,41 @@ def test_snapshots_with_bad_names_are_refused(told: Told, name: str) -> None:
     code = errno.EEXIST if name == "latest" else errno.EINVAL
     fails(code, os.mkdir, told.rig.mnt / "snapshots" / name)
     assert sorted(os.listdir(told.rig.mnt / "snapshots")) == ["kept", "latest"]
+
+
+def test_snapshots_are_renamed(rig: Rig) -> None:
+    """By mv and by the command, with and without a daemon: at once, durably, and for those who have them open."""
+    rig.create(size=MIB)
+    rig.start()
+    folder = rig.mnt / "snapshots"
+    for name in ("one", "two"):
+        pwrite(rig.tap(), name.encode() * 512, 0)
+        (folder / name).mkdir()
+    with opened(folder, os.O_RDONLY | os.O_DIRECTORY), opened(folder / "one" / "disk.img", os.O_RDONLY) as image:
+        inode = (folder / "one").stat().st_ino
+        os.rename(folder / "one", folder / "first")
+        assert (folder / "first").stat().st_ino == inode
+        assert os.pread(image, 6, 0) == b"oneone"
+    fails(errno.ENOENT, (folder / "one").lstat)
+    assert rig.snapshot("first").read_bytes()[:6] == b"oneone"
+    for target, code in (("two", errno.EEXIST), ("latest", errno.ENOTDIR), ("2026-07-28", errno.EINVAL)):
+        fails(code, os.rename, folder / "first", folder / target)
+    fails(errno.ENOENT, os.rename, folder / "never", folder / "other")
+    fails(errno.EROFS, os.rename, folder / "first", rig.mnt / "clones" / "first")
+    assert rig.dmafs("snapshot", "rename", rig.store, "two", "second").stdout == "snapshot two is called second now\n"
+    assert sorted(os.listdir(folder)) == ["first", "latest", "second"]
+    rig.dmafs("sync", rig.store)
+    os.rename(folder / "second", folder / "two")
+    rig.kill()
+    rig.start()
+    assert {"first", "latest", "two"} < set(os.listdir(folder)), "and the mirror of before"
+    assert rig.snapshot("two").read_bytes()[:6] == b"twotwo"
+    rig.stop()
+    rig.dmafs("snapshot", "rename", rig.store, "two", "second")
+    rig.dmafs("snapshot", "drop", rig.store, "first")
+    assert [one["id"] for one in json.loads(rig.dmafs("snapshot", "list", "--json", rig.store).stdout)["snapshots"]][
+        -1
+    ] == "second"
 
 
 def test_snapshots_come_and_go(rig: Rig) -> None:
