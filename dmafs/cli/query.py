@@ -9,7 +9,7 @@ from dmafs.answers import Device, Plan, VolumeStatus
 from dmafs.cli.common import JSON, TELLING, add_store
 from dmafs.cli.output import both, say, show, write
 from dmafs.client import connect
-from dmafs.units import format_bytes
+from dmafs.units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
@@ -47,8 +47,8 @@ def add_commands(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
     add_store(read)
     read.add_argument("volume", metavar="VOLUME", help="name of the volume")
     read.add_argument("--at", metavar="TIME", required=True, help="the moment")
-    read.add_argument("--offset", metavar="N", type=int, required=True, help="first byte")
-    read.add_argument("--length", metavar="N", type=int, required=True, help="number of bytes")
+    read.add_argument("--offset", metavar="N", required=True, help="first byte, also as in 64MiB")
+    read.add_argument("--length", metavar="N", required=True, help="number of bytes, likewise")
     read.set_defaults(run=run_read)
 
     diff = commands.add_parser(
@@ -154,8 +154,9 @@ def run_ls(options: argparse.Namespace) -> int:
 
 def run_read(options: argparse.Namespace) -> int:
     """Write the bytes."""
+    offset, length = parse_bytes(options.offset), parse_bytes(options.length)
     with connect(options.store) as asked:
-        for part in asked.read(options.volume, at=options.at, offset=options.offset, length=options.length):
+        for part in asked.read(options.volume, at=options.at, offset=offset, length=length):
             write(part)
     return 0
 
