@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, TypedDict, final
 
-Time = Annotated[str, {"format": "date-time"}]
-Count = Annotated[int, {"minimum": 0}]
-Fraction = Annotated[float, {"minimum": 0, "maximum": 1}]
-Extent = Annotated[list[Count], {"minItems": 2, "maxItems": 2}]
+Time = Annotated[str, ("format", "date-time")]
+Count = Annotated[int, ("minimum", 0)]
+Fraction = Annotated[float, ("minimum", 0), ("maximum", 1)]
+Extent = Annotated[list[Count], ("minItems", 2), ("maxItems", 2)]
 """Offset and length."""
-Consistency = Annotated[str, {"enum": ["crash", "exact", "frozen"]}]
+Consistency = Annotated[str, ("enum", ("crash", "exact", "frozen"))]
 """Between two flushes; at one; at one for which a hook had brought the disk's users to rest."""
 
 
@@ -78,7 +78,7 @@ class Device(_Device, total=False):
 class Progress(TypedDict):
     """How far a verify, resync or scrub is."""
 
-    kind: Annotated[str, {"enum": ["verify", "resync", "scrub"]}]
+    kind: Annotated[str, ("enum", ("verify", "resync", "scrub"))]
     fraction: Fraction
     done_bytes: Count
     total_bytes: Count
@@ -88,7 +88,7 @@ class Progress(TypedDict):
 class LastCheck(TypedDict):
     """What the last verify or resync has found."""
 
-    kind: Annotated[str, {"enum": ["verify", "resync"]}]
+    kind: Annotated[str, ("enum", ("verify", "resync"))]
     time: Time
     bytes: Count
     count: Count
@@ -104,7 +104,7 @@ class LastScrub(TypedDict):
     repaired: Count
 
 
-State = Annotated[str, {"enum": ["read-only", "copying", "resyncing", "protected", "imported"]}]
+State = Annotated[str, ("enum", ("read-only", "copying", "resyncing", "protected", "imported"))]
 
 
 class VolumeStatus(TypedDict):
@@ -113,7 +113,7 @@ class VolumeStatus(TypedDict):
     name: str
     uuid: str
     source: str
-    tap: Annotated[str, {"enum": ["fuse", "dm", "log", "none"]}]
+    tap: Annotated[str, ("enum", ("fuse", "dm", "log", "none"))]
     size_bytes: Count
     state: State
     failure: Failure | None
@@ -218,7 +218,7 @@ class Point(TypedDict):
     """A recoverable moment of a volume, with the name of its folder in the tree."""
 
     volume: str
-    kind: Annotated[str, {"enum": ["origin", "mirror", "snapshot", "mark", "grid", "newest"]}]
+    kind: Annotated[str, ("enum", ("origin", "mirror", "snapshot", "mark", "grid", "newest"))]
     name: str
     pinned: bool
     at: str
@@ -255,7 +255,7 @@ class MomentOfVolume(TypedDict):
 
     volume: str
     size_bytes: Count
-    kind: Annotated[str, {"enum": ["origin", "mirror", "snapshot", "mark", "write"]}]
+    kind: Annotated[str, ("enum", ("origin", "mirror", "snapshot", "mark", "write"))]
     name: str
     seq: Count
     time: Time

@@ -40,7 +40,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from dmafs import answers
-from dmafs.errors import ControlError, DmafsError, InputError, NotFoundError
+from dmafs.errors import ControlError, DmafsError, InputError, NotFoundError, TapError
 from dmafs.service.admission import CONNECTIONS_MAX, Admission, Connection
 from dmafs.service.appliance import Appliance
 from dmafs.service.checking import RESYNC, SCRUB, VERIFY, Check
@@ -67,6 +67,7 @@ _STATUS: Final = {
 }
 
 Answer = Mapping[str, Any] | Response
+Endpoint = Callable[[Request], Awaitable[Response]]
 
 
 def application(appliance: Appliance, exposition: Exposition) -> Starlette:
@@ -82,17 +83,36 @@ def metrics_application(exposition: Exposition) -> Starlette:
 
 
 def _serving(answered: Iterable[tuple[Operation, Callable[..., Awaitable[Answer]]]]) -> Starlette:
-    routes = []
+    paths: dict[str, dict[str, Endpoint]] = {}
     for operation, handler in answered:
-        routes.append(route := Route(operation.path, _answering(operation, handler)))
-        route.methods = {operation.method}  # not HEAD, which it would add
-    return Starlette(routes=routes, exception_handlers={HTTPException: _unknown})
+        paths.setdefault(operation.path, {})[operation.method] = _answering(operation, handler)
+    served = Starlette(
+        routes=[_route(path, methods) for path, methods in paths.items()],
+        exception_handlers={HTTPException: _unknown, Exception: _failed},
+    )
+    served.router.redirect_slashes = False
+    return served
+
+
+def _route(path: str, methods: Mapping[str, Endpoint]) -> Route:
+    async def answer(request: Request) -> Response:
+        return await methods[request.method](request)
+
+    route = Route(path, answer)
+    route.methods = set(methods)  # not HEAD, which it would add
+    return route
 
 
 async def _unknown(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     problem = NotFoundError(f"there is no {request.method} {request.url.path}", hint="GET /openapi.json says what is")
     return JSONResponse(_shown(problem), status_code=error.status_code, headers=error.headers)
+
+
+async def _failed(_request: Request, error: Exception) -> Response:
+    """Answer after a bug of ours, which is logged."""
+    problem = DmafsError(f"bug: {type(error).__name__}", hint="the daemon's log has it, please report this")
+    return JSONResponse(_shown(problem), status_code=500)
 
 
 class _Metrics:
@@ -260,9 +280,7 @@ async def _joined(first: bytes, rest: AsyncGenerator[bytes]) -> AsyncIterator[by
             yield part
 
 
-def _answering(
-    operation: Operation, handler: Callable[..., Awaitable[Answer]]
-) -> Callable[[Request], Awaitable[Response]]:
+def _answering(operation: Operation, handler: Callable[..., Awaitable[Answer]]) -> Endpoint:
     """Check what is asked for, and turn answers and errors of the tree into responses."""
 
     async def answer(request: Request) -> Response:
@@ -271,10 +289,15 @@ def _answering(
                 raise InputError("a request to the control interface has a body", hint="all it says is in its URL")
             answered = await handler(**operation.read(request.query_params.multi_items()))
         except DmafsError as error:
-            return JSONResponse(_shown(error), status_code=_STATUS.get(error.errno, 500))
+            return JSONResponse(_shown(error), status_code=_status_of(error))
         return answered if isinstance(answered, Response) else JSONResponse(answered)
 
     return answer
+
+
+def _status_of(error: DmafsError) -> int:
+    """Return the status; a tap that can't is outside of the daemon: nothing of its own has failed."""
+    return _STATUS.get(error.errno, 409 if isinstance(error, TapError) else 500)
 
 
 def _shown(error: DmafsError) -> answers.Error:

@@ -50,7 +50,7 @@ from dmafs.service.report import (
     status_of,
     volume_of,
 )
-from dmafs.service.session import Show
+from dmafs.service.session import Show, unseen
 from dmafs.service.thinning import Thinning
 from dmafs.units import SECTOR, check_name
 
@@ -91,7 +91,7 @@ class LocalSession:
         """See ``Session``."""
         return points_of(self._volumes)
 
-    def moment(self, at: str, volume: str | None) -> answers.Moment:
+    def moment(self, at: str, volume: str | None = None) -> answers.Moment:
         """See ``Session``."""
         return moment_of(self._volumes, at, volume)
 
@@ -167,7 +167,7 @@ class LocalSession:
         run(unpin_group(self._volumes, identifier))
         return {"id": identifier, "pinned": False}
 
-    def thin(self, *, dry_run: bool) -> answers.Thinned:
+    def thin(self, *, dry_run: bool = False) -> answers.Thinned:
         """See ``Session``."""
         thinning = Thinning(self._volumes, self._rules)
         if not dry_run:
@@ -182,7 +182,7 @@ class LocalSession:
         """See ``Session``."""
         return clones_of(self._volumes)
 
-    def create_clone(self, name: str, at: str | None) -> answers.Named:
+    def create_clone(self, name: str, at: str | None = None) -> answers.Named:
         """See ``Session``. Nobody could write to it."""
         check_name(name, "clone")
         raise StoreError(
@@ -208,15 +208,15 @@ class LocalSession:
         """See ``Session``."""
         return run(diff_of(self._volumes, volume, a, b))
 
-    def verify(self, volume: str, bytes_per_s: int | None, show: Show) -> answers.Differences:
+    def verify(self, volume: str, bytes_per_s: int | None = None, show: Show = unseen) -> answers.Differences:
         """See ``Session``. The source is read only; without a daemon nobody writes through the tap."""
         return self._compare(volume, bytes_per_s, show, resyncs=False)
 
-    def resync(self, volume: str, bytes_per_s: int | None, show: Show) -> answers.Differences:
+    def resync(self, volume: str, bytes_per_s: int | None = None, show: Show = unseen) -> answers.Differences:
         """See ``Session``. Likewise."""
         return self._compare(volume, bytes_per_s, show, resyncs=True)
 
-    def scrub(self, volume: str, bytes_per_s: int | None, show: Show) -> answers.Scrubbed:
+    def scrub(self, volume: str, bytes_per_s: int | None = None, show: Show = unseen) -> answers.Scrubbed:
         """See ``Session``. Nothing is repaired from a source that can't be opened."""
         found = volume_of(self._volumes, volume)
         require_copied(found)
@@ -232,7 +232,7 @@ class LocalSession:
             work = scrub(found, primary, rest, lambda sectors: show(sectors * SECTOR, size))
             return scrubbed_of(volume, run(work))
 
-    def tap(self, action: str, volume: str | None) -> answers.Taps:
+    def tap(self, action: str, volume: str | None = None) -> answers.Taps:
         """See ``Session``."""
         size = self._configuration.log_size
         names = mapped_volumes(self._volumes, volume)

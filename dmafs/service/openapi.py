@@ -23,7 +23,8 @@ _DESCRIPTION: Final = (
 _ERRORS: Final = {
     "400": "Something in the request can't be used; nothing was changed.",
     "404": "What was asked for isn't there.",
-    "409": "Not now: it is in use, pinned or under way, or is there already.",
+    "405": "The path has other methods: see Allow.",
+    "409": "Not now: it is in use, pinned or under way, is there already, or is nothing that the volume's tap can do.",
     "503": "There are too many connections.",
     "507": "The store is full.",
     "default": "The daemon doesn't serve this user, or it failed.",
@@ -76,10 +77,15 @@ def _parameter(parameter: Parameter) -> Schema:
 def _content(operation: Operation, schemas: dict[str, Schema]) -> Schema:
     if operation.media == "application/json":
         return {operation.media: {"schema": schema_of(operation.answer, schemas)}}
-    if operation.events:  # each of them is described, though OpenAPI 3.1 has no way to say that of a stream
-        for answer in operation.events.values():
-            schema_of(answer, schemas)
+    if operation.events:  # one of these each: as OpenAPI 3.2 describes the events of a stream
+        return {operation.media: {"schema": {"oneOf": [_event(*each, schemas) for each in operation.events.items()]}}}
     return {operation.media: {"schema": {"type": "string"}}}
+
+
+def _event(name: str, kind: Any, schemas: dict[str, Schema]) -> Schema:  # noqa: ANN401 - a TypedDict
+    content = {"contentMediaType": "application/json", "contentSchema": schema_of(kind, schemas)}
+    data = {"type": "string", **content}
+    return {"type": "object", "properties": {"event": {"const": name}, "data": data}, "required": ["event", "data"]}
 
 
 def schema_of(kind: Any, schemas: dict[str, Schema]) -> Schema:  # noqa: ANN401 - any type
@@ -100,7 +106,7 @@ def schema_of(kind: Any, schemas: dict[str, Schema]) -> Schema:  # noqa: ANN401 
 
 
 _COMPOSED: Final[Mapping[Any, Callable[[tuple[Any, ...], dict[str, Schema]], Schema]]] = {
-    Annotated: lambda arguments, schemas: schema_of(arguments[0], schemas) | arguments[1],
+    Annotated: lambda arguments, schemas: schema_of(arguments[0], schemas) | dict(arguments[1:]),
     Union: lambda arguments, schemas: {"anyOf": [schema_of(each, schemas) for each in arguments]},
     types.UnionType: lambda arguments, schemas: {"anyOf": [schema_of(each, schemas) for each in arguments]},
     list: lambda arguments, schemas: {"type": "array", "items": schema_of(arguments[0], schemas)},

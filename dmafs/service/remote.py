@@ -11,7 +11,7 @@ from dmafs import answers
 from dmafs.errors import ControlError
 from dmafs.service.connection import TIMEOUT_S, Daemon, error_of
 from dmafs.service.operations import OPERATIONS
-from dmafs.service.session import Show
+from dmafs.service.session import Show, unseen
 from dmafs.units import check_name
 
 _PART: Final = 1 << 20
@@ -49,7 +49,7 @@ class RemoteSession:
         answer: answers.Points = self._ask("points", timeout_s=TIMEOUT_S)
         return answer
 
-    def moment(self, at: str, volume: str | None) -> answers.Moment:
+    def moment(self, at: str, volume: str | None = None) -> answers.Moment:
         """See ``Session``."""
         answer: answers.Moment = self._ask("moment", timeout_s=TIMEOUT_S, at=at, volume=volume)
         return answer
@@ -99,7 +99,7 @@ class RemoteSession:
         answer: answers.Pinned = self._ask("unpin", id=identifier)
         return answer
 
-    def thin(self, *, dry_run: bool) -> answers.Thinned:
+    def thin(self, *, dry_run: bool = False) -> answers.Thinned:
         """See ``Session``."""
         answer: answers.Thinned = self._ask("thin", dry_run=int(dry_run))
         return answer
@@ -109,12 +109,12 @@ class RemoteSession:
         answer: answers.Clones = self._ask("clones", timeout_s=TIMEOUT_S)
         return answer
 
-    def tap(self, action: str, volume: str | None) -> answers.Taps:
+    def tap(self, action: str, volume: str | None = None) -> answers.Taps:
         """See ``Session``."""
         answer: answers.Taps = self._ask("tap", action=action, volume=volume)
         return answer
 
-    def create_clone(self, name: str, at: str | None) -> answers.Named:
+    def create_clone(self, name: str, at: str | None = None) -> answers.Named:
         """See ``Session``."""
         answer: answers.Named = self._ask("create_clone", name=check_name(name, "clone"), at=at)
         return answer
@@ -142,17 +142,17 @@ class RemoteSession:
         answer: answers.Difference = self._ask("diff", volume=volume, a=a, b=b)
         return answer
 
-    def verify(self, volume: str, bytes_per_s: int | None, show: Show) -> answers.Differences:
+    def verify(self, volume: str, bytes_per_s: int | None = None, show: Show = unseen) -> answers.Differences:
         """See ``Session``. Who stops waiting ends it."""
         answer: answers.Differences = self._follow("verify", volume, bytes_per_s, show)
         return answer
 
-    def resync(self, volume: str, bytes_per_s: int | None, show: Show) -> answers.Differences:
+    def resync(self, volume: str, bytes_per_s: int | None = None, show: Show = unseen) -> answers.Differences:
         """See ``Session``. Likewise, unless it has found something: then the daemon goes on."""
         answer: answers.Differences = self._follow("resync", volume, bytes_per_s, show)
         return answer
 
-    def scrub(self, volume: str, bytes_per_s: int | None, show: Show) -> answers.Scrubbed:
+    def scrub(self, volume: str, bytes_per_s: int | None = None, show: Show = unseen) -> answers.Scrubbed:
         """See ``Session``. Who stops waiting ends it; the next one goes on there."""
         answer: answers.Scrubbed = self._follow("scrub", volume, bytes_per_s, show)
         return answer

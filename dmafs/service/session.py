@@ -21,6 +21,10 @@ Show = Callable[[int, int], None]
 """Is told the bytes done and the total."""
 
 
+def unseen(_done: int, _total: int) -> None:
+    """Show nothing."""
+
+
 class Session(Protocol):
     """What can be asked; the answers are described in ``dmafs.answers``, the errors in ``dmafs.errors``."""
 
@@ -30,7 +34,7 @@ class Session(Protocol):
     def points(self) -> answers.Points:
         """Return the recoverable points."""
 
-    def moment(self, at: str, volume: str | None) -> answers.Moment:
+    def moment(self, at: str, volume: str | None = None) -> answers.Moment:
         """Return what a time means in all volumes or one, and why."""
 
     def snapshots(self) -> answers.Snapshots:
@@ -57,13 +61,13 @@ class Session(Protocol):
     def unpin(self, identifier: str) -> answers.Pinned:
         """Let a snapshot be dropped again."""
 
-    def thin(self, *, dry_run: bool) -> answers.Thinned:
+    def thin(self, *, dry_run: bool = False) -> answers.Thinned:
         """Drop the snapshots that no rule keeps, or only say which."""
 
     def clones(self) -> answers.Clones:
         """Return all clones."""
 
-    def create_clone(self, name: str, at: str | None) -> answers.Named:
+    def create_clone(self, name: str, at: str | None = None) -> answers.Named:
         """Make a clone of all volumes at a moment, or now."""
 
     def drop_clone(self, name: str) -> answers.Named:
@@ -75,16 +79,16 @@ class Session(Protocol):
     def diff(self, volume: str, a: str, b: str) -> answers.Difference:
         """Return which extents of a volume were written between two moments."""
 
-    def tap(self, action: str, volume: str | None) -> answers.Taps:
+    def tap(self, action: str, volume: str | None = None) -> answers.Taps:
         """Attach or detach mapped devices, or only report them."""
 
-    def verify(self, volume: str, bytes_per_s: int | None, show: Show) -> answers.Differences:
+    def verify(self, volume: str, bytes_per_s: int | None = None, show: Show = unseen) -> answers.Differences:
         """Return where a volume's source and newest image differ; *show* is told how far it is."""
 
-    def resync(self, volume: str, bytes_per_s: int | None, show: Show) -> answers.Differences:
+    def resync(self, volume: str, bytes_per_s: int | None = None, show: Show = unseen) -> answers.Differences:
         """Journal that, too; return what it was."""
 
-    def scrub(self, volume: str, bytes_per_s: int | None, show: Show) -> answers.Scrubbed:
+    def scrub(self, volume: str, bytes_per_s: int | None = None, show: Show = unseen) -> answers.Scrubbed:
         """Compare all that has a checksum with it, and repair what can be; return what was damaged."""
 
 

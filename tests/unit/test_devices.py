@@ -289,7 +289,7 @@ async def test_the_route(appliance: Appliance, kernel: Kernel) -> None:
             assert (answer.status_code, report["volume"], report["attached"]) == (200, "mapped", attached)
         for what in ("/verify", "/resync"):
             answer = await client.post(what, params={"volume": "past"})
-            assert (answer.status_code, answer.json()["error"]) == (500, "TapError")
+            assert (answer.status_code, answer.json()["error"]) == (409, "TapError")
     for kind in (VERIFY, RESYNC):
         with pytest.raises(TapError, match="was imported"):
             appliance.begin_check(kind, "past", None)
