@@ -12,7 +12,7 @@ from dmafs.client import connect
 from tests.mount.harness import MIB, Rig, pwrite
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def rig() -> Iterator[Rig]:
     """A store with a snapshot, a mark, a sync, a clone, and writes after them."""
     with Rig() as rig:
@@ -29,14 +29,14 @@ def rig() -> Iterator[Rig]:
         rig.stop()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def client(rig: Rig) -> Iterator[httpx.Client]:
     transport = httpx.HTTPTransport(uds=str(rig.store / "control.sock"))
     with httpx.Client(transport=transport, base_url="http://dmafs", timeout=30) as client:
         yield client
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def document(client: httpx.Client) -> dict[str, Any]:
     found: dict[str, Any] = client.get("/openapi.json").raise_for_status().json()
     return found
