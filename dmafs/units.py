@@ -6,6 +6,7 @@ only at the edges, and all its rules are here. The grammar of a *spelling*, the 
     spelling   = point [ "~" duration ]              so much before the point
     point      = time | "seq:" digits | name
     time       = date ("T" | " ") clock [ zone ]     ISO 8601; no zone: local time
+               | date " " clock " " zone             as stat, ls --time-style=full-iso and git print it
                | "@" digits [ "." fraction ]         seconds since 1970
                | ("yesterday" | "today") " " HH:MM[:SS[.fraction]]       local time
                | duration " ago"
@@ -276,10 +277,10 @@ Spelling = AtTime | AtSeq | AtName
 
 _CLOCK_END: Final = r"(?:[.,](?P<fraction>[0-9]{1,9}))?"
 _DATE_TIME: Final = re.compile(
-    r"(?P<year>[0-9]{4})(?P<dash>-)?(?P<month>[0-9]{2})(?(dash)-)(?P<day>[0-9]{2})[T ]"
+    r"(?P<year>[0-9]{4})(?P<dash>-)?(?P<month>[0-9]{2})(?(dash)-)(?P<day>[0-9]{2})(?:T|(?P<blank> ))"
     r"(?P<hour>[0-9]{2})(?(dash)(?P<colon>:)?)(?P<minute>[0-9]{2})"
     rf"(?:(?(colon):)(?P<second>[0-9]{{2}}){_CLOCK_END})?"
-    r"(?P<zone>Z|[+-](?:[01][0-9]|2[0-3])(?::?[0-5][0-9])?)?",
+    r"(?:(?(blank) ?)(?P<zone>Z|[+-](?:[01][0-9]|2[0-3])(?::?[0-5][0-9])?))?",
 )
 _DAY_TIME: Final = re.compile(
     rf"(?P<date>yesterday|today) (?P<hour>[0-9]{{2}}):(?P<minute>[0-9]{{2}})(?::(?P<second>[0-9]{{2}}){_CLOCK_END})?",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Mapping
 from typing import Final
@@ -22,7 +23,7 @@ async def show_progress(engines: Mapping[str, Engine]) -> None:
     copying = {name: engine for name, engine in engines.items() if not engine.volume.pointers.now.copied}
     if not copying:
         return
-    if not sys.stderr.isatty():
+    if not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
         await _log_tenths(copying)
         return
     try:
