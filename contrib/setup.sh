@@ -23,6 +23,7 @@ DMAFS_PACKAGES=(
 DMAFS_TEST_PACKAGES=(
     qemu-system-common # its storage daemon writes the logs that are followed
     systemd # checks the units for boot; nothing of it has to run
+    tzdata # README.md was run in another zone than UTC
     fdisk xfsprogs # partition tables, and file systems on partitions
     postgresql # a database that is started from a clone; the cluster that the package makes is left alone
 )
