@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, TypedDict
 
-from dmafs.answers import Count, MomentOfVolume, NoMoment, Place, Scrubbed, Settings, Time
+from dmafs.answers import Consistency, Count, Place, Scrubbed, Settings, Time
 from dmafs.service.openapi import schema_of
 
 Schema = dict[str, Any]
@@ -51,15 +51,27 @@ class ScrubbedVolumes(TypedDict):
     volumes: list[Scrubbed]
 
 
-class MomentWithPath(MomentOfVolume):
-    """A volume of ``at``, with where the tree shows it."""
+class MomentWithPath(TypedDict):
+    """A volume of ``at``, with where the tree shows it: answers.MomentOfVolume is final."""
 
+    volume: str
+    size_bytes: Count
+    kind: str
+    name: str
+    seq: Count
+    time: Time
+    consistency: Consistency
+    earlier_ns: int
+    why: str
     path: str | None
 
 
-class NoMomentWithPath(NoMoment):
+class NoMomentWithPath(TypedDict):
     """Likewise, of a volume that has nothing there."""
 
+    volume: str
+    problem: str
+    hint: str
     path: None
 
 
