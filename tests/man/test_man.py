@@ -512,11 +512,11 @@ def test_keys_of_volume_json_are_the_modules() -> None:
 
 
 def consoles() -> list[str]:
-    blocks = re.findall(r"^```console\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    blocks = re.findall(r"^```console(?: needs=[a-z-]+)?\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
     return [line.removeprefix("$ ") for block in blocks for line in block.splitlines() if line.startswith("$ ")]
 
 
-@pytest.mark.parametrize("line", [line for line in consoles() if "dmafs " in line])
+@pytest.mark.parametrize("line", sorted({line for line in consoles() if "dmafs " in line}))
 def test_readmes_commands_parse(line: str) -> None:
     """Each command line of the README is one for the parser."""
     assert parses(line)
