@@ -186,6 +186,6 @@ async def test_the_dashboard_asks_for_what_there_is(tmp_path: Path, nursery: tri
     panels = [panel for panel in dashboard["panels"] if panel["type"] != "row"]
     assert len({panel["id"] for panel in panels}) == len(panels)
     assert all(panel["title"] and panel["targets"] for panel in panels)
-    page = (ROOT / "man" / "dmafs.1").read_text()
+    page = (ROOT / "man" / "dmafs-metrics.1").read_text()
     assert set(re.findall(r"^\.It Li (dmafs_[a-z_]+)", page, re.MULTILINE)) == families
     await rig.stop()
