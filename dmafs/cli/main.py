@@ -5,14 +5,17 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Final, NoReturn
 
 from dmafs.cli import output
 from dmafs.cli.common import add_telling
 from dmafs.errors import DmafsError
+from dmafs.service.logs import set_up
 from dmafs.service.machine import MACHINE_FILE, choose_machine_file
 
 _SIGPIPE_EXIT: Final = 128 + 13
@@ -91,15 +94,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status."""
     words = sys.argv[1:] if arguments is None else arguments
     options = parser(_command(words)).parse_args(words)
-    logging.basicConfig(
-        level=logging.INFO if options.verbose else logging.ERROR if options.quiet else logging.WARNING,
-        format="dmafs: %(levelname)s: %(message)s",
-        stream=sys.stderr,
-    )
+    level = logging.INFO if options.verbose else logging.ERROR if options.quiet else logging.WARNING
+    set_up(level, os.environ)
     output.choose(output.Manner(options.quiet, getattr(options, "json", False)))
     choose_machine_file(options.config)
+    return guarded(partial(options.run, options))
+
+
+def guarded(act: Callable[[], int]) -> int:
+    """Return the exit status of what *act* does; an error of the tree is printed, and has its own."""
     try:
-        status: int = options.run(options)
+        status = act()
         output.flush()
     except DmafsError as error:
         return output.fail(error)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -12,6 +13,9 @@ from datetime import UTC, datetime
 from typing import Any, NamedTuple, TextIO
 
 from dmafs.errors import DmafsError
+from dmafs.service.logs import has_fields
+
+log = logging.getLogger(__name__)
 
 
 class Manner(NamedTuple):
@@ -55,10 +59,13 @@ def warn(text: str) -> None:
 
 
 def fail(error: DmafsError) -> int:
-    """Print an error to standard error, as one line of JSON if that is wanted; return the exit status."""
+    """Print an error to standard error, as one line of JSON if that is wanted, or to the journal; return its status."""
     if _manner.get().json:
         told = {"error": type(error).__name__, "exit_code": error.exit_code}
         print(json.dumps({**told, "hint": error.hint, "message": error.message}, sort_keys=True), file=sys.stderr)
+        return error.exit_code
+    if has_fields():
+        log.error("%s%s", error.message, f"\nhint: {error.hint}" if error.hint else "")
         return error.exit_code
     print(f"dmafs: error: {error.message}", file=sys.stderr)
     if error.hint:

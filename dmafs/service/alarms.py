@@ -56,7 +56,7 @@ class Alarms:
         """Have an alarm on. Logged when it begins and when it gets worse, and not again before it has cleared."""
         known = self._alarms.get((kind, volume))
         if known is None or (worse and not known.worse):
-            log.error("%s", message)
+            log.error("%s", message, extra={"alarm": kind, "volume": volume})
         if known is None:
             self._alarms[kind, volume] = Alarm(self._clock(), message, worse)
             self.raised += 1
@@ -69,7 +69,7 @@ class Alarms:
         """Have an alarm off; that is logged, too."""
         known = self._alarms.pop((kind, volume), None)
         if known is not None:
-            log.warning("alarm %s is over: %s", kind, known.message)
+            log.warning("alarm %s is over: %s", kind, known.message, extra={"alarm": kind, "volume": volume})
             self.tell(Told(kind, volume, raised=False, message=known.message))
 
     def is_on(self, kind: str, volume: str = "") -> bool:

@@ -34,6 +34,7 @@ from dmafs.service.datasyncs import Datasyncs
 from dmafs.service.engine import Engine
 from dmafs.service.exposition import Exposition
 from dmafs.service.keeper import Keeper
+from dmafs.service.logs import name_store
 from dmafs.service.making import find, make_missing
 from dmafs.service.memory import share_arena
 from dmafs.service.mounting import abort, mount_source, prepare_mount_point, tune
@@ -43,7 +44,7 @@ from dmafs.service.reloading import Reloading
 from dmafs.service.report import summary_of
 from dmafs.service.scheduler import Scheduler
 from dmafs.service.scraping import serve_metrics
-from dmafs.service.supervision import Manager, look_up, supervise
+from dmafs.service.supervision import Listener, Manager, look_up, supervise
 from dmafs.service.tapping import open_engine
 from dmafs.service.watching import Watch
 from dmafs.tree import requests
@@ -58,12 +59,16 @@ GRACE_S: Final = 5.0
 """How long requests that are under way may take when the daemon ends."""
 
 
-def serve(store_path: Path | None, mount_point: Path | None) -> None:
-    """Serve a store at a mount point until SIGTERM, SIGINT or unmounting; what isn't given is in the machine's file."""
+def serve(store_path: Path | None, mount_point: Path | None, manager: Listener | None = None) -> None:
+    """Serve a store at a mount point until SIGTERM, SIGINT or unmounting; what isn't given is in the machine's file.
+
+    *manager* hears how it goes; without it the one that the environment tells of, if it does.
+    """
     share_arena()
     faulthandler.enable(2)  # a watchdog's SIGABRT tells where it hangs
-    manager = Manager.of(os.environ, os.getpid())
+    told = Manager.of(os.environ, os.getpid())  # taken out of the environment in any case
     store_path, mount_point, loaded = find(store_path, mount_point)
+    name_store(store_path)
     mount_point = mount_point.resolve()  # by lstat: a dead mount there does no harm
     configuration = loaded.configuration
     make_missing(loaded)
@@ -75,7 +80,7 @@ def serve(store_path: Path | None, mount_point: Path | None) -> None:
         drop_privileges(needed(taps, hooks=configuration.has_hooks))
         prepare_mount_point(store.path, mount_point)
         _check_sources(store, mount_point)
-        trio.run(_run, store, mount_point, Reloading(store.path, loaded), manager)
+        trio.run(_run, store, mount_point, Reloading(store.path, loaded), manager or told)
     finally:
         store.close()
 
@@ -91,7 +96,7 @@ def _check_sources(store: Store, mount_point: Path) -> None:
         require_apart(store.path, source)
 
 
-async def _run(store: Store, mount_point: Path, reloading: Reloading, manager: Manager | None) -> None:
+async def _run(store: Store, mount_point: Path, reloading: Reloading, manager: Listener | None) -> None:
     configuration = reloading.started
     limiter = trio.CapacityLimiter(configuration.threads)
     engines = {}
@@ -105,7 +110,7 @@ async def _run(store: Store, mount_point: Path, reloading: Reloading, manager: M
 
 
 async def _serve_engines(
-    store: Store, engines: dict[str, Engine], mount_point: Path, reloading: Reloading, manager: Manager | None
+    store: Store, engines: dict[str, Engine], mount_point: Path, reloading: Reloading, manager: Listener | None
 ) -> None:
     """Recover the engines, serve them, and close them."""
     hung_up = None if _ends_on_hang_up() else reloading.want
@@ -138,7 +143,7 @@ class Ending:
     """How the daemon is asked to end: once; what that does depends on how far it is. Later signals change nothing."""
 
     def __init__(
-        self, act: Callable[[], object], manager: Manager | None, hung_up: Callable[[], object] | None
+        self, act: Callable[[], object], manager: Listener | None, hung_up: Callable[[], object] | None
     ) -> None:
         """Tell *manager* and do *act* at the first signal; at SIGHUP *hung_up* if there is one, each time."""
         self.act = act
@@ -229,8 +234,9 @@ async def _serve_mount(
             nursery.start_soon(trio.to_thread.run_sync, tune, mount_point)
             nursery.start_soon(show_progress, engines)
             nursery.start_soon(reloading.run, appliance, engines, scheduler, watch)
-            with contextlib.suppress(OSError):  # the terminal may be gone already
-                print(f"dmafs: serving {store.path} at {mount_point}", file=sys.stderr, flush=True)  # noqa: T201
+            if ending.manager is None or not ending.manager.quiet:
+                with contextlib.suppress(OSError):  # the terminal may be gone already
+                    print(f"dmafs: serving {store.path} at {mount_point}", file=sys.stderr, flush=True)  # noqa: T201
             nursery.start_soon(tree.around.run)
             try:
                 with mounted:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Self
+from typing import ClassVar, Final, Protocol, Self
 
 import trio
 
@@ -29,10 +29,26 @@ WATCHDOG_USEC: Final = "WATCHDOG_USEC"
 WATCHDOG_PID: Final = "WATCHDOG_PID"
 
 
+class Listener(Protocol):
+    """Who wants to hear how the daemon is."""
+
+    @property
+    def watchdog_s(self) -> float:
+        """How long it may hear nothing; 0 for ever."""
+
+    @property
+    def quiet(self) -> bool:
+        """Whether stderr needn't tell that the daemon is ready, too."""
+
+    def tell(self, *assignments: str) -> None:
+        """Take assignments such as ``READY=1``."""
+
+
 @dataclass(frozen=True, slots=True)
 class Manager:
     """What started the daemon and wants to hear of it; *watchdog_s* is 0 if it has no watchdog."""
 
+    quiet: ClassVar[bool] = False
     address: str
     watchdog_s: float = 0
 
@@ -58,7 +74,7 @@ class Manager:
                 log.warning("the service manager at %s can't be told %s: %s", self.address, assignments[0], error)
 
 
-async def supervise(manager: Manager, look: Callable[[], None], describe: Callable[[], str]) -> None:
+async def supervise(manager: Listener, look: Callable[[], None], describe: Callable[[], str]) -> None:
     """Tell *manager* that the daemon is ready, and from then on that it lives and how things are.
 
     *look* runs in a thread of its own and returns when it was answered; OSError if that is no answer.
