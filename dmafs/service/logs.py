@@ -39,7 +39,7 @@ _TOO_LARGE: Final = {errno.EMSGSIZE, errno.ENOBUFS}
 
 def set_up(level: int, environment: Mapping[str, str], *, again: bool = False) -> None:
     """Send all messages of *level* and above to the journal or stderr; *again* if that has changed."""
-    handler = JournalHandler() if is_journal(environment) and JOURNAL_SOCKET.exists() else _stderr()
+    handler = JournalHandler(JOURNAL_SOCKET) if is_journal(environment) and JOURNAL_SOCKET.exists() else _stderr()
     logging.basicConfig(level=level, handlers=[handler], force=again)
     logging.getLogger("httpx").setLevel(max(level, logging.WARNING))
 
@@ -72,9 +72,10 @@ def _stderr() -> logging.Handler:
 class JournalHandler(logging.Handler):
     """Sends each message as one datagram or, where it is too large for that, as a sealed file in memory."""
 
-    def __init__(self, path: Path = JOURNAL_SOCKET) -> None:
+    def __init__(self, path: Path) -> None:
         """Send to a socket, which needn't be there yet, nor stay the same."""
         super().__init__()
+        self.setFormatter(logging.Formatter("%(message)s"))
         self._path = path
         self._stderr = _stderr()
 

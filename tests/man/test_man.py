@@ -22,6 +22,7 @@ from uuid import UUID
 import pytest
 
 from dmafs import errors
+from dmafs.cli import fstab
 from dmafs.cli.main import parser
 from dmafs.core import index, ondisk, seal
 from dmafs.core.clone import CLONES_MAX
@@ -38,6 +39,7 @@ from dmafs.core.store import VOLUMES_MAX
 from dmafs.core.verify import EXTENTS_MAX, PART_SECTORS
 from dmafs.errors import DmafsError
 from dmafs.service.admission import SCRAPERS_MAX
+from dmafs.service.background import LOG_BYTES, LOG_FILE
 from dmafs.service.configuration import DURATION, SIZE, Configuration, StoreTable, VolumeTable
 from dmafs.service.daemon import FUSE_TASKS
 from dmafs.service.document import Document
@@ -190,9 +192,9 @@ def test_pages_render_without_warnings(path: Path) -> None:
 def test_there_is_a_page_for_each_name_and_they_refer_to_each_other() -> None:
     """Each reference to a page of ours leads to one; dmafs(1) names all others, and they name it."""
     names = {path.name for path in PAGES}
-    assert {"dmafs.1", "dmafs.conf.5", "dmafs-store.5"} == names - set(COMMAND_PAGES)
+    assert {"dmafs.1", "dmafs.conf.5", "dmafs-store.5", "mount.fuse.dmafs.8"} == names - set(COMMAND_PAGES)
     for path in PAGES:
-        found = {".".join(pair) for pair in re.findall(r"^\.Xr (dmafs\S*) (\d)", path.read_text(), re.MULTILINE)}
+        found = {".".join(pair) for pair in re.findall(r"^\.Xr (\S*dmafs\S*) (\d)", path.read_text(), re.MULTILINE)}
         assert found <= names - {path.name}
         assert path.name == "dmafs.1" or "dmafs.1" in found
         assert path.name != "dmafs.1" or found == names - {path.name}
@@ -275,7 +277,13 @@ def test_spellings_of_times_are_understood(text: str) -> None:
         parse_spelling(text, now=NOW, timezone="Europe/Berlin")
 
 
-@pytest.mark.parametrize("line", [line for path in PAGES for line in literals(path.read_text()) if "dmafs " in line])
+def shown_commands() -> list[str]:
+    """Return the lines of the pages' displays that call the program."""
+    lines = [line for path in PAGES for line in literals(path.read_text())]
+    return [line for line in lines if re.search(r"(?<![/.\w])dmafs ", line)]
+
+
+@pytest.mark.parametrize("line", shown_commands())
 def test_examples_parse(line: str) -> None:
     """Each command line of the pages is one for the parser."""
     assert parses(line)
@@ -426,6 +434,44 @@ def test_bounds_are_the_programs() -> None:
             table, _, name = key.rpartition(" ")
             field = defaults[table or "Top level", name]
             assert most == ("no limit" if field.metadata["default"] == 0 else shown_default(field)), key
+
+
+# -- mount.fuse.dmafs(8) --------------------------------------------------------------------------------------------
+
+
+def test_options_and_arguments_of_the_helper_are_its_parsers() -> None:
+    """The page describes each, in the synopsis and below."""
+    text = page("mount.fuse.dmafs.8")
+    description, known = part(text, "DESCRIPTION"), actions(fstab.parser())
+    assert options_in(description) == option_strings(fstab.parser())
+    assert arguments_in(description) == {str(action.metavar) for action in known if action.metavar}
+    assert arguments_in(description) == set(re.findall(r"\bAr (\S+)", part(text, "SYNOPSIS")))
+
+
+def test_mount_options_are_the_helpers() -> None:
+    """Those with a value are described, those of mount are among those that are understood, those refused are so."""
+    text = part(page("mount.fuse.dmafs.8"), "MOUNT OPTIONS")
+    assert re.findall(r"^\.It Cm (\w+) Ns = Ns Ar FILE$", text, re.MULTILINE) == list(fstab.Wanted._fields)
+    taken, _, refused = text.partition("Any other is an error:")
+    named = {name for line in re.findall(r"^\.Cm (.*)$", taken, re.MULTILINE) for name in re.findall(r"[\w.-]+", line)}
+    assert {name for name in named if name not in {*fstab.PLAIN, *fstab.Wanted._fields}} == {"x-systemd.requires"}
+    assert fstab.wanted([",".join(named - set(fstab.Wanted._fields))]) == fstab.Wanted()
+    for name in re.findall(r"^\.Cm (\w+)", refused, re.MULTILINE):
+        with pytest.raises(errors.InputError, match=f"option {name} can't be had"):
+            fstab.wanted([name])
+
+
+def test_files_and_statuses_of_the_helper_are_its_own() -> None:
+    """And the line for fstab is one that it takes."""
+    text = page("mount.fuse.dmafs.8")
+    assert f".It Pa {LOG_FILE}\n" in part(text, "FILES")
+    assert f"more than {format_bytes(LOG_BYTES)} " in text
+    found = [int(row[0]) for row in rows(part(text, "EXIT STATUS"))]
+    assert found == [0, fstab.USAGE, fstab.BUG, fstab.INTERRUPTED, fstab.FAILED]
+    [line] = literals(text)
+    _, _, kind, options, _, _ = line.split()
+    assert fstab.parser().parse_args(["store", "dir", "-t", kind, "-o", options]).t == kind
+    assert fstab.wanted([options]) == fstab.Wanted()
 
 
 # -- dmafs-store(5) -------------------------------------------------------------------------------------------------
