@@ -5,6 +5,7 @@
 #   dmafs_setup [EXTRA]    system packages, kernel devices, virtual environment, dmafs itself; EXTRA is `test` or nothing
 #   dmafs_vm               what a User-Mode Linux guest needs: system packages, and the kernel, whose program is then
 #                          $DMAFS_UML_KERNEL and whose modules are in $DMAFS_UML_MODULES
+#   dmafs_package          what building and trying the package for Debian needs
 #   dmafs_bench            system packages of the programs that benchmarks compare with
 #
 # dmafs_setup puts the virtual environment's programs first in PATH. It does only what is missing, so a second run takes
@@ -33,6 +34,10 @@ DMAFS_VM_PACKAGES=(
     dmsetup # the other opinion on what device-mapper's state is
     fuse3 e2fsprogs xfsprogs fio # what runs on the devices
     fdisk parted dosfstools btrfs-progs # partition tables, and what is none
+)
+DMAFS_PACKAGE_PACKAGES=(
+    debhelper # makes the package
+    debootstrap # makes the system that it is tried in
 )
 DMAFS_BENCH_PACKAGES=(
     qemu-utils qemu-system-common # chains of overlays, and the storage daemon that shows them
@@ -232,4 +237,8 @@ dmafs_vm() {
 
 dmafs_bench() {
     _dmafs_system_packages "${DMAFS_BENCH_PACKAGES[@]}"
+}
+
+dmafs_package() {
+    _dmafs_system_packages "${DMAFS_PACKAGE_PACKAGES[@]}"
 }

@@ -453,7 +453,9 @@ def test_mount_options_are_the_helpers() -> None:
     text = part(page("mount.fuse.dmafs.8"), "MOUNT OPTIONS")
     assert re.findall(r"^\.It Cm (\w+) Ns = Ns Ar FILE$", text, re.MULTILINE) == list(fstab.Wanted._fields)
     taken, _, refused = text.partition("Any other is an error:")
-    named = {name for line in re.findall(r"^\.Cm (.*)$", taken, re.MULTILINE) for name in re.findall(r"[\w-][\w.-]*", line)}
+    named = {
+        name for line in re.findall(r"^\.Cm (.*)$", taken, re.MULTILINE) for name in re.findall(r"[\w-][\w.-]*", line)
+    }
     assert {name for name in named if name not in {*fstab.PLAIN, *fstab.Wanted._fields}} == {"x-systemd.requires"}
     assert fstab.wanted([",".join(named - set(fstab.Wanted._fields))]) == fstab.Wanted()
     for name in re.findall(r"^\.Cm (\w+)", refused, re.MULTILINE):
