@@ -41,7 +41,6 @@ def set_up(level: int, environment: Mapping[str, str], *, again: bool = False) -
     """Send all messages of *level* and above to the journal or stderr; *again* if that has changed."""
     handler = JournalHandler(JOURNAL_SOCKET) if is_journal(environment) and JOURNAL_SOCKET.exists() else _stderr()
     logging.basicConfig(level=level, handlers=[handler], force=again)
-    logging.getLogger("httpx").setLevel(max(level, logging.WARNING))
 
 
 def is_journal(environment: Mapping[str, str]) -> bool:
