@@ -31,7 +31,6 @@ from dmafs.core.volume import Volume
 from dmafs.core.work import Work, run
 from dmafs.errors import SourceError, StoreError, TapError
 from dmafs.service.configuration import Configuration
-from dmafs.service.devices import local_tap, mapped_volumes
 from dmafs.service.loading import load_configuration
 from dmafs.service.moment import moment_of
 from dmafs.service.report import (
@@ -234,6 +233,8 @@ class LocalSession:
 
     def tap(self, action: str, volume: str | None = None) -> answers.Taps:
         """See ``Session``."""
+        from dmafs.service.devices import local_tap, mapped_volumes  # noqa: PLC0415 - slow to import, for this only
+
         size = self._configuration.log_size
         names = mapped_volumes(self._volumes, volume)
         return {
