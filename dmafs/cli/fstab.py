@@ -15,8 +15,8 @@ from dmafs.cli import output
 from dmafs.cli.main import guarded
 from dmafs.errors import InputError
 from dmafs.service.background import LOG_FILE, Starter, start
-from dmafs.service.machine import choose_machine_file
 from dmafs.service.logs import set_up
+from dmafs.service.machine import choose_machine_file
 
 NAME: Final = "mount.fuse.dmafs"
 USAGE: Final = 1

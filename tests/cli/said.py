@@ -109,6 +109,35 @@ class Mounted(TypedDict):
     directory: str
 
 
+class Made(TypedDict):
+    """Of ``create``."""
+
+    store: str
+    volume: str
+    device: str | None
+    warnings: list[str]
+
+
+class Imported(TypedDict):
+    """Of ``import``."""
+
+    store: str
+    volume: str
+    events: Count
+    marks: Count
+    windows: Count
+    doubtful_sectors: Count
+    other_marks: Count
+
+
+class Unmounted(TypedDict):
+    """Of ``umount``."""
+
+    directory: str
+    clone: str | None
+    left: bool
+
+
 class ConfigurationError(TypedDict):
     """A line of a configuration that is wrong."""
 

@@ -33,6 +33,7 @@ NO_SNAPSHOT: Final = (23, "no snapshot named nobody", "list them with: dmafs ls 
 NO_MAPPED: Final = (3, "no volume of this store has a mapped device", "only volumes made with --tap dm")
 
 Failure = tuple[int, str, str]
+LOCAL: Final = r" \(20\d\d-\S+ \S+ [+-]\d{4}\)"
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Entry:
     good: tuple[tuple[str, str], ...] = ()
     fails: tuple[tuple[str, Failure], ...] = ()
     as_json: tuple[tuple[str, Any], ...] = ()
+    before_json: str = ""  # begins what is ended by the words that say it as JSON
     after: str = ""  # ends what the words before have begun
     elsewhere: str = ""  # where the good path is tried, if it can't be here
 
@@ -56,6 +58,7 @@ COMMANDS: Final[dict[str, Entry]] = {
             ("create {root}/new --source {nothing}", (4, "source .*/nothing can't be opened", "check the path")),
             ("create {root}/new --source {root}/free --tap log", (3, "belong together", "give both or none")),
         ),
+        as_json=(("create {root}/made-2 --source {root}/free-2", said.Made),),
     ),
     "import": Entry(
         good=(("import {root}/imported --log {root}/recorded --size 1M", r"(?s).*volume disk .*"),),
@@ -63,6 +66,7 @@ COMMANDS: Final[dict[str, Entry]] = {
             ("import {root}/new --log {nothing} --size 1M", (4, "source .*/nothing can't be opened", "check the path")),
             ("import {root}/new --log {root}/recorded --size 1X", (3, "size '1X' not understood", "use whole bytes")),
         ),
+        as_json=(("import {root}/imported-2 --log {root}/recorded --size 1M", said.Imported),),
     ),
     "serve": Entry(
         fails=(
@@ -77,17 +81,59 @@ COMMANDS: Final[dict[str, Entry]] = {
         fails=(("status {nothing}", NO_STORE),),
         as_json=(("status {store}", answers.Status), ("status {other}", answers.Status)),
     ),
-    "mark": Entry(good=(("mark {store} named", "mark named set\n"),), fails=(("mark {nothing} named", NO_STORE),)),
-    "snapshot": Entry(
-        good=(("snapshot {store} taken", "snapshot taken taken\n"),),
+    "mark": Entry(
+        good=(("mark {store} named", "mark named set\n"),),
+        fails=(("mark {nothing} named", NO_STORE),),
+        as_json=(("mark {store} named-too", answers.Named),),
+    ),
+    "snapshot create": Entry(
+        good=(("snapshot create {store} taken", "snapshot taken taken\n"),),
         fails=(
-            ("snapshot {nothing} kept", NO_STORE),
-            ("snapshot {store} kept", (7, "kept", "")),
-            ("snapshot {store} a/b", (3, "a/b", "a name has 1 to 64 ")),
+            ("snapshot create {nothing} kept", NO_STORE),
+            ("snapshot create {store} kept", (7, "kept", "")),
+            ("snapshot create {store} a/b", (3, "a/b", "a name has 1 to 64 ")),
         ),
+        as_json=(("snapshot create {store} taken-2", answers.Named),),
+    ),
+    "snapshot list": Entry(
+        good=(
+            (
+                "snapshot list {store}",
+                rf"SNAPSHOT +TIME +STATE +PINNED +VOLUMES\n(?:.*\n)*kept +\S+Z{LOCAL} +exact +disk seq 0\n(?:.*\n)*",
+            ),
+        ),
+        fails=(("snapshot list {nothing}", NO_STORE),),
+        as_json=(("snapshot list {store}", answers.Snapshots),),
+    ),
+    "snapshot rename": Entry(
+        good=(("snapshot rename {store} taken called", "snapshot taken is called called now\n"),),
+        fails=(
+            ("snapshot rename {store} nobody called-2", NO_SNAPSHOT),
+            ("snapshot rename {store} taken kept", (7, "kept", "")),
+            ("snapshot rename {store} taken a/b", (3, "a/b", "a name has 1 to 64 ")),
+        ),
+        as_json=(("snapshot rename {store} called taken", answers.Renamed),),
+    ),
+    "snapshot pin": Entry(
+        good=(("snapshot pin {store} kept", "snapshot kept pinned\n"),),
+        fails=(
+            ("snapshot pin {store} nobody", NO_SNAPSHOT),
+            ("snapshot drop {store} kept", (25, "kept is pinned", "dmafs snapshot unpin")),
+        ),
+        as_json=(("snapshot pin {store} kept", answers.Pinned),),
+    ),
+    "snapshot unpin": Entry(
+        good=(("snapshot unpin {store} kept", "snapshot kept unpinned\n"),),
+        fails=(("snapshot unpin {store} nobody", NO_SNAPSHOT),),
+        as_json=(("snapshot unpin {store} kept", answers.Pinned),),
+    ),
+    "snapshot drop": Entry(
+        good=(("snapshot drop {store} taken", "snapshot taken dropped\n"),),
+        fails=(("snapshot drop {store} nobody", NO_SNAPSHOT),),
+        as_json=(("snapshot drop {store} taken-2", answers.Dropped),),
     ),
     "ls": Entry(
-        good=(("ls {store}", r"TIME +VOLUME +SEQ +KIND +STATE +NAME\n(?:20\d\d-\S+Z  disk .*\n)+"),),
+        good=(("ls {store}", rf"TIME +VOLUME +SEQ +KIND +STATE +NAME\n(?:20\d\d-\S+Z{LOCAL}  disk .*\n)+"),),
         fails=(("ls {nothing}", NO_STORE),),
         as_json=(("ls {store}", answers.Points),),
     ),
@@ -99,7 +145,13 @@ COMMANDS: Final[dict[str, Entry]] = {
         ),
     ),
     "diff": Entry(
-        good=(("diff {store} disk kept '0s ago'", r" +OFFSET +LENGTH\n +total +0  bytes in 0 extents\n"),),
+        good=(
+            (
+                "diff {store} disk kept '0s ago'",
+                rf"a \S+Z{LOCAL}  seq 0\nb \S+Z{LOCAL}  seq 0\n"
+                r" +OFFSET +LENGTH\n +total +0  bytes in 0 extents\n",
+            ),
+        ),
         fails=(
             ("diff {store} disk kept '1h ago'", NO_POINT),
             ("diff {store} nobody kept kept", NO_VOLUME),
@@ -113,13 +165,21 @@ COMMANDS: Final[dict[str, Entry]] = {
     ),
     "at": Entry(
         good=(
-            ("at {store} kept", r"(?s)moment \S+Z\nvolume disk: snapshot kept, seq 0\n  local .*  path +/.*disk.img\n"),
+            (
+                "at {store} kept",
+                rf"(?s)moment \S+Z{LOCAL}\nvolume disk: snapshot kept, seq 0\n  time .*  path +/.*disk.img\n",
+            ),
         ),
         fails=(("at {nothing} kept", NO_STORE), ("at {store} kept --volume nobody", NO_VOLUME)),
         as_json=(("at {store} kept", said.At),),
     ),
     "cp": Entry(
-        good=(("cp {store} @kept {root}/copy", r"volume disk at \S+Z copied to \S+/copy: 16 MiB, .* of it data\n"),),
+        good=(
+            (
+                "cp {store} @kept {root}/copy",
+                rf"volume disk at \S+Z{LOCAL} copied to \S+/copy: 16 MiB, .* of it data\n",
+            ),
+        ),
         fails=(
             ("cp {store} kept {root}/other-copy", (3, "'kept' is not VOLUME@TIME", "for instance")),
             ("cp {store} @kept {root}/free", (7, "free", "--force")),
@@ -129,7 +189,10 @@ COMMANDS: Final[dict[str, Entry]] = {
     ),
     "mount": Entry(
         good=(
-            ("mount {store} @kept {past}", r"ext4 of volume disk at \S+Z mounted at \S+/past\n  /dev/loop\d+, .*\n"),
+            (
+                "mount {store} @kept {past}",
+                rf"ext4 of volume disk at \S+Z{LOCAL} mounted at \S+/past\n  /dev/loop\d+, .*\n",
+            ),
             ("umount {past}", r"/\S+/past unmounted\n"),
         ),
         fails=(
@@ -143,37 +206,41 @@ COMMANDS: Final[dict[str, Entry]] = {
     "umount": Entry(
         good=(("mount {store} @kept {past}", r"(?s)ext4 .*"), ("umount {past}", r"/\S+/past unmounted\n")),
         fails=(("umount {past}", (30, "nothing is mounted at ", "findmnt lists")),),
+        as_json=(("umount {past}", said.Unmounted),),
+        before_json="mount {store} @kept {past}",
     ),
     "sync": Entry(
         good=(("sync {store}", r"volume disk: mirror at seq \d+; before it only snapshots remain\n"),),
         fails=(("sync {nothing}", NO_STORE),),
+        as_json=(("sync {store}", answers.Syncs),),
     ),
-    "pin": Entry(good=(("pin {store} kept", "snapshot kept pinned\n"),), fails=(("pin {store} nobody", NO_SNAPSHOT),)),
     "thin": Entry(
         good=(
             (
                 "thin {store} --dry-run",
-                r"SNAPSHOT +HOLDS +FATE +REASONS\n(?:.*\n)*kept +0 B  keep  .*named.*\n(?:.*\n)*",
+                r"SNAPSHOT +TIME +HOLDS +FATE +REASONS\n(?:.*\n)*kept .* 0 B  keep  .*named.*\n(?:.*\n)*",
             ),
         ),
         fails=(("thin {nothing}", NO_STORE),),
         as_json=(("thin {store}", answers.Thinned),),
     ),
-    "unpin": Entry(
-        good=(("unpin {store} kept", "snapshot kept unpinned\n"),), fails=(("unpin {store} nobody", NO_SNAPSHOT),)
-    ),
-    "clone": Entry(
-        good=(
-            ("clone {store} try --at kept", "clone try made\n"),
-            ("clone {store}", r"NAME +TIME +STORED  STATE\ntry .*  closed\n"),
-        ),
+    "clone create": Entry(
+        good=(("clone create {store} try --at kept", "clone try made\n"),),
         fails=(
-            ("clone {store} try", (7, "try", "")),
-            ("clone {store} nobody --drop", (24, "no clone named nobody", "list them with: dmafs clone")),
-            ("clone {store} --drop", (3, "the clone's name is missing", "dmafs clone STORE NAME")),
-            ("clone {other} try", (10, "no daemon serves the store", "start")),
+            ("clone create {store} try", (7, "try", "")),
+            ("clone create {other} try", (10, "no daemon serves the store", "start")),
         ),
-        as_json=(("clone {store}", answers.Clones),),
+        as_json=(("clone create {store} try-2", answers.Named),),
+    ),
+    "clone list": Entry(
+        good=(("clone list {store}", r"NAME +TIME +STORED  STATE\ntry .*  closed\ntry-2 .*  closed\n"),),
+        fails=(("clone list {nothing}", NO_STORE),),
+        as_json=(("clone list {store}", answers.Clones),),
+    ),
+    "clone drop": Entry(
+        good=(("clone drop {store} try", "clone try dropped\n"),),
+        fails=(("clone drop {store} nobody", (24, "no clone named nobody", "list them with: dmafs clone list")),),
+        as_json=(("clone drop {store} try-2", answers.Named),),
     ),
     "verify": Entry(
         good=(("verify {store}", "volume disk: no differences in 16 MiB\n"),),
@@ -238,13 +305,13 @@ def rig() -> Iterator[Rig]:
         image.write_bytes(bytes(16 * MIB))
         made.mkfs(str(image))
         made.create(content=image.read_bytes())
-        for name in ("free", "spare"):
+        for name in ("free", "free-2", "spare"):
             (made.root / name).write_bytes(bytes(MIB))
         made.dmafs("create", made.root / "other", "--source", made.root / "spare")
         made.folder("past")
         (made.root / "recorded").write_bytes(log_of([write(1, bytes([1]) * 512), FLUSH, mark("end")]))
         made.start()
-        made.dmafs("snapshot", made.store, "kept")
+        made.dmafs("snapshot", "create", made.store, "kept")
         yield made
         made.stop()
 
@@ -277,6 +344,8 @@ def test_command(rig: Rig, name: str) -> None:
         done = rig.dmafs(*words(rig, command))
         assert re.fullmatch(pattern, done.stdout), f"{command}: {done.stdout}"
         assert done.stderr == "", command
+    if entry.before_json:
+        rig.dmafs(*words(rig, entry.before_json))
     for command, kind in entry.as_json:
         done = rig.dmafs(*words(rig, command), "--json")
         jsonschema.validate(json.loads(done.stdout), said.schema(kind), jsonschema.Draft202012Validator)

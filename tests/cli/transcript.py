@@ -98,6 +98,7 @@ _SIZE: Final = r"(?:\d+(?:\.\d)? (?:B|KiB|MiB)|\d+\.\d GiB)\b(?! from| copied|: 
 SHAPES: Final = (
     Shape("time", r"\b\d{4}-\d\d-\d\dT\d\d:?\d\d:?\d\d\.\d{9}Z", binds=True),
     Shape("local time", r"\b\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{9} [+-]\d{4}\b", binds=True),
+    Shape("local second", r"(?<=Z \()\d{4}-\d\d-\d\d \d\d:\d\d:\d\d [+-]\d{4}(?=\))"),
     Shape("hour", r"(?<=next )\d{4}-\d\d-\d\dT\d\d:00:00\.0{9}Z"),
     Shape("date of ls", r"\b[A-Z][a-z]{2} [ \d]\d \d\d:\d\d\b"),
     Shape("digest", r"\b[0-9a-f]{64}\b", binds=True),
@@ -106,7 +107,7 @@ SHAPES: Final = (
     Shape("loop device", r"/dev/loop\d+\b"),
     Shape("blocks of ls", r"(?<=^total )\d+$"),
     Shape("seq", r"(?<=seq )[1-9]\d*\b"),
-    Shape("seq in a table", r"(?<=Z  disk  )(?: {10}| {11}| {12}) *[1-9]\d*\b"),
+    Shape("seq in a table", r"(?<=\)  disk  )(?: {10}| {11}| {12}) *[1-9]\d*\b"),
     Shape("extent", r"^ +\d+ +\d+$"),
     Shape("extents", r"(?<=^           total) +\d+  bytes in \d+ extents?$"),
     Shape("duration", r"\b\d+(?:\.\d)? m?s(?= (?:earlier|later)\b)"),
