@@ -50,8 +50,10 @@ def start(run: Callable[[Starter], int], log_file: Path) -> int:
     Until then its errors are on stderr. An interrupt ends it.
     """
     reading, writing = os.pipe()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # it comes when both know what to do
     child = os.fork()
     if child == 0:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         os.close(reading)
         os.setsid()
         os.chdir("/")
@@ -59,6 +61,7 @@ def start(run: Callable[[Starter], int], log_file: Path) -> int:
         return run(Starter(writing, log_file))
     os.close(writing)
     try:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         if os.read(reading, 1) == _MOUNTED:
             return 0
     except KeyboardInterrupt:
