@@ -148,8 +148,7 @@ COMMANDS: Final[dict[str, Entry]] = {
         good=(
             (
                 "diff {store} disk kept '0s ago'",
-                rf"a \S+Z{LOCAL}  seq 0\nb \S+Z{LOCAL}  seq 0\n"
-                r" +OFFSET +LENGTH\n +total +0  bytes in 0 extents\n",
+                rf"(?:[ab] \S+Z{LOCAL}  seq 0\n){{2}} +OFFSET +LENGTH\n +total +0  bytes in 0 extents\n",
             ),
         ),
         fails=(
