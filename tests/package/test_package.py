@@ -78,6 +78,12 @@ class System:
         """Return where a file is for those outside, who don't see its mounts."""
         return self.folder / name.lstrip("/")
 
+    def wait_protected(self, store: str) -> None:
+        """Wait until the initial copy is there, with which the images are."""
+        deadline = time.monotonic() + SECONDS
+        while ": protected, " not in self.run("dmafs", "status", store):
+            assert time.monotonic() < deadline, "the initial copy doesn't end"
+
     def wait_free(self, store: str) -> None:
         """Wait until no daemon has a store any more."""
         deadline = time.monotonic() + SECONDS
@@ -153,11 +159,16 @@ def test_a_disk_is_served_in_the_foreground(system: System) -> None:
     """Its bytes are in the tree, and SIGTERM ends the daemon in order."""
     store = make_store(system, "one")
     with system.start("sh", "-c", f"echo $$ >/root/pid; exec dmafs serve {store} {store}.mnt") as daemon:
-        assert daemon.stderr is not None
-        assert daemon.stderr.readline() == f"dmafs: serving {store} at {store}.mnt\n"
-        assert system.run("head", "-c", str(len(CONTENT)), f"{store}.mnt/live/disk.img") == CONTENT.decode()
-        system.run("sh", "-c", "kill $(cat /root/pid)")
-        assert daemon.wait(SECONDS) == 0
+        try:
+            assert daemon.stderr is not None
+            assert daemon.stderr.readline() == f"dmafs: serving {store} at {store}.mnt\n"
+            system.wait_protected(store)
+            assert system.run("head", "-c", str(len(CONTENT)), f"{store}.mnt/live/disk.img") == CONTENT.decode()
+            system.run("sh", "-c", "kill $(cat /root/pid)")
+            assert daemon.wait(SECONDS) == 0
+        except BaseException:
+            system.run("sh", "-c", "kill -9 $(cat /root/pid)")  # or it would be waited for
+            raise
     assert system.run("dmafs", "check", store).startswith("volume disk: no errors")
 
 
@@ -169,6 +180,7 @@ def test_mount_mounts_a_line_of_fstab(system: System) -> None:
         f"{store} {point} fuse.dmafs _netdev,nofail,user,x-systemd.requires-mounts-for=/srv 0 0\n"
     )
     assert system.run("mount", point) == ""
+    system.wait_protected(store)
     assert system.run("head", "-c", str(len(CONTENT)), f"{point}/live/disk.img") == CONTENT.decode()
     assert f"{store} on {point} type fuse.dmafs" in system.run("mount")
     system.run("umount", point)
@@ -187,6 +199,7 @@ def test_a_purge_leaves_the_stores_and_nothing_else(system: System) -> None:
     point = f"{store}.mnt"
     system.run("mount", "-t", "fuse.dmafs", store, point)
     assert f"a tree is mounted at {point}" in system.run("dpkg", "--purge", "dmafs", code=1)
+    system.wait_protected(store)
     assert system.run("head", "-c", "4", f"{point}/live/disk.img") == CONTENT[:4].decode()
     system.run("umount", point)
     system.wait_free(store)
