@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
-import jsonschema
+import jsonschema_rs
 import pytest
 
 from dmafs import answers
@@ -347,7 +347,7 @@ def test_command(rig: Rig, name: str) -> None:
         rig.dmafs(*words(rig, entry.before_json))
     for command, kind in entry.as_json:
         done = rig.dmafs(*words(rig, command), "--json")
-        jsonschema.validate(json.loads(done.stdout), said.schema(kind), jsonschema.Draft202012Validator)
+        jsonschema_rs.validate(said.schema(kind), json.loads(done.stdout))
         assert done.stderr == "", command
     for command, (code, error, hint) in entry.fails:
         done = rig.dmafs(*words(rig, command), code=code)
@@ -382,5 +382,5 @@ def test_json_that_isnt_as_its_schema_says_is_noticed(rig: Rig) -> None:
         {key: volume[key] for key in volume if key != "state"},
         {**volume, "gaps": 1},
     ):
-        with pytest.raises(jsonschema.ValidationError):
-            jsonschema.validate({**report, "volumes": [changed]}, schema, jsonschema.Draft202012Validator)
+        with pytest.raises(jsonschema_rs.ValidationError):
+            jsonschema_rs.validate(schema, {**report, "volumes": [changed]})
