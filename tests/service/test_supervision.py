@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+from collections.abc import Iterator
 from contextlib import closing
 
 import pytest
@@ -15,6 +16,13 @@ from tests.notified import FakeManager
 pytestmark = pytest.mark.mount
 
 WATCHDOG_S = 3.0
+
+
+@pytest.fixture
+def rig() -> Iterator[Rig]:
+    """A scratch folder for one test: each starts a daemon of its own."""
+    with Rig() as made:
+        yield made
 
 
 def test_a_service_manager_hears_of_start_life_and_end(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
