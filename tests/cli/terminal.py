@@ -10,6 +10,7 @@ import contextlib
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -24,6 +25,11 @@ _SCRATCH_BYTES: Final = 16 << 30
 _COMMAND_S: Final = 60
 _PROMPT: Final = "<ready {}>"
 _LEFT_S: Final = 30
+
+
+def _programs() -> list[Path]:
+    """Return the folders of the program, and of what runs it, as far as they would be hidden."""
+    return [path for path in (Path(__file__).parents[2], Path(sys.prefix)) if path.is_relative_to(SCRATCH)]
 
 
 class Terminal:
@@ -60,8 +66,13 @@ class Terminal:
         self._devices: set[str] = set()
         self.status = 0  # of the last command
         self._answer()
+        kept = list(enumerate(_programs(), 10))
+        for number, path in kept:
+            self.run(f"exec {number}<{path}")
         self.run(f"mount -o loop {image} {SCRATCH}")
         self.run(f"rmdir {SCRATCH}/lost+found")
+        for number, path in kept:
+            self.run(f"mkdir -p {path} && mount --bind /proc/self/fd/{number} {path} && exec {number}<&-")
 
     def path(self, name: str) -> Path:
         """Return where a file of the session's namespace can be seen from outside."""
