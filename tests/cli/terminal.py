@@ -128,7 +128,9 @@ class Terminal:
 
     def _mounts(self) -> list[tuple[str, str]]:
         rows = [line.split() for line in Path(f"/proc/{self._shell.pid}/mountinfo").read_text().splitlines()]
-        return [(row[4], row[2]) for row in rows if row[4] == SCRATCH or row[4].startswith(f"{SCRATCH}/")]
+        own = {str(path) for path in _programs()}  # of the machine, as are the loop devices over its files
+        below = [(row[4], row[2]) for row in rows if row[4] == SCRATCH or row[4].startswith(f"{SCRATCH}/")]
+        return [(point, device) for point, device in below if point not in own]
 
     def _inside(self, *words: str) -> None:
         subprocess.run(["nsenter", "-m", "-t", str(self._shell.pid), *words], check=False, capture_output=True)
