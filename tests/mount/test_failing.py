@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import pytest
 
+from dmafs.cli.output import both
 from dmafs.units import AtTime, TimeNs, parse_spelling
 from tests.mount.disks import Disk
 from tests.mount.harness import (
@@ -82,7 +83,7 @@ class Failing:
         assert begun_ns < since.time < moment()
         text = self.rig.dmafs("status", self.rig.store, code=1).stdout
         assert "volume disk: read-only, " in text
-        assert f"\n  failure   {failure['what']} (since {failure['since']})\n" in text
+        assert f"\n  failure   {failure['what']} (since {both(failure['since'])})\n" in text
         assert f"\n  to do     {failure['hint']}\n" in text
 
     def assert_read(self, when: int) -> None:

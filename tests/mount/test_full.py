@@ -15,6 +15,7 @@ from typing import Final
 
 import pytest
 
+from dmafs.cli.output import both
 from dmafs.client import connect
 from tests.mount.harness import MIB, REDONE, Rig, assert_same, fails, moment, opened, pread, pwrite, wait_until
 
@@ -148,7 +149,10 @@ def test_a_gap_hides_a_full_store_from_writers(rig: Rig) -> None:
     assert status["loss"].startswith("store of volume disk is full")
     assert gap["end"] is None
     shown = rig.dmafs("status", rig.store, code=1).stdout
-    assert f"  gap       {gap['begin']['time']} to now: writes are not captured: store of volume disk is full" in shown
+    assert (
+        f"  gap       {both(gap['begin']['time'])} to now: writes are not captured: store of volume disk is full"
+        in shown
+    )
     assert "alarm     volume disk: a gap has begun: store of volume disk is full" in shown
     begun = within(rig, when).read_bytes()
     assert begun != disk.expected

@@ -127,7 +127,7 @@ def test_a_bound_on_the_journal_holds_and_the_past_stays(rig: Rig) -> None:
     assert len(snapshots(rig)) == len(taken) + 1
     assert rig.snapshot(snapshots(rig)[0]).read_bytes() == numbers.image(0)
     shown = rig.dmafs("status", rig.store).stdout
-    assert re.search(r"syncs .*; last \S+ \(journal size\): mirror at seq \d+", shown), shown
+    assert re.search(r"syncs .*; last \S+ \(\S+ \S+ \S+\) \(journal size\): mirror at seq \d+", shown), shown
     rig.stop()
     rig.start()
     for name, count in taken.items():
@@ -246,7 +246,7 @@ def test_a_mark_is_durable_and_names_a_moment(rig: Rig) -> None:
         assert pread(rig.at("here", name), 5, 0).rstrip(b"\0") == name.encode()
         assert consistency(rig.at("here", name)) == "exact"
     assert "here" in os.listdir(rig.mnt / "at")
-    listed = [line.split() for line in rig.dmafs("ls", rig.store).stdout.splitlines()]
+    listed = [re.split(" {2,}", line) for line in rig.dmafs("ls", rig.store).stdout.splitlines()]
     assert [line[1] for line in listed if line[3:] == ["mark", "exact", "here"]] == ["one", "two"]
     rig.dmafs("mark", rig.store, "not/a/name", code=3)
     os.mkdir(rig.mnt / "snapshots" / "taken")
