@@ -72,7 +72,8 @@ class Terminal:
         self.run(f"mount -o loop {image} {SCRATCH}")
         self.run(f"rmdir {SCRATCH}/lost+found")
         for number, path in kept:
-            self.run(f"mkdir -p {path} && mount --bind /proc/self/fd/{number} {path} && exec {number}<&-")
+            bind = f"mount --no-canonicalize --bind /proc/self/fd/{number} {path}"  # by the descriptor, not its name
+            self.run(f"mkdir -p {path} && {bind} && exec {number}<&-")
 
     def path(self, name: str) -> Path:
         """Return where a file of the session's namespace can be seen from outside."""
