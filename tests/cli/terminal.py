@@ -64,8 +64,11 @@ class Terminal:
             timeout=_COMMAND_S,
         )
         self._devices: set[str] = set()
+        self._theirs: set[str] = set()
         self.status = 0  # of the last command
         self._answer()
+        rows = Path(f"/proc/{self._shell.pid}/mountinfo").read_text().splitlines()
+        self._theirs = {row.split()[2] for row in rows}  # the machine's mounts; loop devices over their files stay
         kept = list(enumerate(_programs(), 10))
         for number, path in kept:
             self.run(f"exec {number}<{path}")
@@ -89,7 +92,7 @@ class Terminal:
         while command.endswith("&") and len(printed) < lines:
             self._shell.expect("([^\r\n]*)\r\n")
             printed.append(self._shell.match[1])
-        self._devices |= {device for _, device in self._mounts()}
+        self._devices |= {device for _, device in self._mounts()} - self._theirs
         shown = "\n".join(printed)
         assert code is None or self.status == code, f"$ {command}\n{shown}\nended with {self.status}"
         return printed
@@ -129,9 +132,7 @@ class Terminal:
 
     def _mounts(self) -> list[tuple[str, str]]:
         rows = [line.split() for line in Path(f"/proc/{self._shell.pid}/mountinfo").read_text().splitlines()]
-        own = {str(path) for path in _programs()}  # of the machine, as are the loop devices over its files
-        below = [(row[4], row[2]) for row in rows if row[4] == SCRATCH or row[4].startswith(f"{SCRATCH}/")]
-        return [(point, device) for point, device in below if point not in own]
+        return [(row[4], row[2]) for row in rows if row[4] == SCRATCH or row[4].startswith(f"{SCRATCH}/")]
 
     def _inside(self, *words: str) -> None:
         subprocess.run(["nsenter", "-m", "-t", str(self._shell.pid), *words], check=False, capture_output=True)
