@@ -59,7 +59,8 @@ class Daemon:
         """
         with contextlib.closing(_Connection(self.store, timeout_s)) as connection:
             with _translated(self.store):
-                connection.request(method, f"{path}?{urlencode(query)}" if query else path)
+                with contextlib.suppress(BrokenPipeError):  # who isn't served is told so before anything is read
+                    connection.request(method, f"{path}?{urlencode(query)}" if query else path)
                 response = connection.getresponse()
             answer = Answer(self.store, response)
             if response.status != http.client.OK:
