@@ -30,13 +30,14 @@ from dmafs.errors import NotFoundError
 from dmafs.tree.around import ReadAround
 from dmafs.tree.backend import Backend
 from dmafs.tree.changes import Changes
-from dmafs.tree.guard import guarded, text_of
+from dmafs.tree.guard import guarded, text_of, with_deadline
 from dmafs.tree.handles import Handle
 from dmafs.tree.names import Names
 from dmafs.tree.nodes import (
     CloneFile,
     CloneFolder,
     Directory,
+    InodeTable,
     Link,
     LiveFile,
     Moment,
@@ -72,7 +73,7 @@ _XATTR_PREFIX: Final = "user.dmafs."
 _WITH_XATTRS: Final = (PastImage, LiveFile, CloneFile)
 
 
-class Tree(Changes):
+class Tree(pyfuse3.Operations):
     """The tree over a backend."""
 
     supports_dot_lookup = False
@@ -80,7 +81,10 @@ class Tree(Changes):
 
     def __init__(self, backend: Backend, started_ns: int) -> None:
         """Show *backend*; *started_ns* is the time that fixed directories have."""
-        super().__init__(backend)
+        super().__init__()
+        self._backend = backend
+        self._table = InodeTable()
+        self._changes = Changes(backend, self._table)
         self._names = Names(backend)
         self._views = Views(backend, self._names)
         self._handles: dict[int, Handle] = {}
@@ -322,6 +326,40 @@ class Tree(Changes):
         """Close a directory."""
         self._listed -= len(self._listings.pop(fh))
 
+    # -- changes -----------------------------------------------------------------------------------------------
+
+    @guarded
+    @with_deadline
+    async def mkdir(
+        self, parent_inode: pyfuse3.InodeT, name: bytes, mode: pyfuse3.ModeT, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        """See ``Changes.make``."""
+        node = await self._changes.make(self._table.node(parent_inode), name)
+        attributes = self._attributes(node)
+        self._table.looked_up(node)
+        return attributes
+
+    @guarded
+    @with_deadline
+    async def rmdir(self, parent_inode: pyfuse3.InodeT, name: bytes, ctx: pyfuse3.RequestContext) -> None:
+        """See ``Changes.drop``."""
+        await self._changes.drop(self._table.node(parent_inode), name)
+
+    @guarded
+    @with_deadline
+    async def rename(
+        self,
+        parent_inode_old: pyfuse3.InodeT,
+        name_old: bytes,
+        parent_inode_new: pyfuse3.InodeT,
+        name_new: bytes,
+        flags: pyfuse3.FlagT,
+        ctx: pyfuse3.RequestContext,
+    ) -> None:
+        """See ``Changes.rename``."""
+        parents = {self._table.node(parent_inode_old), self._table.node(parent_inode_new)}
+        await self._changes.rename(parents, name_old, name_new, flags)
+
     # -- files --------------------------------------------------------------------------------------------------
 
     @guarded
@@ -378,8 +416,7 @@ class Tree(Changes):
         length = min(length, handle.size - offset)
         data = image.read_nowait(handle.start + offset, length, self._scratch) if length > 0 else None
         if data is not None:
-            counted = handle.statistics.at_once
-            counted.count, counted.bytes = counted.count + 1, counted.bytes + length
+            handle.statistics.at_once.add(length)
             handle.statistics.read_durations.add(perf_counter() - begun)
         return data
 
