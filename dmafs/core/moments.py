@@ -10,13 +10,14 @@ instant's canonical time, so they are found again as one group, and ``at/<that t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Final
 
 from dmafs.core.clone import CLONES_MAX, Clone
 from dmafs.core.points import landmarks, point_named, seq_at
 from dmafs.core.resync import needs_resync
-from dmafs.core.snapshot import Snapshot
+from dmafs.core.snapshot import Snapshot, require_unpinned
 from dmafs.core.volume import Volume
 from dmafs.core.work import Work
 from dmafs.errors import (
@@ -136,18 +137,34 @@ def snapshot_group(volumes: Volumes, identifier: str) -> dict[str, Snapshot]:
     return group
 
 
+def group_to_drop(volumes: Volumes, identifier: str) -> dict[str, Snapshot]:
+    """Return the snapshots called *identifier* by volume, as ``snapshot_group``; PinnedError if one is pinned."""
+    group = snapshot_group(volumes, identifier)
+    for snapshot in group.values():
+        require_unpinned(snapshot)
+    return group
+
+
+def _all_or_none(steps: Iterable[tuple[Callable[[], Work[None]], Callable[[], Work[None]]]]) -> Work[None]:
+    """Do one thing after the other; if one can't be done, undo those before it, and raise why."""
+    done: list[Callable[[], Work[None]]] = []
+    try:
+        for do, undo in steps:
+            yield from do()
+            done.append(undo)
+    except DmafsError:
+        for undo in done:
+            yield from undo()
+        raise
+
+
 def pin_group(volumes: Volumes, identifier: str) -> Work[None]:
     """Have the snapshots called *identifier* not be dropped: in all volumes or, if one can't do it, in none."""
-    done = []
-    try:
-        for name, snapshot in snapshot_group(volumes, identifier).items():
-            if not snapshot.pinned:
-                yield from volumes[name].pin(snapshot)
-                done.append((name, snapshot))
-    except DmafsError:
-        for name, snapshot in done:
-            yield from volumes[name].unpin(snapshot)
-        raise
+    return _all_or_none(
+        (partial(volumes[name].pin, snapshot), partial(volumes[name].unpin, snapshot))
+        for name, snapshot in snapshot_group(volumes, identifier).items()
+        if not snapshot.pinned
+    )
 
 
 def unpin_group(volumes: Volumes, identifier: str) -> Work[None]:
@@ -167,16 +184,10 @@ def rename_group(volumes: Volumes, identifier: str, name: str) -> Work[None]:
         there = other.snapshots.find(name)
         if there is not None and (volume in group or there.instant_ns != instant(group)):
             other.snapshots.require_free(name)
-    done: list[tuple[str, Snapshot, str]] = []
-    try:
-        for volume, snapshot in group.items():
-            old = snapshot.name
-            yield from rename(volumes[volume], snapshot, name)
-            done.append((volume, snapshot, old))
-    except DmafsError:
-        for volume, snapshot, old in done:
-            yield from rename(volumes[volume], snapshot, old)
-        raise
+    yield from _all_or_none(
+        (partial(rename, volumes[volume], snapshot, name), partial(rename, volumes[volume], snapshot, snapshot.name))
+        for volume, snapshot in group.items()
+    )
 
 
 def rename(volume: Volume, snapshot: Snapshot, name: str) -> Work[None]:

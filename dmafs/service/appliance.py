@@ -19,6 +19,7 @@ from dmafs.core.image import Image
 from dmafs.core.moments import (
     clone_group,
     clone_groups,
+    group_to_drop,
     instant,
     instant_of,
     landmark_times,
@@ -36,7 +37,7 @@ from dmafs.core.moments import (
 from dmafs.core.points import consistency, oldest_point
 from dmafs.core.resync import needs_resync
 from dmafs.core.retention import KeepRules
-from dmafs.core.snapshot import Snapshot, require_unpinned
+from dmafs.core.snapshot import Snapshot
 from dmafs.core.statistics import Statistics
 from dmafs.core.store import Store
 from dmafs.core.volume import Volume
@@ -200,10 +201,7 @@ class Appliance:
 
     async def drop_snapshot(self, identifier: str) -> None:
         """See ``Backend``. Of no volume if it is pinned in any."""
-        group = snapshot_group(self._volumes, identifier)
-        for snapshot in group.values():
-            require_unpinned(snapshot)
-        for name, snapshot in group.items():
+        for name, snapshot in group_to_drop(self._volumes, identifier).items():
             await self._engine(name).drop_snapshot(snapshot)
 
     async def rename_snapshot(self, identifier: str, name: str) -> None:

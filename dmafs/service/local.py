@@ -10,18 +10,17 @@ from dmafs import answers
 from dmafs.core.moments import (
     Volumes,
     clone_group,
+    group_to_drop,
     instant_of,
     pin_group,
     rename_group,
     require_mark,
-    snapshot_group,
     unpin_group,
 )
 from dmafs.core.ondisk import Flag
 from dmafs.core.resync import mend, needs_resync, resync
 from dmafs.core.retention import KeepRules
 from dmafs.core.scrub import Rest, last_scrub, scope_sectors, scrub
-from dmafs.core.snapshot import require_unpinned
 from dmafs.core.storage import open_source
 from dmafs.core.store import Store
 from dmafs.core.sync import sync
@@ -112,10 +111,7 @@ class LocalSession:
 
     def drop_snapshot(self, identifier: str) -> answers.Dropped:
         """See ``Session``."""
-        group = snapshot_group(self._volumes, identifier)
-        for snapshot in group.values():
-            require_unpinned(snapshot)
-        for name, snapshot in group.items():
+        for name, snapshot in group_to_drop(self._volumes, identifier).items():
             run(self._volumes[name].drop_snapshot(snapshot))
             _close_garbage(self._volumes[name])
         return {"id": identifier}
