@@ -9,6 +9,7 @@ from dmafs.answers import Device
 from dmafs.cli.common import JSON, add_store
 from dmafs.cli.output import say, show
 from dmafs.client import connect
+from dmafs.service.operations import ACTIONS
 from dmafs.units import format_bytes
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ def add_commands(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
         description="Make or remove the device /dev/mapper/dmafs-VOLUME that a source with the dm tap is used through, "
         "or show its state. What is so already stays so.",
     )
-    command.add_argument("action", choices=["attach", "detach", "status"], help="what to do")
+    command.add_argument("action", choices=ACTIONS, help="what to do")
     add_store(command)
     command.add_argument("volume", metavar="VOLUME", nargs="?", help="name of the volume (all that have a device)")
     command.set_defaults(run=run)

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
 
 from dmafs import answers
 from dmafs.core.storage import boot_id
 from dmafs.core.volume import Volume
 from dmafs.core.work import run
 from dmafs.errors import InputError
+from dmafs.service.operations import ATTACH, DETACH
 from dmafs.service.report import volume_of
 from dmafs.taps.dm import DmTap, attach, detach
-
-ATTACH: Final = "attach"
-DETACH: Final = "detach"
-ACTIONS: Final = (ATTACH, DETACH, "status")
 
 
 def mapped_volumes(volumes: Mapping[str, Volume], name: str | None) -> list[str]:

@@ -42,6 +42,7 @@ from dmafs.errors import DmafsError, LogLostError, StoreFullError, TapError
 from dmafs.service.driver import Await
 from dmafs.service.failures import watch_failures
 from dmafs.service.losing import LosingEngine
+from dmafs.service.operations import ATTACH, DETACH
 from dmafs.service.tasks import RETRY_S, TROUBLE
 from dmafs.taps.capture import Captured, LoggedTap, barrier_text, capture
 from dmafs.taps.dm import DmTap, attach
@@ -433,9 +434,9 @@ class FollowingEngine(LosingEngine):
     async def tap_report(self, action: str) -> answers.Device:
         """Do what is wanted with the device, and return what there is to say about it."""
         assert isinstance(self.log, DmTap)
-        if action == "attach":
+        if action == ATTACH:
             await self.attach(this_boot())
-        elif action == "detach":
+        elif action == DETACH:
             await self.detach()
         report: answers.Device = await self.ask(self.log.report)
         return report

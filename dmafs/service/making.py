@@ -9,6 +9,7 @@ from dmafs.core.store import create_volume, remove_new_volume, volume_names
 from dmafs.errors import InputError, MountError
 from dmafs.service.configuration import StoreTable, VolumeTable
 from dmafs.service.loading import Loaded, load, read_machine, require_as_made
+from dmafs.service.operations import ATTACH
 from dmafs.service.session import connect
 
 log = logging.getLogger(__name__)
@@ -24,7 +25,7 @@ def make_volume(store: Path, wanted: VolumeTable, *, force: bool = False) -> tup
         return warnings, ""
     try:
         with connect(store) as asked:
-            [report] = asked.tap("attach", wanted.name)["volumes"]
+            [report] = asked.tap(ATTACH, wanted.name)["volumes"]
     except BaseException:
         remove_new_volume(store, wanted.name)
         raise

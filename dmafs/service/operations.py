@@ -14,6 +14,11 @@ from dmafs import answers
 from dmafs.errors import InputError
 from dmafs.units import NAME_PATTERN, check_name
 
+ATTACH: Final = "attach"
+DETACH: Final = "detach"
+ACTIONS: Final = (ATTACH, DETACH, "status")
+"""What can be done with a mapped device."""
+
 EVENTS: Final = "text/event-stream"
 BYTES: Final = "application/octet-stream"
 METRICS: Final = "text/plain"
@@ -231,7 +236,7 @@ OPERATIONS: Final = (
         "tap",
         "Attach, detach or show mapped devices.",
         (
-            Parameter("action", _word(("attach", "detach", "status")), "what to do"),
+            Parameter("action", _word(ACTIONS), "what to do"),
             Parameter("volume", TEXT, "that of this volume only", required=False),
         ),
         "The devices.",
