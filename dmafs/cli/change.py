@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from dmafs.cli.common import JSON, add_store
+from dmafs.cli.common import JSON, add_store, do
 from dmafs.cli.output import note
 from dmafs.client import connect
 
@@ -39,10 +39,7 @@ def add_commands(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
 
 def run_mark(options: argparse.Namespace) -> int:
     """Set the mark."""
-    with connect(options.store) as asked:
-        report = asked.mark(options.name)
-    note(f"mark {report['name']} set", report)
-    return 0
+    return do(options.store, lambda asked: asked.mark(options.name), "mark {name} set")
 
 
 def run_sync(options: argparse.Namespace) -> int:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 from dmafs.answers import Differences, Place, Scrubbed
 from dmafs.cli.bars import bar
 from dmafs.cli.common import JSON, add_store
-from dmafs.cli.output import both, say, show
+from dmafs.cli.output import both, named, say, show
 from dmafs.client import Session, Show, connect
 from dmafs.errors import CorruptionError, DifferenceError
 from dmafs.units import format_bytes, parse_bytes
@@ -132,11 +132,7 @@ def _compared(compare: Callable[[str, int | None, Show], Found], what: str, name
 
 def _print(reports: list[Differences], *, as_json: bool, one: str, many: str) -> None:
     if as_json:
-        shown = [
-            {**report, "extents": [{"offset": offset, "length": length} for offset, length in report["extents"]]}
-            for report in reports
-        ]
-        show({"volumes": shown})
+        show({"volumes": [{**report, "extents": named(report["extents"])} for report in reports]})
         return
     for report in reports:
         compared, busy = format_bytes(report["compared_bytes"]), report["busy_bytes"]

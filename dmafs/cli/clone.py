@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
-from dmafs.cli.common import JSON, add_store
-from dmafs.cli.output import both, note, say, show
+from dmafs.cli.common import JSON, add_store, do
+from dmafs.cli.output import both, say, show
 from dmafs.client import connect
 from dmafs.units import format_bytes
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
 
-_LINE = "{:<20}  {:<58}  {:>10}  {}"
+_LINE: Final = "{:<20}  {:<58}  {:>10}  {}"
 
 
 def add_commands(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -49,10 +49,7 @@ def add_commands(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
 
 def run_create(options: argparse.Namespace) -> int:
     """Make the clone."""
-    with connect(options.store) as asked:
-        report = asked.create_clone(options.name, options.at)
-    note(f"clone {report['name']} made", report)
-    return 0
+    return do(options.store, lambda asked: asked.create_clone(options.name, options.at), "clone {name} made")
 
 
 def run_list(options: argparse.Namespace) -> int:
@@ -71,7 +68,4 @@ def run_list(options: argparse.Namespace) -> int:
 
 def run_drop(options: argparse.Namespace) -> int:
     """Drop the clone."""
-    with connect(options.store) as asked:
-        report = asked.drop_clone(options.name)
-    note(f"clone {report['name']} dropped", report)
-    return 0
+    return do(options.store, lambda asked: asked.drop_clone(options.name), "clone {name} dropped")

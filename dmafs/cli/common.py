@@ -1,10 +1,14 @@
-"""What all commands have: options of how much they tell, and of JSON."""
+"""What commands have in common: options of how much they tell, and of JSON; and how a change is asked for."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
+
+from dmafs.cli.output import note
+from dmafs.client import Session, connect
 
 
 def add_telling(parser: argparse.ArgumentParser, default: object) -> None:
@@ -39,3 +43,11 @@ JSON: Final = [*TELLING, _json()]
 def add_store(parser: argparse.ArgumentParser) -> None:
     """Add the argument that nearly all commands have."""
     parser.add_argument("store", metavar="STORE", type=Path, help="directory of the store")
+
+
+def do(store: Path, ask: Callable[[Session], Mapping[str, object]], told: str) -> int:
+    """Ask for a change, and print what was done: *told*, with fields of the answer in braces; return the status."""
+    with connect(store) as asked:
+        report = ask(asked)
+    note(told.format_map(report), report)
+    return 0

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import Any, NamedTuple, TextIO
@@ -42,6 +42,11 @@ def say(line: str) -> None:
 def show(report: Mapping[str, Any]) -> None:
     """Print JSON, its keys sorted."""
     say(json.dumps(report, indent=2, sort_keys=True))
+
+
+def named(extents: Iterable[Sequence[int]]) -> list[dict[str, int]]:
+    """Return extents as JSON of commands has them."""
+    return [{"offset": offset, "length": length} for offset, length in extents]
 
 
 def note(text: str, report: Mapping[str, Any]) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from dmafs.answers import Device, Plan, VolumeStatus
 from dmafs.cli.common import JSON, TELLING, add_store
-from dmafs.cli.output import both, say, show, write
+from dmafs.cli.output import both, named, say, show, write
 from dmafs.client import connect
 from dmafs.units import format_bytes, parse_bytes
 
@@ -167,8 +167,7 @@ def run_diff(options: argparse.Namespace) -> int:
         report = asked.diff(options.volume, options.a, options.b)
     extents = report["extents"]
     if options.json:
-        named = [{"offset": offset, "length": length} for offset, length in extents]
-        show({**report, "extents": named, "count": len(extents)})
+        show({**report, "extents": named(extents), "count": len(extents)})
         return 0
     for name, end in (("a", report["a"]), ("b", report["b"])):
         say(f"{name} {both(end['time'])}  seq {end['seq']}")

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
-from dmafs.cli.common import JSON, add_store
-from dmafs.cli.output import both, note, say, show
+from dmafs.cli.common import JSON, add_store, do
+from dmafs.cli.output import both, say, show
 from dmafs.client import connect
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
 
-_ID_HELP = "name of the snapshot, or its canonical time if it has none"
-_LINE = "{:<28}  {:<58}  {:<8}  {:<6}  {}"
+_ID_HELP: Final = "name of the snapshot, or its canonical time if it has none"
+_LINE: Final = "{:<28}  {:<58}  {:<8}  {:<6}  {}"
 
 
 def add_commands(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -70,10 +70,7 @@ def add_commands(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
 
 def run_create(options: argparse.Namespace) -> int:
     """Take the snapshot."""
-    with connect(options.store) as asked:
-        report = asked.take_snapshot(options.name)
-    note(f"snapshot {report['name']} taken", report)
-    return 0
+    return do(options.store, lambda asked: asked.take_snapshot(options.name), "snapshot {name} taken")
 
 
 def run_list(options: argparse.Namespace) -> int:
@@ -93,31 +90,23 @@ def run_list(options: argparse.Namespace) -> int:
 
 def run_drop(options: argparse.Namespace) -> int:
     """Drop the snapshot."""
-    with connect(options.store) as asked:
-        report = asked.drop_snapshot(options.id)
-    note(f"snapshot {report['id']} dropped", report)
-    return 0
+    return do(options.store, lambda asked: asked.drop_snapshot(options.id), "snapshot {id} dropped")
 
 
 def run_rename(options: argparse.Namespace) -> int:
     """Rename the snapshot."""
-    with connect(options.store) as asked:
-        report = asked.rename_snapshot(options.id, options.name)
-    note(f"snapshot {report['id']} is called {report['name']} now", report)
-    return 0
+    return do(
+        options.store,
+        lambda asked: asked.rename_snapshot(options.id, options.name),
+        "snapshot {id} is called {name} now",
+    )
 
 
 def run_pin(options: argparse.Namespace) -> int:
     """Pin the snapshot."""
-    with connect(options.store) as asked:
-        report = asked.pin(options.id)
-    note(f"snapshot {report['id']} pinned", report)
-    return 0
+    return do(options.store, lambda asked: asked.pin(options.id), "snapshot {id} pinned")
 
 
 def run_unpin(options: argparse.Namespace) -> int:
     """Unpin the snapshot."""
-    with connect(options.store) as asked:
-        report = asked.unpin(options.id)
-    note(f"snapshot {report['id']} unpinned", report)
-    return 0
+    return do(options.store, lambda asked: asked.unpin(options.id), "snapshot {id} unpinned")
