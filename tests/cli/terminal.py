@@ -12,7 +12,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Final, Self
 
@@ -118,17 +117,20 @@ class Terminal:
         for point in sorted({point for point, _ in self._mounts()}, key=len, reverse=True):
             if point != SCRATCH:
                 self._inside("umount", "-l", point)
-        for _ in range(100):
-            loops = [loop for loop, device in _loops() if device in self._devices]
-            for loop in loops:
-                self._inside("losetup", "-d", loop)
-            if not loops:
-                break
-            time.sleep(0.05)
-        self._inside("umount", "-l", SCRATCH)
-        namespace = Path(f"/proc/{pid}/ns/mnt").readlink()
-        self._shell.close(force=True)
-        wait_until(lambda: not _end_processes(namespace), "the session's processes to end", seconds=_LEFT_S)
+        try:
+            wait_until(self._detach, "the session's loop devices to be detached", seconds=_LEFT_S)
+        finally:
+            self._inside("umount", "-l", SCRATCH)
+            namespace = Path(f"/proc/{pid}/ns/mnt").readlink()
+            self._shell.close(force=True)
+            wait_until(lambda: not _end_processes(namespace), "the session's processes to end", seconds=_LEFT_S)
+
+    def _detach(self) -> bool:
+        """Detach the loop devices over files of the session, and return whether there were none."""
+        loops = [loop for loop, device in _loops() if device in self._devices]
+        for loop in loops:
+            self._inside("losetup", "-d", loop)
+        return not loops
 
     def _mounts(self) -> list[tuple[str, str]]:
         rows = [line.split() for line in Path(f"/proc/{self._shell.pid}/mountinfo").read_text().splitlines()]

@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -19,6 +18,7 @@ from typing import Final
 import pytest
 
 from dmafs.cli.fstab import FAILED, USAGE
+from tests.mount.harness import wait_until
 
 pytestmark = [pytest.mark.mount, pytest.mark.slow]
 
@@ -80,16 +80,12 @@ class System:
 
     def wait_protected(self, store: str) -> None:
         """Wait until the initial copy is there, with which the images are."""
-        deadline = time.monotonic() + SECONDS
-        while ": protected, " not in self.run("dmafs", "status", store):
-            assert time.monotonic() < deadline, "the initial copy doesn't end"
+        wait_until(lambda: ": protected, " in self.run("dmafs", "status", store), "the initial copy", seconds=SECONDS)
 
     def wait_free(self, store: str) -> None:
         """Wait until no daemon has a store any more."""
-        deadline = time.monotonic() + SECONDS
-        while (self.path(store) / "control.sock").exists():
-            assert time.monotonic() < deadline, "the daemon doesn't end"
-            time.sleep(0.05)
+        socket = self.path(store) / "control.sock"
+        wait_until(lambda: not socket.exists(), "the daemon to end", seconds=SECONDS)
 
     def end(self) -> None:
         os.kill(self.holder.pid, signal.SIGKILL)
