@@ -302,8 +302,8 @@ def test_a_log_that_is_full_while_the_initial_copy_runs(rig: TapRig) -> None:
     with loopdev.attach(rig.primary()) as loop:
         rig.protect(size, source=loop.node, configuration=QUICK + 'log_size = "16MiB"\n', protected=False)
         with Blocks(NODE, content, seed=SEED, pause_s=0.01) as blocks:
-            wait_until(lambda: rig.status()["state"] != "copying" or rig.status()["copy_fraction"] > 0, "the copy")
-            assert rig.status()["state"] == "copying"
+            begun = wait_until(lambda: (found := rig.status())["copy_fraction"] > 0 and found, "the copy")
+            assert begun["state"] == "copying"
             fill_log(rig, blocks)
             wait_until(lambda: "a gap has begun" in rig.log(), "the loss to be told")
             rig.wait_protected()
