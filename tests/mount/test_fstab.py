@@ -90,6 +90,7 @@ def test_the_tree_is_there_when_mount_returns(mounter: Mounter) -> None:
     done = mounter.mount("nofail", "_netdev", "nosuid", "nodev", "x-systemd.automount")
     assert (done.stdout, done.stderr) == ("", "")
     assert is_mounted(rig.mnt)
+    rig.wait_protected()
     pwrite(rig.tap(), b"written", 0, sync=True)
     assert pread(rig.live(), 7, 0) == b"written"
     mounter.umount()
@@ -133,6 +134,7 @@ def test_settings_may_be_in_another_file(mounter: Mounter) -> None:
     file = rig.root / "machine.toml"
     file.write_text(f'[[store]]\npath = "{rig.store}"\n[[store.volume]]\nname = "made"\nsource = "{primary}"\n')
     mounter.mount(f"config={file}")
+    rig.wait_protected()
     assert rig.live("made").stat().st_size == MIB
     mounter.umount()
 
@@ -142,6 +144,7 @@ def test_the_log_is_a_file_without_a_journal(mounter: Mounter) -> None:
     mounter.rig.create(size=MIB)
     mounter.log.write_text("x" * (LOG_BYTES + 1))
     run(*mounter.command(), "-v")
+    mounter.rig.wait_protected()
     mounter.umount()
     assert mounter.log.with_name("log.old").stat().st_size == LOG_BYTES + 1
     assert mounter.log.stat().st_mode & 0o777 == 0o600
