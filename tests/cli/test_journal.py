@@ -27,7 +27,7 @@ def terminal() -> Iterator[Terminal]:
     with Terminal() as session:
         session.run("mount -t tmpfs tmpfs /run && mkdir -p /run/systemd/journal")
         session.run("mount -t cgroup2 none /sys/fs/cgroup")  # it looks there, and machines differ
-        session.run(f"touch /etc/machine-id && echo {MACHINE} >/run/machine-id")
+        session.run(f": >>/etc/machine-id && echo {MACHINE} >/run/machine-id")
         session.run("mount --bind /run/machine-id /etc/machine-id")
         session.run(f"{JOURNALD} >/dev/null 2>&1 &")
         wait_until(session.path("/run/systemd/journal/socket").exists, "the journal")
@@ -37,15 +37,10 @@ def terminal() -> Iterator[Terminal]:
 
 def entries(session: Terminal, *matches: str) -> list[dict[str, str]]:
     """Return what the journal has of dmafs."""
-    session.run("kill -RTMIN+1 %1 && while [ ! -e /run/systemd/journal/synced ]; do sleep 0.05; done")
-    session.run("rm /run/systemd/journal/synced")
+    session.run("journalctl --sync")
     command = ["journalctl", "--directory=/run/log/journal", "--output=json", "--all", "--no-pager", *matches]
     session.run(f"{' '.join(command)} SYSLOG_IDENTIFIER=dmafs >found")
     return [json.loads(line) for line in session.path(f"{SCRATCH}/found").read_text().splitlines()]
-
-
-def wait_protected(session: Terminal) -> None:
-    wait_until(lambda: ": protected, " in "\n".join(session.run("dmafs status store")), "the initial copy")
 
 
 def test_a_daemon_of_mount_logs_with_fields(terminal: Terminal) -> None:
@@ -53,7 +48,7 @@ def test_a_daemon_of_mount_logs_with_fields(terminal: Terminal) -> None:
     terminal.run(f"mount.fuse.dmafs store mnt -o rw,log={SCRATCH}/log -v")
     daemon = json.loads("\n".join(terminal.run("dmafs status store --json")))["daemon"]
     terminal.run(f"kill {daemon['pid']}")
-    terminal.run("while [ -e store/control.sock ]; do sleep 0.05; done")
+    wait_until(lambda: not terminal.path(f"{SCRATCH}/store/control.sock").exists(), "the daemon to end")
     [ending] = entries(terminal, f"DMAFS_STORE={SCRATCH}/store", "LOGGER=dmafs.service.daemon")
     assert ending["MESSAGE"] == "ending on SIGTERM"
     assert ending["PRIORITY"] == str(INFO)
@@ -66,7 +61,7 @@ def test_a_service_logs_with_fields(terminal: Terminal) -> None:
     stream = "JOURNAL_STREAM=$(stat -L -c %d:%i /proc/self/fd/2)"  # as the service manager would set it
     terminal.run(f"systemd-cat sh -c '{stream} exec dmafs serve store mnt -v' &")
     wait_until(terminal.path(f"{SCRATCH}/store/control.sock").exists, "the daemon")
-    wait_protected(terminal)
+    wait_until(lambda: ": protected, " in "\n".join(terminal.run("dmafs status store")), "the initial copy")
     terminal.run("kill -TERM %2 && wait %2")
     messages = [entry["MESSAGE"] for entry in entries(terminal, f"DMAFS_STORE={SCRATCH}/store", "DMAFS_VOLUME=disk")]
     assert any(message.startswith("volume disk: initial copy complete, ") for message in messages), messages
